@@ -1,0 +1,100 @@
+"""What a checkpoint is: rank parts with digests, and the commit record that makes them one checkpoint.
+
+Pure: standard library only. Layout under ``run.url``::
+
+    checkpoints/data/step-00000120-e1-g3/rank-00000.bin        raw tensor bytes, each chunk 4 KiB aligned
+    checkpoints/data/step-00000120-e1-g3/rank-00000.json       index of that file: chunks, block digests
+    checkpoints/commits/step-00000120.json                     the commit record, created last and exclusively
+
+A checkpoint exists only when its commit record does. Nothing is ever overwritten: the folder's name carries epoch and
+generation, so a writer that was cut off and comes back cannot touch what a newer generation writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FORMAT_VERSION = 1
+
+DATA_DIR = "checkpoints/data"
+COMMIT_DIR = "checkpoints/commits"
+
+
+def generation_dir(step: int, epoch: int, generation: int) -> str:
+    """Folder of one attempt to write the checkpoint of `step`, relative to ``run.url``."""
+    return f"{DATA_DIR}/step-{step:08d}-e{epoch}-g{generation}"
+
+
+def commit_name(step: int) -> str:
+    """Path of the commit record of `step`, relative to ``run.url``."""
+    return f"{COMMIT_DIR}/step-{step:08d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPart:
+    """One rank's share of a checkpoint, as the commit record names it."""
+
+    rank: int
+    data: str
+    """Path of the data file, relative to ``run.url``."""
+    index: str
+    """Path of its index, relative to ``run.url``."""
+    data_bytes: int
+    index_digest: str
+    """xxh3_128 of the index file; the index in turn holds the digests of the data file's blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record whose existence makes a checkpoint. `step` counts the completed steps that its state contains."""
+
+    run: str
+    step: int
+    epoch: int
+    generation: int
+    mesh: dict[str, int]
+    """Degrees of (pp, dp_replicate, dp_shard, tp) at the time of writing; a restore may use any other."""
+    parts: tuple[RankPart, ...]
+    versions: dict[str, str]
+    """Library versions and the numeric class of the writers."""
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        """The record's bytes, with a SHA-256 over everything else under ``"digest"``."""
+        document = asdict(self)
+        document["digest"] = _digest(document)
+        return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+
+    @staticmethod
+    def from_json(raw: bytes) -> Commit:
+        """The record of these bytes.
+
+        Raises:
+            ManifestError: not a record, damaged, or of a format that this version cannot read.
+        """
+        try:
+            document: dict[str, Any] = json.loads(raw)
+            version = document["format_version"]
+            digest = document.pop("digest")
+        except (ValueError, KeyError, TypeError) as e:
+            raise ManifestError(f"not a commit record: {e!r}") from e
+        if version != FORMAT_VERSION:
+            raise ManifestError(
+                f"commit record has format_version {version}, this Shepherd reads {FORMAT_VERSION}: "
+                "use the Shepherd version that wrote it, or a newer one"
+            )
+        if digest != _digest(document):
+            raise ManifestError("commit record is damaged: its SHA-256 does not match its content")
+        parts = tuple(RankPart(**part) for part in document.pop("parts"))
+        return Commit(parts=parts, **document)
+
+
+class ManifestError(ValueError):
+    """A commit record, an index or a block is not what it must be."""
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,385 @@
+"""The contract of a worker: its configuration, and the messages between it and its agent.
+
+Pure: standard library only, so that the orchestrator can import it without importing torch. Messages are frozen
+dataclasses; on the wire each is one JSON object with its type's name under ``"type"``, framed by a 4-byte length
+(`send` and `Receiver` below). Durations are integers in microseconds; times of day never cross this line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import struct
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+T = TypeVar("T")
+
+# One frame holds one message. The largest is an assignment at 16,384 ranks with its checkpoint record (about 4 MB).
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+
+
+# --- configuration: the parts of the job that a worker needs ---------------------------------------------------------
+# pydantic validates these same classes where they stand in the JobSpec (orchestrator/spec.py), hence the config hook.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama by its shape (Touvron et al. 2023a, 2023b; Grattafiori et al. 2024, Table 3)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    preset: str = ""
+    """Name of a file in trainer/presets that gives every field that is not set here."""
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 8
+    n_kv_heads: int = 4
+    """Key and value heads; fewer than n_heads is grouped-query attention (Ainslie et al. 2023)."""
+    ffn_dim: int = 704
+    """Width of the SwiGLU feed-forward."""
+    vocab_size: int = 4096
+    """Size of the embedding; the byte-level BPE tokenizer is trained to this size."""
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    corpus: str = "python-stdlib"
+    """An fsspec URL or glob of text files, or ``python-stdlib``: the source text of Python's standard library."""
+    seq_len: int = 128
+    """Tokens in one sample."""
+    global_batch: int = 8
+    """Samples in one step, over all data-parallel ranks."""
+    validation_fraction: float = 0.02
+    """Share of the documents held out, chosen by the digest of their text."""
+    validation_batches: int = 4
+    """Global batches in one validation pass."""
+    cache_dir: str = "~/.cache/shepherd/data"
+    """Node-local folder for tokenizers and token shards, keyed by the content of the corpus."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The mesh. Ranks are numbered row-major over (pp, dp_replicate, dp_shard, tp), so tp neighbours are adjacent."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    microbatches: int = 1
+    """Microbatches that one step's local batch is cut into (1F1B wants at least pp)."""
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.tp
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) with linear warm-up, cosine decay and clipping, as Llama 2 section 2.2."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 2000
+    final_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak, at the run's last step."""
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    interval_steps: int = 100
+    """Steps between durable checkpoints; the last step is always checkpointed."""
+    snapshot_interval_steps: int = 1
+    """Steps between snapshots of each rank's own shard into the node's shared memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    finite: bool = True
+    """Stop the step before the optimizer takes it when the loss or the gradient norm is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """Everything that decides the numbers of a run. Its digest and the numeric class name a reproducible result."""
+
+    run: str
+    url: str
+    steps: int
+    seed: int
+    deterministic: bool
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+    validation_interval_steps: int
+    collective_timeout_s: float
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    audit: AuditConfig
+
+
+# --- agent -> worker -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restore:
+    """Where the state of a generation comes from; `step` is the number of steps that it has completed."""
+
+    source: Literal["init", "ram", "durable"]
+    step: int = 0
+    commit: str = ""
+    """Name of the commit record under run.url, for ``durable``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assign:
+    """Fill this slot in this generation. `rank` is the slot's number; the store is the generation's own."""
+
+    epoch: int
+    generation: int
+    rank: int
+    world_size: int
+    local_rank: int
+    node: str
+    store_host: str
+    store_port: int
+    restore: Restore
+    config: WorkerConfig
+    ram_dir: str
+    """Folder of the node's RAM tier; this slot's snapshots are the files that storage.ram names there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """End at the next step boundary on which all ranks agree, with a checkpoint."""
+
+
+# --- worker -> agent -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What the worker is doing since now; the last one before a silence tells where it hangs."""
+
+    generation: int
+    rank: int
+    step: int
+    phase: Literal["rendezvous", "build", "restore", "compute", "checkpoint", "validate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """The worker stands before its first step with the assigned state."""
+
+    generation: int
+    rank: int
+    step: int
+    source: str
+    rendezvous_us: int
+    build_us: int
+    restore_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """Step number `step` (the first is 1) is complete on this rank."""
+
+    generation: int
+    rank: int
+    step: int
+    step_us: int
+    """From the end of the step before to the end of this one; contains the parts below."""
+    data_us: int
+    """Waiting for the batch."""
+    snapshot_us: int
+    """Training blocked by the RAM snapshot."""
+    tokens: int
+    """Tokens of the global batch."""
+    loss: float | None
+    """Mean over the global batch in nats per token; None except on rank 0."""
+    grad_norm: float | None
+    lr: float | None
+    snapshot_step: int
+    """Newest step whose RAM snapshot of this rank is complete; 0 when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    generation: int
+    rank: int
+    step: int
+    loss: float
+    validate_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardWritten:
+    """This rank's part of the durable checkpoint of `step` is written and synced, with what the commit must hold."""
+
+    generation: int
+    rank: int
+    step: int
+    part: dict[str, Any]
+    """A storage.manifest.RankPart as its JSON object."""
+    write_us: int
+    """Training blocked by the save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveFailed:
+    """The durable save of `step` failed on this rank; training goes on."""
+
+    generation: int
+    rank: int
+    step: int
+    error: str
+    write_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The worker's last words before it exits."""
+
+    generation: int
+    rank: int
+    step: int
+    kind: Literal["exception", "collective", "memory", "state", "audit"]
+    """``collective``: a peer broke the exchange, so the cause lies elsewhere. ``state``: no trusted state to restore."""
+    error: str
+    """Type and message on one line."""
+    traceback: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The worker leaves its loop in good order after `step`."""
+
+    generation: int
+    rank: int
+    step: int
+    reason: Literal["completed", "stopped"]
+
+
+ToWorker = Assign | Stop
+FromWorker = Phase | Restored | StepDone | Validated | ShardWritten | SaveFailed | Failed | Finished
+
+# Exit codes of a worker process. A worker that dies of a signal has the signal's number as the kernel reports it.
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_AGENT_GONE = 75
+
+
+# --- wire ------------------------------------------------------------------------------------------------------------
+
+
+def encode(message: object) -> dict[str, Any]:
+    """The JSON object of a message: its fields and, under "type", its class name."""
+    assert dataclasses.is_dataclass(message) and not isinstance(message, type)
+    return {"type": type(message).__name__, **dataclasses.asdict(message)}
+
+
+def decode(document: dict[str, Any], kinds: Any) -> Any:
+    """The message of a JSON object made by `encode`; `kinds` is the union of the types that may come."""
+    by_name = {kind.__name__: kind for kind in typing.get_args(kinds)}
+    document = dict(document)
+    name = document.pop("type", None)
+    if name not in by_name:
+        raise ValueError(f"message type {name!r} is not one of {sorted(by_name)}")
+    return build(by_name[name], document)
+
+
+def build(kind: type[T], document: dict[str, Any]) -> T:
+    """A dataclass from a JSON object, nested dataclasses and tuples included.
+
+    Raises:
+        ValueError: a field is missing, or one is there that `kind` does not have.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(document) - set(fields))
+    missing = sorted(
+        name
+        for name, f in fields.items()
+        if name not in document and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        raise ValueError(f"{kind.__name__}: unknown fields {unknown}, missing fields {missing}")
+    return kind(**{name: _value(hints[name], value) for name, value in document.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return build(hint, value)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_value(args[0], item) for item in value)
+        return tuple(_value(kind, item) for kind, item in zip(args, value, strict=True))
+    if origin is dict:
+        key = (lambda k: int(k)) if args[0] is int else (lambda k: k)
+        return {key(k): _value(args[1], v) for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType) and value is not None:
+        return _value(next(kind for kind in args if kind is not type(None)), value)
+    return value
+
+
+def send(sock: socket.socket, message: object) -> None:
+    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+    body = json.dumps(encode(message), separators=(",", ":")).encode()
+    assert len(body) <= MAX_FRAME_BYTES, len(body)
+    sock.sendall(struct.pack("<I", len(body)) + body)
+
+
+@dataclass
+class Receiver:
+    """Cuts a byte stream into messages; feed it what `recv` returned."""
+
+    kinds: Any
+    _buffer: bytearray = field(default_factory=bytearray)
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that `data` completes, in order.
+
+        Raises:
+            ValueError: a frame is longer than MAX_FRAME_BYTES or is no message of `kinds`.
+        """
+        self._buffer += data
+        messages = []
+        while len(self._buffer) >= 4:
+            (length,) = struct.unpack_from("<I", self._buffer)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
+            if len(self._buffer) < 4 + length:
+                break
+            messages.append(decode(json.loads(bytes(self._buffer[4 : 4 + length])), self.kinds))
+            del self._buffer[: 4 + length]
+        return messages
