@@ -156,6 +156,8 @@ class Restore:
 
     source: Literal["init", "ram", "durable"]
     step: int = 0
+    generation: int = 0
+    """The generation that wrote the snapshot, for ``ram``."""
     commit: str = ""
     """Name of the commit record under run.url, for ``durable``."""
 
@@ -273,7 +275,7 @@ class Failed:
     rank: int
     step: int
     kind: Literal["exception", "collective", "memory", "state", "audit"]
-    """``collective``: a peer broke the exchange, so the cause lies elsewhere. ``state``: no trusted state to restore."""
+    """``collective``: a peer broke the exchange, the cause lies elsewhere. ``state``: the state to restore is damaged."""
     error: str
     """Type and message on one line."""
     traceback: str

@@ -1,0 +1,90 @@
+"""What can be ordered: the supervisor's answers to events, for a body to carry out.
+
+Each is delivered at least once: after a controller's restart the open ones are ordered again. Bodies and agents apply
+each once, by its generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Copy the snapshot of (from_slot on from_node) into slot's place on to_node before the generation opens."""
+
+    slot: int
+    to_node: str
+    from_slot: int
+    from_node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenGeneration:
+    """Start workers for every slot. Node i of `nodes` fills slots [i * slots_per_node, (i + 1) * slots_per_node)."""
+
+    generation: int
+    nodes: tuple[str, ...]
+    source: str
+    """Where the state comes from: "init", "ram" or "durable"."""
+    step: int
+    """Completed steps in that state."""
+    snapshot_generation: int
+    """For "ram": the generation that wrote the snapshots."""
+    transfers: tuple[Transfer, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltGeneration:
+    """End the workers of `generation` on these nodes; each answers NodeHalted with its snapshots."""
+
+    generation: int
+    nodes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskStop:
+    """Ask the workers to end at their next common step boundary, with a checkpoint."""
+
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitCheckpoint:
+    """Create the commit record of `step` exclusively; answer CheckpointCommitted or CheckpointFailed."""
+
+    step: int
+    epoch: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseNode:
+    """Let go of a node that is lost: end what is left of its agent; it may come back only as a new one."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetTimer:
+    """Answer TimerFired with this name at `at`. Never cancelled: a late one names something that is over."""
+
+    timer: str
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndRun:
+    """The run is over. Release everything; `exit_code` is from the table in docs/exit-codes.md."""
+
+    exit_code: int
+    reason: str
+
+
+Action = OpenGeneration | HaltGeneration | AskStop | CommitCheckpoint | ReleaseNode | SetTimer | EndRun
+
+# Orders that must be durable under run.url before they are sent (the others only need the local journal).
+DECISIONS = (OpenGeneration, HaltGeneration, CommitCheckpoint, ReleaseNode, EndRun)

@@ -1,0 +1,265 @@
+"""What can happen: the facts that the supervisor is told, in the order in which the journal holds them.
+
+`at` is microseconds on the run's clock: the controller's, starting at 0 when the run is declared, and monotone also
+across restarts of the controller. Nodes report durations, never times. Losses and norms are integers in millionths,
+so that the core and its journal hold no floats.
+
+Reports may come twice (an agent repeats what was not acknowledged) and late (from an older generation). Both are
+harmless: the supervisor ignores what it already knows and what does not belong to the current generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The mesh and the nodes that it wants. Slots are ranks, row-major over (pp, dp_replicate, dp_shard, tp)."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+    slots_per_node: int
+    nodes: int
+    """Nodes that the mesh fills."""
+    spares: int
+    """Nodes beyond those that the run keeps and pays for."""
+
+    @property
+    def slots(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.tp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The bounds of the supervisor's patience; their defaults and reasons stand in orchestrator/spec.py."""
+
+    halt_deadline_us: int
+    start_deadline_us: int
+    wait_deadline_us: int
+    commit_deadline_us: int
+    same_error_tries: int
+    recoveries_without_progress: int
+    strikes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One complete snapshot of a slot in shared memory: the step, and the generation that wrote it."""
+
+    generation: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        return f"step {self.step} of generation {self.generation}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDeclared:
+    """The job as the core needs it. A second one in the same journal is a resume, perhaps with another mesh."""
+
+    at: int
+    run: str
+    layout: Layout
+    limits: Limits
+    total_steps: int
+    capabilities: tuple[str, ...]
+    """What this body can do beyond the minimum: "ram" (snapshots in shared memory), "peer" (copies between nodes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochBegan:
+    """A controller took over. It has replayed the journal; the agents answer to this epoch only."""
+
+    at: int
+    epoch: int
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJoined:
+    """An agent is ready: its worker pool is warm and its data is prepared."""
+
+    at: int
+    node: str
+    domain: str
+    """Failure domain (rack label); empty when unknown."""
+    snapshots: dict[int, tuple[Snapshot, ...]]
+    """Slot to the complete snapshots that an agent before this one left in the node's shared memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLost:
+    """A node is gone, whoever noticed: connection closed, actor dead, silence past its bound."""
+
+    at: int
+    node: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFailed:
+    """A worker's last words. `kind` is trainer.contract.Failed's."""
+
+    at: int
+    node: str
+    generation: int
+    slot: int
+    step: int
+    kind: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerExited:
+    """A worker's process ended without having been told to."""
+
+    at: int
+    node: str
+    generation: int
+    slot: int
+    exit_code: int | None
+    signal: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeHalted:
+    """A node's workers are gone, and this is what its shared memory holds."""
+
+    at: int
+    node: str
+    generation: int
+    snapshots: dict[int, tuple[Snapshot, ...]]
+    """Slot to its complete snapshots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationFailed:
+    """The body could not bring a generation up (an assignment was refused, a copy from a peer failed)."""
+
+    at: int
+    generation: int
+    node: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationReady:
+    """Every rank stands before its first step. Durations are the slowest rank's."""
+
+    at: int
+    generation: int
+    step: int
+    rendezvous_us: int
+    build_us: int
+    restore_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsDone:
+    """Steps `first` to `last` are complete on every rank; durations are sums over those steps of the slowest rank's."""
+
+    at: int
+    generation: int
+    first: int
+    last: int
+    data_wait_us: int
+    checkpoint_us: int
+    validation_us: int
+    tokens: int
+    loss_millionths: tuple[int, ...]
+    """Of the steps in order, nats per token; what the report's curve is drawn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated:
+    at: int
+    generation: int
+    step: int
+    loss_millionths: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointWritten:
+    """Every rank's part of the checkpoint of `step` is on the store, not yet committed."""
+
+    at: int
+    generation: int
+    step: int
+    bytes: int
+    write_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCommitted:
+    at: int
+    step: int
+    epoch: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed:
+    """A save or its commit failed; training goes on and older checkpoints serve."""
+
+    at: int
+    step: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsFound:
+    """The committed checkpoints that stand under run.url when a controller begins, ascending."""
+
+    at: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationFinished:
+    """Every rank left its loop in good order after `step`: "completed" or "stopped"."""
+
+    at: int
+    generation: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequested:
+    """Somebody asked for an end. Gracefully: with a checkpoint at the next step boundary; else at once."""
+
+    at: int
+    by: str
+    graceful: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimerFired:
+    at: int
+    timer: str
+
+
+Event = (
+    RunDeclared
+    | EpochBegan
+    | NodeJoined
+    | NodeLost
+    | WorkerFailed
+    | WorkerExited
+    | NodeHalted
+    | GenerationFailed
+    | GenerationReady
+    | StepsDone
+    | Validated
+    | CheckpointWritten
+    | CheckpointCommitted
+    | CheckpointFailed
+    | CheckpointsFound
+    | GenerationFinished
+    | StopRequested
+    | TimerFired
+)

@@ -1,0 +1,45 @@
+"""Mesh slots to nodes.
+
+Slots are numbered with tp fastest, and a node takes `slots_per_node` consecutive ones, so tensor-parallel groups stay
+inside a node whenever tp divides slots_per_node (the spec demands it). What is left to decide is which node takes
+which place in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.core.events import Layout
+
+
+def place(layout: Layout, previous: Sequence[str], usable: Sequence[str]) -> tuple[str, ...] | None:
+    """The nodes in mesh order, or None when there are too few.
+
+    A node that is still usable keeps its place, so as few slots as possible move; the holes are filled from `usable`
+    in the order in which it lists them.
+    """
+    candidates = [node for node in usable if node not in previous]
+    places: list[str | None] = [node if node in usable else None for node in previous[: layout.nodes]]
+    places += [None] * (layout.nodes - len(places))
+    if places.count(None) > len(candidates):
+        return None
+    filled = tuple(node if node is not None else candidates.pop(0) for node in places)
+    assert len(set(filled)) == layout.nodes, filled
+    return filled
+
+
+def slots_of(layout: Layout, place_index: int) -> range:
+    """The slots that the node at this place of the mesh order fills."""
+    return range(place_index * layout.slots_per_node, (place_index + 1) * layout.slots_per_node)
+
+
+def replicas(layout: Layout, slot: int) -> tuple[int, ...]:
+    """The other slots whose parameters and moments are bit-identical to this one's: same but for dp_replicate."""
+    inner = layout.dp_shard * layout.tp
+    stage, rest = divmod(slot, layout.dp_replicate * inner)
+    own, shard = divmod(rest, inner)
+    return tuple(
+        stage * layout.dp_replicate * inner + replica * inner + shard
+        for replica in range(layout.dp_replicate)
+        if replica != own
+    )

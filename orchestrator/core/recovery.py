@@ -1,0 +1,153 @@
+"""The ladder: after a failure, the cheapest recovery that is sufficient.
+
+`decide` is asked once the generation's workers are gone and every reachable node has said what its shared memory
+holds. It reads, top to bottom, as the ladder does:
+
+    fail      the fault follows the job, or recovering has stopped helping
+    wait      too few usable nodes
+    replace   a worker died: fork it anew, state from the nodes' shared memory
+    spare     a node died: a spare takes its place, state from a replica's or its own copies in shared memory
+    durable   shared memory does not hold one complete step: the newest committed checkpoint, or the very beginning
+
+A rung is taken only when the body has said that it can do it ("ram", "peer"), and a rung that has failed in an
+incident is not taken again in it: the next one down is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.core import placement
+from orchestrator.core.actions import Transfer
+from orchestrator.core.events import Snapshot
+from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, Evidence, Incident, State
+
+# What can stand at the root of an incident, the most telling first. A worker whose peer vanished says "collective":
+# that is a consequence, and it is the root only when nothing else was seen.
+_ROOTS = ("node", "signal", "memory", "audit", "exception", "state", "exit", "start", "collective")
+
+# Kinds that come from the program itself when they repeat, whatever the node.
+_OF_THE_JOB = ("exception", "memory", "audit")
+
+# The rungs that restore from shared memory, the cheaper first.
+_RAM_RUNGS = ("replace", "spare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    rung: str
+    reason: str
+    mesh: tuple[str, ...] = ()
+    source: str = ""
+    step: int = 0
+    snapshot_generation: int = 0
+    transfers: tuple[Transfer, ...] = ()
+    exit_code: int = 0
+
+
+def root(incident: Incident) -> Evidence:
+    """The piece of evidence that explains the others: the most telling kind, and of those the first seen."""
+    return min(incident.evidence, key=lambda e: (_ROOTS.index(e.kind), e.at))
+
+
+def signature(evidence: Evidence) -> str:
+    """Names a failure so that the same one is known again on another node."""
+    return f"{evidence.kind} at step {evidence.step}: {evidence.detail}"
+
+
+def decide(state: State) -> Decision:
+    """The next rung for the open incident, from the state after the halt."""
+    incident, limits, layout = state.incident, state.limits, state.layout
+    assert incident is not None and limits is not None and layout is not None
+    cause = root(incident)
+
+    seen = state.errors.get(signature(cause), 0)
+    if cause.kind in _OF_THE_JOB and seen >= limits.same_error_tries:
+        return Decision(
+            rung="fail",
+            exit_code=EXIT_JOB_FAULT,
+            reason=f"the same failure came back {seen} times, so it follows the job and requeueing will not help: "
+            f"{signature(cause)}",
+        )
+    if state.recoveries_without_progress >= limits.recoveries_without_progress:
+        return Decision(
+            rung="fail",
+            exit_code=EXIT_CRASH_LOOP,
+            reason=f"{state.recoveries_without_progress} generations without one new step, last: {signature(cause)}",
+        )
+
+    mesh = placement.place(layout, state.mesh, state.usable())
+    if mesh is None:
+        usable = len(state.usable())
+        return Decision(rung="wait", reason=f"{usable} usable nodes, the mesh needs {layout.nodes}")
+
+    moved = [node for node in mesh if node not in state.mesh]
+    rung = "spare" if moved else "replace"
+    tried = [_RAM_RUNGS.index(r) for r in incident.rungs if r in _RAM_RUNGS]
+    if any(_RAM_RUNGS.index(rung) <= t for t in tried) or "durable" in incident.rungs:
+        why = f"rung {incident.rungs[-1]} failed before its first step"
+        return durable_decision(state, mesh, f"{_what(cause)}: {why}")
+    found = newest_in_ram(state, mesh)
+    if found is None or found[0].step < (state.newest_checkpoint() or 0):
+        return durable_decision(state, mesh, f"{_what(cause)}: shared memory holds no complete step that is newer")
+    snapshot, transfers = found
+    copied = f", {len(transfers)} of its slots copied from their replicas" if transfers else ""
+    return Decision(
+        rung=rung,
+        mesh=mesh,
+        source="ram",
+        step=snapshot.step,
+        snapshot_generation=snapshot.generation,
+        transfers=transfers,
+        reason=f"{_what(cause)}: step {snapshot.step} is complete in shared memory{copied}",
+    )
+
+
+def _what(cause: Evidence) -> str:
+    return f"{cause.kind} on {cause.node}" + ("" if cause.slot is None else f", slot {cause.slot}")
+
+
+def durable_decision(state: State, mesh: tuple[str, ...], why: str) -> Decision:
+    """Start from the newest committed checkpoint that nobody has found damaged, else from the beginning."""
+    step = state.newest_checkpoint()
+    if step is None:
+        return Decision(rung="durable", mesh=mesh, source="init", reason=f"{why}; no checkpoint is committed")
+    return Decision(rung="durable", mesh=mesh, source="durable", step=step, reason=f"{why}; checkpoint {step}")
+
+
+def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
+    """The newest snapshot that shared memory can give to every slot of `mesh`, with the copies that it takes.
+
+    A snapshot is known by its step *and* the generation that wrote it: where collectives are not bitwise
+    reproducible, the same step of two generations is two states, and they must never be mixed.
+    """
+    if "ram" not in state.capabilities:
+        return None
+    held = {s for slots in state.inventory.values() for snapshots in slots.values() for s in snapshots}
+    for snapshot in sorted(held, key=lambda s: (s.step, s.generation), reverse=True):
+        if snapshot.name in state.bad_snapshots:
+            continue
+        transfers = _transfers(state, mesh, snapshot)
+        if transfers is not None:
+            return snapshot, transfers
+    return None
+
+
+def _transfers(state: State, mesh: tuple[str, ...], snapshot: Snapshot) -> tuple[Transfer, ...] | None:
+    """The copies that give every slot of `mesh` this snapshot; None when some slot's cannot be had."""
+    layout = state.layout
+    assert layout is not None
+    holders: dict[int, str] = {}
+    for node, slots in state.inventory.items():
+        if state.nodes[node].state != "lost":
+            holders |= {slot: node for slot, held in slots.items() if snapshot in held}
+    transfers = []
+    for index, node in enumerate(mesh):
+        for slot in placement.slots_of(layout, index):
+            if snapshot in state.inventory.get(node, {}).get(slot, ()):
+                continue
+            source = next((s for s in (slot, *placement.replicas(layout, slot)) if s in holders), None)
+            if source is None or "peer" not in state.capabilities:
+                return None
+            transfers.append(Transfer(slot=slot, to_node=node, from_slot=source, from_node=holders[source]))
+    return tuple(transfers)

@@ -1,0 +1,185 @@
+"""What the supervisor knows: plain data, integers and ordered containers only, so that a fold over it replays exactly.
+
+Each field says what binds it. `check` asserts the invariants that hold between events; it stays on in production.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.core.actions import OpenGeneration
+from orchestrator.core.events import Layout, Limits, Snapshot
+from orchestrator.core.goodput import Ledger
+
+NodeState = Literal["spare", "active", "quarantined", "lost"]
+
+NODE_STATES: dict[NodeState, str] = {
+    "spare": "ready, holds no slot",
+    "active": "fills a place of the mesh",
+    "quarantined": "alive, charged with too many strikes, never given a slot",
+    "lost": "gone; its name is never used again",
+}
+
+JobState = Literal["waiting", "starting", "training", "halting", "committing", "ended"]
+
+JOB_STATES: dict[JobState, str] = {
+    "waiting": "too few usable nodes for the mesh",
+    "starting": "a generation is ordered; not every rank stands before its first step yet",
+    "training": "steps are being done",
+    "halting": "something failed; the generation's workers are being ended and the nodes report what they hold",
+    "committing": "every rank has left in good order; the last checkpoint is not committed yet",
+    "ended": "over; nothing more is ordered",
+}
+
+# Exit codes of a run; the table for people is docs/exit-codes.md.
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_JOB_FAULT = 93
+EXIT_CRASH_LOOP = 94
+EXIT_NO_NODES = 95
+EXIT_STOPPED = 96
+
+
+@dataclass
+class Node:
+    state: NodeState
+    domain: str
+    strikes: int = 0
+    """Incidents charged to this node; at limits.strikes it is quarantined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """One thing that was seen to go wrong in an incident."""
+
+    at: int
+    node: str
+    slot: int | None
+    """None when it concerns the whole node."""
+    kind: str
+    """"node", "signal", "exit", "start", or the kind of the worker's last words."""
+    detail: str
+    step: int
+
+
+@dataclass
+class Checkpoint:
+    trust: Literal["written", "committed", "damaged"]
+    """"written": every rank's part is on the store. "committed": its record is, too. "damaged": a worker refused it."""
+    generation: int
+    """The generation that wrote it."""
+
+
+@dataclass
+class Incident:
+    """One interruption: from the first thing seen to go wrong until the mesh has completed a step again."""
+
+    number: int
+    detected_at: int
+    generation: int
+    """The generation that it interrupted."""
+    step: int
+    """Steps completed when it struck."""
+    evidence: list[Evidence] = field(default_factory=list)
+    """What the next rung must answer: the first failure, or that of the last recovery."""
+    answered: list[Evidence] = field(default_factory=list)
+    """What earlier rungs of this incident answered."""
+    rungs: list[str] = field(default_factory=list)
+    """Rungs tried, in order; the last is the one that worked once the incident is closed."""
+    cause: str = ""
+    culprit: str = ""
+    """The node that it is charged to; empty when it is the job's or nobody's."""
+    reason: str = ""
+    halted_at: int | None = None
+    ordered_at: int | None = None
+    ready_at: int | None = None
+    closed_at: int | None = None
+    restored_step: int | None = None
+    rendezvous_us: int = 0
+    build_us: int = 0
+    restore_us: int = 0
+    cost_us: int = 0
+    """Node-microseconds of detection, recovery, waiting and recomputation that it caused."""
+    ledger_before_us: int = 0
+    """The ledger's recovery and waiting when it opened, to know its share."""
+
+    @property
+    def steps_lost(self) -> int:
+        return max(0, self.step - (self.step if self.restored_step is None else self.restored_step))
+
+
+@dataclass
+class State:
+    run: str = ""
+    layout: Layout | None = None
+    limits: Limits | None = None
+    capabilities: tuple[str, ...] = ()
+    total_steps: int = 0
+
+    epoch: int = 0
+    job: JobState = "waiting"
+    nodes: dict[str, Node] = field(default_factory=dict)
+    """Every node that ever joined, in the order in which they did."""
+
+    generation: int = 0
+    mesh: tuple[str, ...] = ()
+    """Nodes of the current generation in mesh order; between generations, of the last one."""
+    order: OpenGeneration | None = None
+    """What opened the current generation; ordered again when a controller comes back before it was ready."""
+    restored_step: int = 0
+    step: int = 0
+    """Steps completed in the current generation's history; at most one generation moves it forward."""
+    high_water: int = 0
+    """Most steps ever completed. Never falls: what lies below it is recomputed when done again."""
+
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    """By step, ascending. Only committed ones are restored from."""
+    bad_snapshots: dict[str, str] = field(default_factory=dict)
+    """Names of snapshots that a worker refused, with its reason."""
+
+    awaiting: tuple[str, ...] = ()
+    """While halting: the nodes that have not reported yet."""
+    inventory: dict[str, dict[int, tuple[Snapshot, ...]]] = field(default_factory=dict)
+    """From the last halt: node to slot to the snapshots in its shared memory."""
+
+    incident: Incident | None = None
+    incidents: list[Incident] = field(default_factory=list)
+    """Closed ones, in order."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """Signature (kind, step, error) of a worker's failure to the number of incidents that it caused."""
+    recoveries_without_progress: int = 0
+    """Generations opened since the high-water mark last rose."""
+
+    stopping: str = ""
+    """Who asked for the graceful stop that is under way; empty when none is."""
+    exit_code: int | None = None
+    verdict: str = ""
+
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def usable(self) -> tuple[str, ...]:
+        """Nodes that may hold slots, those that do first, then in the order of joining."""
+        alive = [name for name, node in self.nodes.items() if node.state in ("active", "spare")]
+        return tuple(sorted(alive, key=lambda name: self.nodes[name].state != "active"))
+
+    def newest_checkpoint(self) -> int | None:
+        committed = [step for step, checkpoint in self.checkpoints.items() if checkpoint.trust == "committed"]
+        return max(committed, default=None)
+
+    def check(self) -> None:
+        """The invariants that hold after every event.
+
+        - every place of the mesh is held by a different node, and while slots are held, by a usable one;
+        - nobody awaits the report of a node that is gone;
+        - steps completed never pass the high-water mark, and an ended run has a verdict;
+        - the ledger adds up.
+        """
+        assert len(set(self.mesh)) == len(self.mesh), self.mesh
+        if self.job in ("starting", "training", "committing"):
+            assert all(self.nodes[name].state == "active" for name in self.mesh), (self.job, self.mesh)
+        assert (self.job == "halting") == bool(self.awaiting), (self.job, self.awaiting)
+        assert all(self.nodes[name].state != "lost" for name in self.awaiting)
+        assert self.restored_step <= self.step <= self.high_water, (self.restored_step, self.step, self.high_water)
+        assert (self.job == "ended") == (self.exit_code is not None)
+        self.ledger.check()

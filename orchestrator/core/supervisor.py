@@ -1,0 +1,524 @@
+"""The supervisor: everything that Shepherd decides, in one deterministic state machine.
+
+    actions = supervisor.handle(event)
+
+It knows no Ray, no torch, no clock, no file and no thread. The same events give the same actions, so its journal is
+its memory: a controller that comes back folds the journal and stands where the last one stood.
+
+What happens when a node dies, told once:
+
+1. `_on_node_lost` marks the node and calls `_interrupt`: an incident opens, the time in flight becomes detection, and
+   every other node of the mesh is ordered to halt (`HaltGeneration`). State "halting".
+2. Each halted node answers `NodeHalted` with the snapshots in its shared memory. One that does not answer within
+   `halt_deadline` is lost, too.
+3. `_recover` asks `recovery.decide` for the cheapest rung that is sufficient, and orders `OpenGeneration` with the
+   spare in the dead node's place. State "starting".
+4. `GenerationReady`: every rank has its state. State "training". The first completed step closes the incident.
+
+A dead worker takes the same road; its node stays. A failure on the way is more evidence for the open incident, and the
+next rung down is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.core import events as ev
+from orchestrator.core import placement, recovery
+from orchestrator.core.actions import (
+    Action,
+    AskStop,
+    CommitCheckpoint,
+    EndRun,
+    HaltGeneration,
+    OpenGeneration,
+    ReleaseNode,
+    SetTimer,
+)
+from orchestrator.core.goodput import Label
+from orchestrator.core.state import (
+    EXIT_FAILED,
+    EXIT_NO_NODES,
+    EXIT_OK,
+    EXIT_STOPPED,
+    Checkpoint,
+    Evidence,
+    Incident,
+    Node,
+    State,
+)
+
+
+class Supervisor:
+    """Folds events into `state` and answers each with actions. Not thread-safe: it has one caller."""
+
+    def __init__(self, state: State | None = None) -> None:
+        self.state = state or State()
+
+    def handle(self, event: ev.Event) -> list[Action]:
+        """What to do about `event`.
+
+        Raises:
+            AssertionError: an invariant does not hold; the caller must not use this supervisor's state any more.
+        """
+        if isinstance(event, ev.RunDeclared):
+            self._suspend()
+        self.state.ledger.advance(event.at)
+        if self.state.job == "ended" and not isinstance(event, (ev.RunDeclared, ev.EpochBegan)):
+            return []
+        actions = _HANDLERS[type(event)](self, event)
+        self._count_nodes()
+        self.state.check()
+        return actions
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def _on_run_declared(self, event: ev.RunDeclared) -> list[Action]:
+        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on."""
+        s = self.state
+        assert s.run in ("", event.run), (s.run, event.run)
+        s.run, s.layout, s.limits = event.run, event.layout, event.limits
+        s.total_steps, s.capabilities = event.total_steps, event.capabilities
+        s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
+        s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, ()
+        s.errors, s.recoveries_without_progress = {}, 0
+        s.ledger.places = event.layout.nodes + event.layout.spares
+        s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
+        return [self._timer("wait", event.at + event.limits.wait_deadline_us)]
+
+    def _on_epoch_began(self, event: ev.EpochBegan) -> list[Action]:
+        """A controller came back: order again what may not have arrived. What agents held back, they will report."""
+        s = self.state
+        assert event.epoch > s.epoch, (event.epoch, s.epoch)
+        s.epoch = event.epoch
+        written = [step for step, checkpoint in s.checkpoints.items() if checkpoint.trust == "written"]
+        again: list[Action] = [self._commit(step) for step in written]
+        if s.job == "starting":
+            assert s.order is not None
+            again += [s.order, self._timer(f"start/{s.generation}", event.at + self._limits.start_deadline_us)]
+        elif s.job == "halting":
+            again += self._halt(event.at, s.awaiting, "the controller came back while the generation was halting")
+        elif s.job == "waiting" and s.run:
+            again.append(self._timer("wait", event.at + self._limits.wait_deadline_us))
+        elif s.job == "committing":
+            again.append(self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us))
+        elif s.job == "training" and s.stopping:
+            again.append(AskStop(generation=s.generation))
+        return again
+
+    def _on_stop_requested(self, event: ev.StopRequested) -> list[Action]:
+        s = self.state
+        if event.graceful and s.job == "training":
+            s.stopping = event.by
+            return [AskStop(generation=s.generation)]
+        if event.graceful and s.job in ("starting", "halting", "committing"):
+            s.stopping = event.by
+            return []
+        return self._end(EXIT_STOPPED, f"stopped by {event.by}")
+
+    # --- nodes come and go ------------------------------------------------------------------------------------------
+
+    def _on_node_joined(self, event: ev.NodeJoined) -> list[Action]:
+        s = self.state
+        known = s.nodes.get(event.node)
+        if known is not None and known.state != "lost":
+            return []
+        if known is not None or len(s.usable()) >= s.ledger.places:
+            return [ReleaseNode(node=event.node, reason="its name was lost before" if known else "no place is free")]
+        s.nodes[event.node] = Node(state="spare", domain=event.domain)
+        s.inventory[event.node] = event.snapshots
+        return self._open(event.at, "enough nodes have joined") if s.job == "waiting" else []
+
+    def _on_node_lost(self, event: ev.NodeLost) -> list[Action]:
+        s = self.state
+        node = s.nodes.get(event.node)
+        if node is None or node.state == "lost":
+            return []
+        held = node.state == "active" and s.job != "waiting"
+        if held and s.job != "halting":
+            actions = self._interrupt(event.at, self._evidence(event.at, event.node, None, "node", event.cause))
+        elif held and s.incident is not None:
+            s.incident.evidence.append(self._evidence(event.at, event.node, None, "node", event.cause))
+            actions = []
+        else:
+            actions = []
+        node.state = "lost"
+        release = ReleaseNode(node=event.node, reason=event.cause)
+        return [release, *actions, *self._no_longer_awaited(event.at, event.node)]
+
+    # --- a generation -----------------------------------------------------------------------------------------------
+
+    def _on_generation_ready(self, event: ev.GenerationReady) -> list[Action]:
+        s = self.state
+        if s.job != "starting" or event.generation != s.generation:
+            return []
+        assert event.step == s.restored_step, (event.step, s.restored_step)
+        s.job = "training"
+        s.ledger.settle("other", then="recovery")
+        s.ledger.train()
+        if s.incident is not None:
+            s.incident.ready_at = event.at
+            s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
+            s.incident.restore_us = event.restore_us
+            s.incident.cost_us += _interruption_us(s) - s.incident.ledger_before_us
+        return [AskStop(generation=s.generation)] if s.stopping else []
+
+    def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
+        s = self.state
+        if s.job not in ("training", "halting") or event.generation != s.generation or event.last <= s.step:
+            return []
+        if s.job == "halting":  # done before the halt reached it; its time is settled as detection already
+            s.step, s.high_water = event.last, max(s.high_water, event.last)
+            if s.incident is not None and not s.incident.rungs:
+                s.incident.step = s.step
+            return []
+        assert event.first == s.step + 1, (event.first, s.step)
+        steps = event.last - s.step
+        new_steps = max(0, event.last - max(s.high_water, s.step))
+        stalls: dict[Label, int] = {
+            "data_wait": event.data_wait_us,
+            "checkpoint_stall": event.checkpoint_us,
+            "validation": event.validation_us,
+        }
+        recomputed = s.ledger.settle_steps(steps, new_steps, stalls)
+        s.step, s.high_water = event.last, max(s.high_water, event.last)
+        if s.incident is not None:
+            self._close_incident(event.at)
+        if s.incidents:
+            s.incidents[-1].cost_us += recomputed
+        if new_steps:
+            s.recoveries_without_progress = 0
+        return []
+
+    def _on_generation_finished(self, event: ev.GenerationFinished) -> list[Action]:
+        s = self.state
+        if s.job != "training" or event.generation != s.generation:
+            return []
+        assert event.reason != "completed" or event.step == s.total_steps, (event.step, s.total_steps)
+        s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
+        s.job = "committing"
+        if s.incident is not None:
+            self._close_incident(event.at)
+        if event.step in s.checkpoints and s.checkpoints[event.step].trust == "committed":
+            return self._finish()
+        return [self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us)]
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _on_checkpoint_written(self, event: ev.CheckpointWritten) -> list[Action]:
+        s = self.state
+        known = s.checkpoints.get(event.step)
+        if event.generation != s.generation or (known is not None and known.trust != "damaged"):
+            return []
+        s.checkpoints[event.step] = Checkpoint(trust="written", generation=event.generation)
+        return [self._commit(event.step)]
+
+    def _on_checkpoint_committed(self, event: ev.CheckpointCommitted) -> list[Action]:
+        s = self.state
+        s.checkpoints[event.step] = Checkpoint(trust="committed", generation=event.generation)
+        s.checkpoints = dict(sorted(s.checkpoints.items()))
+        return self._finish() if s.job == "committing" and event.step == s.step else []
+
+    def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
+        s = self.state
+        if event.step in s.checkpoints and s.checkpoints[event.step].trust == "written":
+            del s.checkpoints[event.step]
+        if s.job == "committing" and event.step == s.step:
+            return self._end(EXIT_FAILED, f"the last checkpoint (step {event.step}) could not be saved: {event.error}")
+        return []
+
+    def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
+        """The store is the authority on what is committed; what a worker found damaged stays damaged."""
+        s = self.state
+        kept = {step: c for step, c in s.checkpoints.items() if c.trust != "committed" or step in event.steps}
+        found = {step: Checkpoint(trust="committed", generation=0) for step in event.steps if step not in kept}
+        s.checkpoints = dict(sorted((kept | found).items()))
+        s.high_water = max(s.high_water, s.newest_checkpoint() or 0)
+        return []
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _on_worker_failed(self, event: ev.WorkerFailed) -> list[Action]:
+        s = self.state
+        if event.generation != s.generation or s.job not in ("starting", "training", "halting", "committing"):
+            return []
+        if event.kind == "state" and s.order is not None:
+            self._distrust(s.order, event.error)
+        return self._fault(
+            Evidence(
+                at=event.at, node=event.node, slot=event.slot, kind=event.kind, detail=event.error, step=event.step
+            )
+        )
+
+    def _on_worker_exited(self, event: ev.WorkerExited) -> list[Action]:
+        s = self.state
+        if event.generation != s.generation or s.job not in ("starting", "training", "halting", "committing"):
+            return []
+        if s.incident is not None and any(
+            (e.node, e.slot) == (event.node, event.slot) and e.kind not in ("signal", "exit")
+            for e in s.incident.evidence
+        ):
+            return []  # it has told why already
+        kind = "exit" if event.signal is None else "signal"
+        detail = f"exit code {event.exit_code}" if event.signal is None else f"signal {event.signal}"
+        return self._fault(self._evidence(event.at, event.node, event.slot, kind, detail))
+
+    def _on_generation_failed(self, event: ev.GenerationFailed) -> list[Action]:
+        s = self.state
+        if event.generation != s.generation or s.job != "starting":
+            return []
+        return self._fault(self._evidence(event.at, event.node, None, "start", event.error))
+
+    def _on_node_halted(self, event: ev.NodeHalted) -> list[Action]:
+        s = self.state
+        if s.job != "halting" or event.generation != s.generation or event.node not in s.awaiting:
+            return []
+        s.inventory[event.node] = event.snapshots
+        return self._no_longer_awaited(event.at, event.node)
+
+    def _on_timer(self, event: ev.TimerFired) -> list[Action]:
+        s = self.state
+        name, _, generation = event.timer.partition("/")
+        if name == "wait" and s.job == "waiting":
+            return self._end(
+                EXIT_FAILED,
+    EXIT_NO_NODES, f"{len(s.usable())} usable nodes after the wait, the mesh needs {self._layout.nodes}"
+            )
+        if generation != str(s.generation):
+            return []
+        if name == "halt" and s.job == "halting":
+            actions: list[Action] = []
+            for node in s.awaiting:
+                lost = ev.NodeLost(at=event.at, node=node, cause="did not halt within its deadline")
+                actions += self._on_node_lost(lost)
+            return actions
+        if name == "start" and s.job == "starting":
+            return self._fault(self._evidence(event.at, "", None, "start", "not ready within its deadline"))
+        if name == "commit" and s.job == "committing":
+            return self._end(EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline")
+        return []
+
+    # --- the road from a failure to the next generation --------------------------------------------------------------
+
+    def _fault(self, evidence: Evidence) -> list[Action]:
+        s = self.state
+        if s.job == "halting":
+            assert s.incident is not None
+            s.incident.evidence.append(evidence)
+            return []
+        return self._interrupt(evidence.at, evidence)
+
+    def _interrupt(self, at: int, evidence: Evidence) -> list[Action]:
+        """Open an incident (or go on with the one whose recovery failed) and halt what is left of the generation."""
+        s = self.state
+        if s.incident is None:
+            s.incident = Incident(number=len(s.incidents) + 1, detected_at=at, generation=s.generation, step=s.step)
+            s.incident.ledger_before_us = _interruption_us(s)
+            s.incident.cost_us += s.ledger.settle("detection", then="recovery")
+        else:
+            s.ledger.settle("recovery", then="recovery")
+            s.incident.answered += s.incident.evidence
+            s.incident.evidence = []
+        s.incident.evidence.append(evidence)
+        s.job, s.inventory = "halting", {}
+        s.awaiting = tuple(
+            name for name, n in s.nodes.items() if n.state == "active" and not _gone(evidence, name) and name in s.mesh
+        )
+        if not s.awaiting:
+            return self._recover(at)
+        return self._halt(at, s.awaiting, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
+
+    def _halt(self, at: int, nodes: tuple[str, ...], reason: str) -> list[Action]:
+        generation = self.state.generation
+        return [
+            HaltGeneration(generation=generation, nodes=nodes, reason=reason),
+            self._timer(f"halt/{generation}", at + self._limits.halt_deadline_us),
+        ]
+
+    def _no_longer_awaited(self, at: int, node: str) -> list[Action]:
+        s = self.state
+        if node not in s.awaiting:
+            return []
+        s.awaiting = tuple(name for name in s.awaiting if name != node)
+        return [] if s.awaiting else self._recover(at)
+
+    def _recover(self, at: int) -> list[Action]:
+        """Everybody who can has reported: charge the incident, choose the rung, and open the next generation."""
+        s = self.state
+        incident = s.incident
+        assert incident is not None
+        incident.halted_at = at
+        cause = recovery.root(incident)
+        if not incident.rungs:  # charged once, for what it began with
+            incident.cause, incident.culprit = cause.kind, cause.node
+            self._strike(cause)
+        signature = recovery.signature(cause)
+        s.errors[signature] = s.errors.get(signature, 0) + 1
+        decision = recovery.decide(s)
+        incident.reason = decision.reason
+        if decision.rung == "fail":
+            return self._end(decision.exit_code, decision.reason)
+        if decision.rung == "wait":
+            return self._wait(at)
+        return self._open_from(at, decision)
+
+    def _wait(self, at: int) -> list[Action]:
+        s = self.state
+        s.job = "waiting"
+        s.ledger.settle("recovery", then="waiting_for_nodes")
+        return [self._timer("wait", at + self._limits.wait_deadline_us)]
+
+    def _open(self, at: int, why: str) -> list[Action]:
+        """A generation where none runs: the first, or the one that a wait was for."""
+        s = self.state
+        if s.incident is not None:
+            decision = recovery.decide(s)
+            if decision.rung == "wait":
+                return []
+            s.incident.reason = decision.reason
+        else:
+            mesh = placement.place(self._layout, s.mesh, s.usable())
+            if mesh is None:
+                return []
+            decision = recovery.durable_decision(s, mesh, why)
+        return self._open_from(at, decision)
+
+    def _open_from(self, at: int, decision: recovery.Decision) -> list[Action]:
+        s = self.state
+        assert decision.rung not in ("fail", "wait")
+        for name, node in s.nodes.items():
+            if node.state in ("active", "spare"):
+                node.state = "active" if name in decision.mesh else "spare"
+        first = s.generation == 0 or s.incident is None
+        s.generation += 1
+        s.recoveries_without_progress += not first
+        s.mesh, s.job = decision.mesh, "starting"
+        s.step = s.restored_step = decision.step
+        s.high_water = max(s.high_water, s.step)  # a dead node's last report may be missing, its snapshot not
+        s.ledger.mesh_label = "start_up" if first else "recovery"
+        s.ledger.empty_label = "degraded_capacity"
+        if s.incident is not None:
+            s.incident.rungs.append(decision.rung)
+            s.incident.ordered_at, s.incident.restored_step = at, decision.step
+        s.order = OpenGeneration(
+            generation=s.generation,
+            nodes=decision.mesh,
+            source=decision.source,
+            step=decision.step,
+            snapshot_generation=decision.snapshot_generation,
+            transfers=decision.transfers,
+            reason=decision.reason,
+        )
+        return [s.order, self._timer(f"start/{s.generation}", at + self._limits.start_deadline_us)]
+
+    def _suspend(self) -> None:
+        """Nothing runs from here on; the time until a resume is a pause."""
+        s = self.state
+        s.ledger.settle("detection" if s.incident is not None else "other", then="paused")
+        s.ledger.empty_label = "paused"
+        if s.incident is not None:
+            s.incidents.append(s.incident)
+            s.incident = None
+
+    # --- small parts ------------------------------------------------------------------------------------------------
+
+    def _strike(self, cause: Evidence) -> None:
+        """Charge the node that an incident began on, unless the fault is the program's or nobody's."""
+        s = self.state
+        node = s.nodes.get(cause.node)
+        if node is None or cause.kind not in ("signal", "exit", "start", "node", "state"):
+            return
+        node.strikes += 1
+        spare_left = any(n.state == "spare" for n in s.nodes.values())
+        if node.state == "active" and node.strikes >= self._limits.strikes and spare_left:
+            node.state = "quarantined"
+
+    def _distrust(self, order: OpenGeneration, error: str) -> None:
+        """A worker refused the state that it was given: never give it again."""
+        s = self.state
+        if order.source == "durable":
+            s.checkpoints[order.step].trust = "damaged"
+        elif order.source == "ram":
+            name = ev.Snapshot(generation=order.snapshot_generation, step=order.step).name
+            s.bad_snapshots[name] = error
+
+    def _close_incident(self, at: int) -> None:
+        s = self.state
+        assert s.incident is not None
+        s.incident.closed_at = at
+        s.incidents.append(s.incident)
+        s.incident = None
+        s.ledger.mesh_label = "other"
+
+    def _finish(self) -> list[Action]:
+        s = self.state
+        if s.step == s.total_steps:
+            return self._end(EXIT_OK, f"all {s.total_steps} steps done")
+        return self._end(EXIT_STOPPED, f"stopped by {s.stopping} at step {s.step}")
+
+    def _end(self, exit_code: int, reason: str) -> list[Action]:
+        s = self.state
+        self._suspend()
+        s.job, s.exit_code, s.verdict, s.awaiting = "ended", exit_code, reason, ()
+        return [EndRun(exit_code=exit_code, reason=reason)]
+
+    def _commit(self, step: int) -> CommitCheckpoint:
+        generation = self.state.checkpoints[step].generation
+        return CommitCheckpoint(step=step, epoch=self.state.epoch, generation=generation)
+
+    def _timer(self, timer: str, at: int) -> SetTimer:
+        return SetTimer(timer=timer, at=at)
+
+    def _evidence(self, at: int, node: str, slot: int | None, kind: str, detail: str) -> Evidence:
+        return Evidence(at=at, node=node, slot=slot, kind=kind, detail=detail, step=self.state.step)
+
+    def _count_nodes(self) -> None:
+        """Tell the ledger who holds places; while the mesh trains, its number is that of its nodes."""
+        s = self.state
+        if s.job == "ended":
+            s.ledger.populate(0, 0)
+            return
+        states = [node.state for node in s.nodes.values()]
+        s.ledger.populate(states.count("active"), states.count("spare"))
+
+    @property
+    def _limits(self) -> ev.Limits:
+        assert self.state.limits is not None
+        return self.state.limits
+
+    @property
+    def _layout(self) -> ev.Layout:
+        assert self.state.layout is not None
+        return self.state.layout
+
+
+def _interruption_us(state: State) -> int:
+    """Node-microseconds that interruptions have cost so far, detection and recomputation apart."""
+    return state.ledger.totals["recovery"] + state.ledger.totals["waiting_for_nodes"]
+
+
+def _gone(evidence: Evidence, node: str) -> bool:
+    return evidence.kind == "node" and evidence.node == node
+
+
+_HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
+    ev.RunDeclared: Supervisor._on_run_declared,
+    ev.EpochBegan: Supervisor._on_epoch_began,
+    ev.StopRequested: Supervisor._on_stop_requested,
+    ev.NodeJoined: Supervisor._on_node_joined,
+    ev.NodeLost: Supervisor._on_node_lost,
+    ev.GenerationReady: Supervisor._on_generation_ready,
+    ev.StepsDone: Supervisor._on_steps_done,
+    ev.Validated: lambda self, event: [],
+    ev.GenerationFinished: Supervisor._on_generation_finished,
+    ev.CheckpointWritten: Supervisor._on_checkpoint_written,
+    ev.CheckpointCommitted: Supervisor._on_checkpoint_committed,
+    ev.CheckpointFailed: Supervisor._on_checkpoint_failed,
+    ev.CheckpointsFound: Supervisor._on_checkpoints_found,
+    ev.WorkerFailed: Supervisor._on_worker_failed,
+    ev.WorkerExited: Supervisor._on_worker_exited,
+    ev.GenerationFailed: Supervisor._on_generation_failed,
+    ev.NodeHalted: Supervisor._on_node_halted,
+    ev.TimerFired: Supervisor._on_timer,
+}
