@@ -275,7 +275,7 @@ class Failed:
     rank: int
     step: int
     kind: Literal["exception", "collective", "memory", "state", "audit"]
-    """``collective``: a peer broke the exchange, the cause lies elsewhere. ``state``: the state to restore is damaged."""
+    """``collective``: a peer broke the exchange, its cause lies elsewhere. ``state``: the state given is damaged."""
     error: str
     """Type and message on one line."""
     traceback: str

@@ -85,7 +85,7 @@ class Supervisor:
         s.errors, s.recoveries_without_progress = {}, 0
         s.ledger.places = event.layout.nodes + event.layout.spares
         s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
-        return [self._timer("wait", event.at + event.limits.wait_deadline_us)]
+        return [self._timer(f"wait/{s.generation}", event.at + event.limits.wait_deadline_us)]
 
     def _on_epoch_began(self, event: ev.EpochBegan) -> list[Action]:
         """A controller came back: order again what may not have arrived. What agents held back, they will report."""
@@ -100,7 +100,7 @@ class Supervisor:
         elif s.job == "halting":
             again += self._halt(event.at, s.awaiting, "the controller came back while the generation was halting")
         elif s.job == "waiting" and s.run:
-            again.append(self._timer("wait", event.at + self._limits.wait_deadline_us))
+            again.append(self._timer(f"wait/{s.generation}", event.at + self._limits.wait_deadline_us))
         elif s.job == "committing":
             again.append(self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us))
         elif s.job == "training" and s.stopping:
@@ -280,13 +280,11 @@ class Supervisor:
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
         s = self.state
         name, _, generation = event.timer.partition("/")
-        if name == "wait" and s.job == "waiting":
-            return self._end(
-                EXIT_FAILED,
-    EXIT_NO_NODES, f"{len(s.usable())} usable nodes after the wait, the mesh needs {self._layout.nodes}"
-            )
         if generation != str(s.generation):
             return []
+        if name == "wait" and s.job == "waiting":
+            have, need = len(s.usable()), self._layout.nodes
+            return self._end(EXIT_NO_NODES, f"{have} usable nodes when the wait ended, the mesh needs {need}")
         if name == "halt" and s.job == "halting":
             actions: list[Action] = []
             for node in s.awaiting:
@@ -367,7 +365,7 @@ class Supervisor:
         s = self.state
         s.job = "waiting"
         s.ledger.settle("recovery", then="waiting_for_nodes")
-        return [self._timer("wait", at + self._limits.wait_deadline_us)]
+        return [self._timer(f"wait/{s.generation}", at + self._limits.wait_deadline_us)]
 
     def _open(self, at: int, why: str) -> list[Action]:
         """A generation where none runs: the first, or the one that a wait was for."""
