@@ -28,6 +28,16 @@ def generation_dir(step: int, epoch: int, generation: int) -> str:
     return f"{DATA_DIR}/step-{step:08d}-e{epoch}-g{generation}"
 
 
+def data_name(step: int, epoch: int, generation: int, rank: int) -> str:
+    """Path of one rank's data file, relative to ``run.url``."""
+    return f"{generation_dir(step, epoch, generation)}/rank-{rank:05d}.bin"
+
+
+def index_name(step: int, epoch: int, generation: int, rank: int) -> str:
+    """Path of the index of one rank's data file, relative to ``run.url``."""
+    return f"{generation_dir(step, epoch, generation)}/rank-{rank:05d}.json"
+
+
 def commit_name(step: int) -> str:
     """Path of the commit record of `step`, relative to ``run.url``."""
     return f"{COMMIT_DIR}/step-{step:08d}.json"

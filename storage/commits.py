@@ -1,0 +1,166 @@
+"""Commit records: the only thing that makes a checkpoint exist. Created, read, listed, checked, deleted. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import xxhash
+
+from storage.blocks import READ_BLOCKS, read_blocks
+from storage.index import Index, check_tensors
+from storage.manifest import COMMIT_DIR, Commit, ManifestError, RankPart, commit_name, generation_dir
+from storage.urls import Store, list_names, locate, read_bytes, remove, write_exclusive
+
+_COMMIT_FILE = re.compile(r"step-(\d{8,})\.json")
+
+
+class CommitConflict(RuntimeError):
+    """Another checkpoint of the same step is committed already."""
+
+
+def create_commit(url: str, commit: Commit) -> bool:
+    """Make the checkpoint exist. Idempotent: committing the same record again is True too.
+
+    Raises:
+        CommitConflict: a different record of this step exists; it stays as it is.
+        StoreError: the store failed; the record is not there.
+    """
+    name = commit_name(commit.step)
+    if not write_exclusive(url, name, commit.to_json()):
+        raise CommitConflict(f"{name} under {url} exists with other content: step {commit.step} was committed already")
+    return True
+
+
+def read_commit(url: str, name_or_step: str | int) -> Commit:
+    """The commit record of a step, or of a name such as ``checkpoints/commits/step-00000120.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ManifestError: it is damaged, of another format, or of another step than its name says.
+    """
+    name = commit_name(name_or_step) if isinstance(name_or_step, int) else name_or_step
+    commit = Commit.from_json(read_bytes(url, name))
+    if commit_name(commit.step) != name:
+        raise ManifestError(f"{name} holds the record of step {commit.step}: the file was moved")
+    return commit
+
+
+def list_commits(url: str) -> list[int]:
+    """Steps of all committed checkpoints, ascending."""
+    found = (_COMMIT_FILE.fullmatch(name) for name in list_names(url, COMMIT_DIR))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def delete_checkpoint(url: str, step: int) -> None:
+    """Delete the checkpoint of `step`: first the commit record, so that no reader finds half of it, then its data.
+
+    When the record cannot be read, only it is removed, since only it names the data.
+    """
+    try:
+        commit = read_commit(url, step)
+    except (FileNotFoundError, ManifestError):
+        commit = None
+    remove(url, commit_name(step))
+    if commit is not None:
+        remove(url, generation_dir(commit.step, commit.epoch, commit.generation))
+
+
+def read_index(store: Store, commit: Commit, part: RankPart) -> Index:
+    """The index of one rank's part, checked against the commit.
+
+    Raises:
+        ManifestError: it is missing, damaged, or belongs elsewhere.
+    """
+    try:
+        raw = bytes(store.fs.cat_file(store.path(part.index)))
+    except FileNotFoundError as e:
+        raise ManifestError(f"{part.index}: missing, but the commit of step {commit.step} names it") from e
+    if xxhash.xxh3_128_hexdigest(raw) != part.index_digest:
+        raise ManifestError(f"{part.index}: damaged (its xxh3_128 is not the one in the commit of step {commit.step})")
+    index = Index.from_json(raw)
+    told = (part.rank, commit.step, commit.epoch, commit.generation, part.data, part.data_bytes)
+    if told != (index.rank, index.step, index.epoch, index.generation, index.data, index.data_bytes):
+        raise ManifestError(f"{part.index}: belongs to another part than the commit of step {commit.step} says")
+    return index
+
+
+def read_indices(url: str, commit: Commit) -> list[Index]:
+    """The indices of all ranks, after checking that together they hold every tensor exactly once.
+
+    Raises:
+        ManifestError: one is missing or damaged, or the chunks do not tile the tensors.
+    """
+    store = locate(url)
+    ranks = [part.rank for part in commit.parts]
+    if sorted(ranks) != list(range(len(ranks))):
+        raise ManifestError(f"the commit of step {commit.step} names ranks {sorted(ranks)}, not each rank once")
+    indices = [read_index(store, commit, part) for part in commit.parts]
+    check_tensors(chunk for index in indices for chunk in index.chunks)
+    return indices
+
+
+def verify(url: str, commit: Commit) -> list[str]:
+    """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match."""
+    store = locate(url)
+    problems: list[str] = []
+    indices: list[Index] = []
+    for part in commit.parts:
+        try:
+            indices.append(read_index(store, commit, part))
+        except ManifestError as e:
+            problems.append(str(e))
+    for index in indices:
+        problems += _check_data(store, index)
+    if len(indices) == len(commit.parts):
+        try:
+            check_tensors(chunk for index in indices for chunk in index.chunks)
+        except ManifestError as e:
+            problems.append(str(e))
+    return problems
+
+
+def _check_data(store: Store, index: Index) -> list[str]:
+    """One pass over a data file: its damaged blocks, or else the chunks that are not what the rank meant to write.
+
+    Chunk digests were taken before the write, so a mismatch under good block digests is a fault of the rank's memory.
+    """
+    problems: list[str] = []
+    chunks = sorted((chunk for chunk in index.chunks if chunk.n_bytes), key=lambda chunk: chunk.file_offset)
+    hashing, first = xxhash.xxh3_128(), 0
+    for begin in range(0, len(index.blocks), READ_BLOCKS):
+        results = read_blocks(store, index, begin, min(begin + READ_BLOCKS, len(index.blocks)))
+        for number, block in enumerate(results, start=begin):
+            if isinstance(block, ManifestError):
+                problems.append(str(block))
+                continue
+            start = number * index.block_bytes
+            while first < len(chunks) and chunks[first].file_offset < start + len(block):
+                chunk = chunks[first]
+                end = chunk.file_offset + chunk.n_bytes
+                hashing.update(block[max(chunk.file_offset - start, 0) : end - start])
+                if end > start + len(block):
+                    break
+                if hashing.hexdigest() != chunk.digest and not problems:
+                    return [f"{index.data}: {chunk.fqn} at {chunk.offsets} was not written as it stood in memory"]
+                hashing.reset()
+                first += 1
+    return problems
+
+
+def state_digest(url: str, commit: Commit) -> str:
+    """One SHA-256 over all content of a checkpoint: each chunk's name, box, shape, dtype and content digest, sorted.
+
+    Equal for two checkpoints of the same state on the same mesh, whichever run, epoch, generation or rank wrote them.
+    Reads the indices; `verify` is what ties them to the data.
+
+    Raises:
+        ManifestError: an index is missing or damaged.
+    """
+    chunks = sorted(
+        [chunk.fqn, list(chunk.offsets), list(chunk.sizes), list(chunk.shape), chunk.dtype, chunk.digest]
+        for index in read_indices(url, commit)
+        for chunk in index.chunks
+    )
+    return hashlib.sha256(json.dumps(chunks, separators=(",", ":")).encode()).hexdigest()

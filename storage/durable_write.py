@@ -1,0 +1,197 @@
+"""The writing half of a durable checkpoint: DCP's save planner with its blind spots closed, and the file writer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.planner import SavePlanner as DcpSavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from storage.blocks import BlockDigester
+from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
+from storage.manifest import ManifestError, RankPart, data_name, index_name
+from storage.state import dtype_name, host_bytes
+from storage.urls import Store, make_folder, portable_errors, sync_folder, upload
+
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's planner, refusing what it drops in silence: one name for different shapes, dtypes or content."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.digests: dict[MetadataIndex, str] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        with portable_errors():
+            plan = super().create_local_plan()
+            # With more ranks than rows a shard is empty, and all empty shards have one offset: leave them out.
+            items = [i for i in plan.items if described(i).chunk.sizes.numel() or not described(i).size.numel()]
+            self.digests = {item.index: xxhash.xxh3_128_hexdigest(self.content(item)) for item in items}
+            return dataclasses.replace(plan, items=items, planner_data=self.digests)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        _check_replicas(all_plans)
+        plans, metadata = super().create_global_plan(
+            [dataclasses.replace(plan, planner_data=None) for plan in all_plans]
+        )
+        for fqn, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
+            check_tiling(fqn, tuple(tensor.size), boxes)
+        return plans, metadata
+
+    def content(self, item: WriteItem) -> memoryview:
+        """The raw bytes of an item's box."""
+        tensor = self.resolve_data(item)
+        assert isinstance(tensor, torch.Tensor), item
+        return host_bytes(tensor).data
+
+
+def described(item: WriteItem) -> TensorWriteData:
+    """Shape, dtype and box of what is to be written."""
+    if item.tensor_data is None:
+        raise ManifestError(f"{item.index.fqn}: only tensors can be saved")
+    return item.tensor_data
+
+
+def _check_replicas(plans: list[SavePlan]) -> None:
+    """Check that ranks which hold the same box of a tensor hold the same content, before DCP keeps one of them."""
+    kinds: dict[str, tuple[int, Any, Any]] = {}
+    seen: dict[MetadataIndex, tuple[int, Any, str]] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            tensor, fqn = described(item), item.index.fqn
+            first, *kind = kinds.setdefault(fqn, (rank, tensor.size, tensor.properties.dtype))
+            if kind != [tensor.size, tensor.properties.dtype]:
+                raise ManifestError(
+                    f"{fqn}: rank {first} holds {kind[1]} of shape {tuple(kind[0])}, rank {rank} holds "
+                    f"{tensor.properties.dtype} of shape {tuple(tensor.size)}; names must be global"
+                )
+            holder, sizes, digest = seen.setdefault(
+                item.index, (rank, tensor.chunk.sizes, plan.planner_data[item.index])
+            )
+            if (sizes, digest) != (tensor.chunk.sizes, plan.planner_data[item.index]):
+                raise ManifestError(
+                    f"{fqn} at {tuple(tensor.chunk.offsets)}: ranks {holder} and {rank} hold different content; "
+                    "values that differ between ranks belong into per_rank, stages need global names"
+                )
+
+
+class Writer(StorageWriter):
+    """Writes one rank's data file and its index, and then knows its RankPart."""
+
+    def __init__(self, store: Store, *, step: int, epoch: int, generation: int, rank: int) -> None:
+        self.part: RankPart | None = None
+        self._store = store
+        self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        pass  # the controller's commit record ends a checkpoint, not DCP's coordinator
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+    def write_data(self, plan: SavePlan, planner: DcpSavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, SavePlanner)
+        name = data_name(**self._identity)
+        with portable_errors():
+            if self._store.local:
+                path = Path(self._store.path(name))
+                make_folder(str(path.parent))
+                self._write_files(path, plan, planner)
+                sync_folder(str(path.parent))
+            else:
+                self._upload_files(name, plan, planner)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def _upload_files(self, name: str, plan: SavePlan, planner: SavePlanner) -> None:
+        if self._store.fs.exists(self._store.path(name)):
+            raise FileExistsError(f"{name} exists: a generation saves a step once")
+        with tempfile.TemporaryDirectory(prefix="shepherd-") as folder:
+            path = Path(folder, "part.bin")
+            self._write_files(path, plan, planner)
+            upload(self._store, str(path), name)
+            upload(self._store, str(path.with_suffix(".json")), index_name(**self._identity))
+
+    def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> None:
+        """Write and sync the data file at `path` and the index beside it; neither may exist."""
+        chunks: list[Chunk] = []
+        digester = BlockDigester(BLOCK_BYTES)
+        try:
+            with open(path, "xb") as file:
+                for item in plan.items:
+                    data = planner.content(item)
+                    chunks.append(_chunk(item, file.tell(), planner.digests[item.index]))
+                    assert len(data) == chunks[-1].n_bytes, (len(data), chunks[-1])
+                    for piece in (data, memoryview(bytes(-len(data) % ALIGN_BYTES))):
+                        file.write(piece)
+                        digester.update(piece)
+                size = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+            index = Index(
+                data=data_name(**self._identity),
+                data_bytes=size,
+                chunks=tuple(chunks),
+                blocks=digester.digests(),
+                **self._identity,
+            )
+            raw = index.to_json()
+            with open(path.with_suffix(".json"), "xb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise
+        except BaseException:
+            path.unlink(missing_ok=True)  # a full disk must not stay full of what no commit will name
+            raise
+        self.part = RankPart(
+            rank=self._identity["rank"],
+            data=index.data,
+            index=index_name(**self._identity),
+            data_bytes=size,
+            index_digest=xxhash.xxh3_128_hexdigest(raw),
+        )
+
+
+def _chunk(item: WriteItem, file_offset: int, digest: str) -> Chunk:
+    tensor = described(item)
+    dtype = dtype_name(tensor.properties.dtype)
+    if dtype not in ITEM_BYTES:
+        raise ManifestError(f"{item.index.fqn}: dtype {dtype} has no place in the checkpoint format")
+    return Chunk(
+        fqn=item.index.fqn,
+        shape=tuple(tensor.size),
+        dtype=dtype,
+        offsets=tuple(tensor.chunk.offsets),
+        sizes=tuple(tensor.chunk.sizes),
+        file_offset=file_offset,
+        n_bytes=tensor.chunk.sizes.numel() * ITEM_BYTES[dtype],
+        digest=digest,
+    )

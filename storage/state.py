@@ -1,0 +1,40 @@
+"""The state of a training run as storage sees it: named tensors in place, and the step that they have completed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing
+import torch
+from torch.distributed.tensor import DTensor
+
+
+@dataclass
+class TrainState:
+    """Live references: saving reads these tensors, restoring fills them in place.
+
+    `tensors` are global: a name means the same tensor on every rank, such as ``model/layers.3.attention.wq.weight`` or
+    ``exp_avg/layers.3.attention.wq.weight``. A DTensor is saved in parts, one from each shard; a plain tensor must be
+    equal on all ranks that hold it. `per_rank` are plain tensors that belong to this rank alone, such as ``rng``.
+    """
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    per_rank: dict[str, torch.Tensor]
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, detached; shares its memory."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
+
+
+def host_bytes(tensor: torch.Tensor) -> np.typing.NDArray[np.uint8]:
+    """A tensor's elements in row-major order as uint8, shape [n_bytes]; a view when it is contiguous on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
