@@ -1,0 +1,222 @@
+"""The training loop of one rank: one step, readable top to bottom, and what happens between steps.
+
+Numbering: a state has `step` completed steps; step k is the k-th, the first is 1.
+
+Once a step, one all-reduce over the world tells every rank the three things that all must agree on before anybody's
+parameters change: the mean loss, the gradient norm, and whether to stop. So either every rank takes the optimizer's
+step or none does, all stop at the same boundary, and no rank is ever more than one step ahead of another.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, distributed
+from torch.optim import AdamW
+
+from trainer import optim
+from trainer.contract import Finished, Phase, SaveFailed, ShardWritten, StepDone, Validated, WorkerConfig
+from trainer.parallel import Stage, forward_backward, forward_only
+
+if TYPE_CHECKING:
+    from storage.checkpointer import Checkpointer
+
+    from storage.state import TrainState
+    from trainer.data import Dataset
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient norm of a step is not finite; no rank has taken the optimizer's step."""
+
+
+@dataclass
+class Session:
+    """Everything that one rank holds while it trains in one generation."""
+
+    config: WorkerConfig
+    generation: int
+    rank: int
+    stage: Stage
+    optimizer: AdamW
+    state: TrainState
+    dataset: Dataset
+    checkpointer: Checkpointer
+    emit: Callable[[object], None]
+    stop: threading.Event
+    """Set when the agent has asked to stop; the loop ends at the next boundary on which all ranks agree."""
+
+    def phase(self, name: Literal["rendezvous", "build", "restore", "compute", "checkpoint", "validate"]) -> None:
+        self.emit(Phase(generation=self.generation, rank=self.rank, step=self.state.step, phase=name))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    grad_norm: float
+    lr: float
+    data_us: int
+    stop: bool
+
+
+def train(session: Session, saved_step: int) -> None:
+    """Train until `config.steps` or until all ranks agree to stop. The last state is always saved.
+
+    Args:
+        saved_step: the step of which a durable checkpoint exists already; -1 for none.
+
+    Raises:
+        NonFiniteError: on every rank alike, before the optimizer's step.
+    """
+    config, state = session.config, session.state
+    if state.step == 0:
+        validate(session)
+    session.phase("compute")
+    boundary_us, stopped = _now_us(), False
+    while state.step < config.steps and not stopped:
+        result = train_step(session)
+        snapshot_us = _snapshot(session) if state.step % config.checkpoint.snapshot_interval_steps == 0 else 0
+        _report(session, result, step_us=_now_us() - boundary_us, snapshot_us=snapshot_us)
+        boundary_us, stopped = _now_us(), result.stop
+        if state.step == config.steps or stopped:
+            break
+        save_due = state.step % config.checkpoint.interval_steps == 0
+        validate_due = state.step % config.validation_interval_steps == 0
+        if save_due:
+            _save(session)
+            saved_step = state.step
+        if validate_due:
+            validate(session)
+        if save_due or validate_due:
+            session.phase("compute")
+            # Their time is reported by themselves, not once more as part of the next step.
+            boundary_us = _now_us()
+    if saved_step != state.step:
+        _save(session)
+    if state.step == config.steps:
+        validate(session)
+    reason: Literal["completed", "stopped"] = "completed" if state.step == config.steps else "stopped"
+    session.emit(Finished(generation=session.generation, rank=session.rank, step=state.step, reason=reason))
+
+
+def train_step(session: Session) -> StepResult:
+    """One step: batch, gradients, agreement, clipping, optimizer. `state.step` counts it when it returns."""
+    config, state, optimizer = session.config, session.state, session.optimizer
+    step = state.step + 1
+
+    waited_from_us = _now_us()
+    inputs_BT, targets_BT = _batch(session, session.dataset.batch, step)
+    data_us = _now_us() - waited_from_us
+
+    loss_share = forward_backward(session.stage, inputs_BT, targets_BT)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    squared_norm, loss, stops = _sum_over_ranks(
+        session.stage, optim.squared_norm_share(parameters), loss_share, torch.tensor(session.stop.is_set())
+    )
+    grad_norm = math.sqrt(squared_norm)
+
+    if config.audit.finite and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}")
+
+    optim.clip_gradients(parameters, grad_norm, config.optimizer.clip_norm)
+    lr = optim.learning_rate(step, config.optimizer, config.steps)
+    optim.set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    state.step = step
+    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_us=data_us, stop=stops > 0)
+
+
+def validate(session: Session) -> None:
+    """Mean loss over `data.validation_batches` global batches of held-out text; rank 0 reports it."""
+    session.phase("validate")
+    started_us = _now_us()
+    total = torch.zeros((), device=session.stage.device)
+    count = session.config.data.validation_batches
+    for index in range(count):
+        total += forward_only(session.stage, *_batch(session, session.dataset.validation_batch, index))
+    (loss,) = _sum_over_ranks(session.stage, total / count)
+    if session.rank == 0:
+        session.emit(
+            Validated(
+                generation=session.generation,
+                rank=session.rank,
+                step=session.state.step,
+                loss=loss,
+                validate_us=_now_us() - started_us,
+            )
+        )
+
+
+def _batch(
+    session: Session, read: Callable[[int, range], tuple[Tensor, Tensor]], number: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """This rank's rows of global batch `number`, [B, T] each on its device; None what its stage does not need."""
+    stage = session.stage
+    if not (stage.is_first or stage.is_last):
+        return None, None
+    inputs_BT, targets_BT = read(number, stage.rows)
+    return (
+        inputs_BT.to(stage.device) if stage.is_first else None,
+        targets_BT.to(stage.device) if stage.is_last else None,
+    )
+
+
+def _sum_over_ranks(stage: Stage, *shares: Tensor) -> list[float]:
+    """Each scalar's sum over all ranks, in float64 and in one exchange; every rank gets the same bits."""
+    sums = torch.stack([share.detach().to(stage.device, torch.float64) for share in shares])
+    distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def _snapshot(session: Session) -> int:
+    """Copy the state to the RAM tier; the microseconds that training was blocked."""
+    started_us = _now_us()
+    session.state.per_rank.update(optim.random_state())
+    session.checkpointer.snapshot(session.state)
+    return _now_us() - started_us
+
+
+def _save(session: Session) -> None:
+    """Write the durable checkpoint of this step. Storage that fails costs this checkpoint, not the run."""
+    session.phase("checkpoint")
+    generation, rank, step = session.generation, session.rank, session.state.step
+    session.state.per_rank.update(optim.random_state())
+    started_us = _now_us()
+    try:
+        part = session.checkpointer.save(session.state)
+    except OSError as error:
+        message = f"{type(error).__name__}: {error}"
+        write_us = _now_us() - started_us
+        session.emit(SaveFailed(generation=generation, rank=rank, step=step, error=message, write_us=write_us))
+        return
+    write_us = _now_us() - started_us
+    session.emit(ShardWritten(generation=generation, rank=rank, step=step, part=asdict(part), write_us=write_us))
+
+
+def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int) -> None:
+    config, reports = session.config, session.rank == 0
+    session.emit(
+        StepDone(
+            generation=session.generation,
+            rank=session.rank,
+            step=session.state.step,
+            step_us=step_us,
+            data_us=result.data_us,
+            snapshot_us=snapshot_us,
+            tokens=config.data.global_batch * config.data.seq_len,
+            loss=result.loss if reports else None,
+            grad_norm=result.grad_norm if reports else None,
+            lr=result.lr if reports else None,
+            snapshot_step=session.checkpointer.newest_snapshot,
+        )
+    )
+
+
+def _now_us() -> int:
+    return time.perf_counter_ns() // 1000

@@ -1,0 +1,308 @@
+"""The worker process: wait for an assignment, join its generation, restore, train, report, exit.
+
+Made to run in a child forked from a single-threaded process that has imported this module: importing it imports
+everything heavy and starts no thread, touches no device and opens no process group. The one helper thread is started
+after the fork; it watches the agent's socket, because a worker must not outlive its agent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Literal, NoReturn
+
+import psutil
+import tokenizers  # noqa: F401  (imported before the fork, for the children)
+import torch
+import torch.distributed.checkpoint
+from storage.checkpointer import Checkpointer
+from torch import distributed
+
+from storage.manifest import ManifestError
+from trainer.contract import (
+    EXIT_AGENT_GONE,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    Assign,
+    Failed,
+    Phase,
+    Receiver,
+    Restored,
+    Stop,
+    ToWorker,
+    send,
+)
+from trainer.data import open_dataset
+from trainer.loop import NonFiniteError, Session, train
+from trainer.numeric import numeric_class, set_numerics
+from trainer.optim import build_optimizer, set_completed_steps, set_random_state, train_state
+from trainer.parallel import MESH_DIMS, build_mesh, build_stage
+
+RECV_BYTES = 64 * 1024
+
+# Longest that a report may wait for the agent to read. The socket's buffer holds minutes of reports, so an agent that
+# does not read for this long beyond it is as good as gone.
+AGENT_SEND_TIMEOUT_S = 60.0
+
+# What torch's transports say when a peer is lost, for errors that have no class of their own: gloo raises RuntimeError.
+COLLECTIVE_MESSAGES = (
+    "gloo",
+    "nccl",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "ProcessGroup",
+)
+MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
+
+FailureKind = Literal["exception", "collective", "memory", "state", "audit"]
+
+
+class Agent:
+    """The worker's end of the socket to its agent: reports go out, orders come in."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._receiver = Receiver(ToWorker)
+        self.stop = threading.Event()
+
+    def wait_for_assignment(self) -> Assign:
+        """The first message. Waits as long as the agent lives: a parked worker has no deadline, only an owner."""
+        while True:
+            for message in self._receiver.feed(self._receive()):
+                assert isinstance(message, Assign), f"expected Assign first, got {message}"
+                return message
+
+    def watch(self) -> None:
+        """From a daemon thread: set `stop` when the agent asks for it, leave with the agent when it goes."""
+        self._sock.settimeout(AGENT_SEND_TIMEOUT_S)
+        threading.Thread(target=self._watch, name="agent-watch", daemon=True).start()
+
+    def emit(self, message: object) -> None:
+        try:
+            send(self._sock, message)
+        except OSError:
+            os._exit(EXIT_AGENT_GONE)
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                messages = self._receiver.feed(self._receive())
+            except TimeoutError:  # the timeout is for sending; silence from the agent is normal
+                continue
+            if any(isinstance(message, Stop) for message in messages):
+                self.stop.set()
+
+    def _receive(self) -> bytes:
+        try:
+            data = self._sock.recv(RECV_BYTES)
+        except TimeoutError:
+            raise
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(EXIT_AGENT_GONE)
+        return data
+
+
+def main(sock: socket.socket) -> int:
+    """Serve one assignment that comes over `sock`.
+
+    Returns:
+        EXIT_FINISHED. Failure ends the process by itself with EXIT_FAILED, the agent's death with EXIT_AGENT_GONE,
+        both at once: a process group that a peer has broken can hang the interpreter's own shutdown.
+    """
+    agent = Agent(sock)
+    assign = agent.wait_for_assignment()
+    agent.watch()
+    session: Session | None = None
+    try:
+        session = start(assign, agent)
+        train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
+        # Together: a peer that leaves early resets connections on which the others may still be reading.
+        distributed.barrier()
+        distributed.destroy_process_group()
+    except Exception as error:
+        _die(agent, assign, assign.restore.step if session is None else session.state.step, error)
+    return EXIT_FINISHED
+
+
+def start(assign: Assign, agent: Agent) -> Session:
+    """Join the generation and bring this rank to the assigned state, timing each part.
+
+    Raises:
+        ValueError: the configuration does not fit the world or cannot be divided over it.
+        FileNotFoundError: the data is not prepared on this node.
+        storage.manifest.ManifestError: the assigned state is damaged.
+    """
+    config, clock = assign.config, Stopwatch()
+
+    def phase(name: Literal["rendezvous", "build", "restore"]) -> None:
+        step = assign.restore.step
+        agent.emit(Phase(generation=assign.generation, rank=assign.rank, step=step, phase=name))
+
+    phase("rendezvous")
+    set_numerics(config)
+    join(assign)
+    mesh = build_mesh(config.parallel, config.device, timedelta(seconds=config.collective_timeout_s))
+    rendezvous_us = clock.lap_us()
+
+    phase("build")
+    dataset = open_dataset(config.data, config.model.vocab_size, config.seed)
+    stage = build_stage(config, mesh, initial=assign.restore.source == "init")
+    optimizer = build_optimizer(stage.module, config.optimizer)
+    state = train_state(stage.module, optimizer, step=0)
+    build_us = clock.lap_us()
+
+    phase("restore")
+    checkpointer = Checkpointer(
+        url=config.url,
+        run=config.run,
+        rank=assign.rank,
+        world_size=assign.world_size,
+        epoch=assign.epoch,
+        generation=assign.generation,
+        ram_dir=assign.ram_dir,
+        node=assign.node,
+        versions=numeric_class(config),
+        mesh={name: mesh[name].size() for name in MESH_DIMS},
+    )
+    if assign.restore.source != "init":
+        checkpointer.restore(state, assign.restore)
+        assert state.step == assign.restore.step, (state.step, assign.restore)
+        set_completed_steps(optimizer, state.step)
+        set_random_state(state.per_rank)
+    agent.emit(
+        Restored(
+            generation=assign.generation,
+            rank=assign.rank,
+            step=state.step,
+            source=assign.restore.source,
+            rendezvous_us=rendezvous_us,
+            build_us=build_us,
+            restore_us=clock.lap_us(),
+        )
+    )
+    return Session(
+        config=config,
+        generation=assign.generation,
+        rank=assign.rank,
+        stage=stage,
+        optimizer=optimizer,
+        state=state,
+        dataset=dataset,
+        checkpointer=checkpointer,
+        emit=agent.emit,
+        stop=agent.stop,
+    )
+
+
+def join(assign: Assign) -> None:
+    """Enter the generation's default process group, through its own store under its own prefix.
+
+    A fresh prefix for each generation, because gloo would else read the addresses of the one before.
+    """
+    config = assign.config
+    if assign.world_size != config.parallel.world_size:
+        raise ValueError(
+            f"assigned world_size {assign.world_size} is not parallel.pp * dp_replicate * dp_shard * tp = "
+            f"{config.parallel.world_size}"
+        )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(assign.store_host, assign.store_port))
+    timeout = timedelta(seconds=config.collective_timeout_s)
+    device = None
+    if config.device == "cuda":
+        device = torch.device("cuda", assign.local_rank)
+        torch.cuda.set_device(device)
+    store = distributed.TCPStore(
+        assign.store_host, assign.store_port, is_master=False, wait_for_workers=False, timeout=timeout
+    )
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo",
+        store=distributed.PrefixStore(f"workers/g{assign.generation}", store),
+        rank=assign.rank,
+        world_size=assign.world_size,
+        timeout=timeout,
+        device_id=device,
+    )
+
+
+def interface_towards(host: str, port: int) -> str:
+    """Name of the network interface by which this node reaches `host`; the loopback device for 127.0.0.1.
+
+    gloo would else bind what the node's own name resolves to, which need not be an address that peers can reach.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # a datagram socket sends nothing here: it only asks for the route
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            return name
+    raise ValueError(f"no network interface of this node has the address {own}, by which it reaches {host}")
+
+
+class Stopwatch:
+    """Laps in microseconds."""
+
+    def __init__(self) -> None:
+        self._last_ns = time.perf_counter_ns()
+
+    def lap_us(self) -> int:
+        last_ns, self._last_ns = self._last_ns, time.perf_counter_ns()
+        return (self._last_ns - last_ns) // 1000
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """What an exception says about its cause, from it and from those that it was raised from."""
+    chain = list(_chain(error))
+    text = "\n".join(str(link) for link in chain if isinstance(link, RuntimeError))
+    if any(isinstance(link, NonFiniteError) for link in chain):
+        return "audit"
+    if any(isinstance(link, ManifestError) for link in chain):
+        return "state"
+    if any(isinstance(link, MemoryError) for link in chain) or any(m in text for m in MEMORY_MESSAGES):
+        return "memory"
+    if any(isinstance(link, distributed.DistError) for link in chain) or any(m in text for m in COLLECTIVE_MESSAGES):
+        return "collective"
+    return "exception"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
+    detail = "".join(traceback.format_exception(error))
+    sys.stderr.write(detail)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    agent.emit(
+        Failed(
+            generation=assign.generation,
+            rank=assign.rank,
+            step=step,
+            kind=failure_kind(error),
+            error=" ".join(f"{type(error).__name__}: {error}".split()),
+            traceback=detail,
+        )
+    )
+    os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A Shepherd worker; started by its agent.")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the agent")
+    sys.exit(main(socket.socket(fileno=parser.parse_args().fd)))
