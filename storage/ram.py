@@ -1,0 +1,249 @@
+"""The RAM tier on a node: snapshots in memory-mapped files that outlive worker and agent. No torch.
+
+Layout: ``<ram_dir>/<run>/<node>/slot-00003.<0|1|2>``, three files for each slot that the node fills, so that deleting a
+node's snapshots is deleting one folder. Files, not multiprocessing.shared_memory, whose resource tracker unlinks what a
+dead process had open.
+
+A file is a header page and a payload. The header's sequence counter is odd while the payload is written: a writer that
+is killed leaves an odd counter behind, and the other two files as they were. Nothing in a payload may be used before
+its xxh3_128 was checked against the header's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from storage.manifest import ManifestError
+
+FORMAT_VERSION = 1
+HEADER_BYTES = 4096
+# Newest complete over the cluster, newest, in flight. With two, a survivor overwrites the step that a dead node's copy
+# holds.
+FILES = 3
+
+_MAGIC = b"SHEPRAM1"
+_PREFIX = struct.Struct("<8sQI16s")  # magic, sequence counter, length of the JSON, xxh3_128 of the JSON
+_SEQUENCE_OFFSET = 8
+_MAX_NAME = 64
+_FILE_NAME = re.compile(r"slot-(\d{5,})\.(\d)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a complete snapshot says of itself."""
+
+    run: str
+    node: str
+    slot: int
+    origin_slot: int
+    """The slot whose rank made the snapshot; another one than `slot` when a replica's shard was taken over."""
+    step: int
+    generation: int
+    payload_bytes: int
+    layout: str
+    """Digest of names, shapes, dtypes and boxes of the tensors in the payload."""
+    payload_digest: str
+    """xxh3_128 of the payload."""
+    format_version: int = FORMAT_VERSION
+
+
+def safe_name(name: str) -> str:
+    """A run's or node's name as a folder's name: other characters than letters, digits, ``_``, ``.`` and ``-`` become
+    ``_``; then, and when it is longer than 64, a digest of the true name is appended, so that names stay distinct."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")
+    if safe == name and 0 < len(name) <= _MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{safe[: _MAX_NAME - len(digest) - 1]}-{digest}"
+
+
+def node_folder(ram_dir: str, run: str, node: str) -> Path:
+    """The folder that holds all snapshots of a run on a node, and nothing else."""
+    return Path(ram_dir, safe_name(run), safe_name(node))
+
+
+def file_paths(ram_dir: str, run: str, node: str, slot: int) -> list[Path]:
+    """The three files of a slot; they need not exist."""
+    folder = node_folder(ram_dir, run, node)
+    return [folder / f"slot-{slot:05d}.{number}" for number in range(FILES)]
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a complete snapshot; None when the file is missing, empty, torn, of another format or misplaced."""
+    try:
+        with open(path, "rb") as f:
+            header = parse_header(f.read(HEADER_BYTES))[1]
+    except OSError:
+        return None
+    if header is None or not path.name.startswith(f"slot-{header.slot:05d}."):
+        return None
+    return header if (header.run, header.node) == (path.parent.parent.name, path.parent.name) else None
+
+
+def parse_header(page: bytes) -> tuple[int, Header | None]:
+    """The sequence counter of a header page, and its header when that is complete and whole."""
+    if len(page) < _PREFIX.size:
+        return 0, None
+    magic, sequence, length, digest = _PREFIX.unpack_from(page)
+    if magic != _MAGIC or sequence == 0:
+        return 0, None
+    text = page[_PREFIX.size : _PREFIX.size + length]
+    if sequence % 2 or xxhash.xxh3_128_digest(text) != digest:
+        return sequence, None
+    document: dict[str, Any] = json.loads(text)
+    if document["format_version"] != FORMAT_VERSION:
+        return sequence, None
+    return sequence, Header(**document)
+
+
+def inventory(ram_dir: str, run: str, node: str) -> dict[int, list[int]]:
+    """Steps of the complete snapshots on a node, ascending, by slot. Reads headers only, not payloads."""
+    steps: dict[int, set[int]] = {}
+    for path in _files(ram_dir, run, node):
+        header = read_header(path)
+        if header is not None:
+            steps.setdefault(header.slot, set()).add(header.step)
+    return {slot: sorted(steps[slot]) for slot in sorted(steps)}
+
+
+def snapshot_path(ram_dir: str, run: str, node: str, slot: int, step: int) -> Path | None:
+    """The file that holds a slot's complete snapshot of `step`; of several, the one of the newest generation."""
+    found = [(header.generation, path) for path, header in _headers(ram_dir, run, node, slot) if header.step == step]
+    return max(found)[1] if found else None
+
+
+def newest_step(ram_dir: str, run: str, node: str, slot: int) -> int:
+    """Step of a slot's newest complete snapshot; 0 when there is none."""
+    return max((header.step for _, header in _headers(ram_dir, run, node, slot)), default=0)
+
+
+def drop_newer(ram_dir: str, run: str, node: str, step: int, slot: int | None = None) -> None:
+    """Forget the snapshots of steps after `step`, of one slot or of all that lie on the node.
+
+    After a restore to `step` they belong to a history that is no longer the run's, and must not be elected later.
+    """
+    for path in _files(ram_dir, run, node):
+        header = read_header(path)
+        if header is not None and header.step > step and slot in (None, header.slot):
+            with open(path, "r+b") as f:
+                f.write(bytes(HEADER_BYTES))
+
+
+def delete(ram_dir: str, run: str, node: str) -> None:
+    """Delete all snapshots of a run on a node."""
+    folder = node_folder(ram_dir, run, node)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other nodes' snapshots of the run may lie on the same machine
+        folder.parent.rmdir()
+
+
+def _files(ram_dir: str, run: str, node: str) -> list[Path]:
+    try:
+        entries = sorted(node_folder(ram_dir, run, node).iterdir())
+    except OSError:
+        return []
+    return [path for path in entries if _FILE_NAME.fullmatch(path.name)]
+
+
+def _headers(ram_dir: str, run: str, node: str, slot: int) -> list[tuple[Path, Header]]:
+    pairs = ((path, read_header(path)) for path in file_paths(ram_dir, run, node, slot))
+    return [(path, header) for path, header in pairs if header is not None]
+
+
+def choose_file(headers: list[Header | None], pinned: int | None) -> int:
+    """Which of a slot's files the next snapshot overwrites: an empty or torn one, else the oldest, but never the
+    newest, and never the (newest generation's) snapshot of the pinned step."""
+    held = {number: header for number, header in enumerate(headers) if header is not None}
+    if len(held) < len(headers):
+        return min(set(range(len(headers))) - set(held))
+    by_age = sorted(held, key=lambda number: (held[number].step, held[number].generation))
+    kept = {by_age[-1], *[number for number in by_age if held[number].step == pinned][-1:]}
+    return next(number for number in by_age if number not in kept)
+
+
+class SnapshotFile:
+    """One file of the tier, mapped for writing. One process writes a slot at a time: its worker, or else the agent."""
+
+    def __init__(self, path: Path, payload_bytes: int) -> None:
+        """Open or create the file with room for a payload, its memory allocated and mapped.
+
+        Raises:
+            OSError: the memory file system is full (ENOSPC); the message says what is needed.
+        """
+        self._size = HEADER_BYTES + payload_bytes
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Allocated here, or a full file system would be a SIGBUS in the middle of a copy.
+            os.posix_fallocate(fd, 0, self._size)
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._map = mmap.mmap(fd, self._size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            free = shutil.disk_usage(path.parent).free
+            raise OSError(
+                errno.ENOSPC,
+                f"RAM tier {path.parent}: a snapshot needs {self._size} bytes, of {FILES} a slot, and {free} are free; "
+                "enlarge the memory file system (containers: --shm-size) or give another ram_dir",
+            ) from e
+        finally:
+            os.close(fd)
+        # One aligned 8-byte store, so that no reader sees half of the counter.
+        self._sequence = np.frombuffer(self._map, dtype="<u8", count=1, offset=_SEQUENCE_OFFSET)
+
+    @property
+    def capacity(self) -> int:
+        return self._size - HEADER_BYTES
+
+    def header(self) -> Header | None:
+        return parse_header(self._map[:HEADER_BYTES])[1]
+
+    def payload(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """The first bytes of the payload, shape [n_bytes], as a view of the shared memory."""
+        assert n_bytes <= self.capacity, (n_bytes, self.capacity)
+        return np.frombuffer(self._map, dtype=np.uint8, count=n_bytes, offset=HEADER_BYTES)
+
+    def begin(self) -> None:
+        """From here until `finish` the file holds no snapshot."""
+        if self._map[: len(_MAGIC)] != _MAGIC:
+            self._sequence[0] = 0
+            self._map[: len(_MAGIC)] = _MAGIC
+        self._sequence[0] += 1 + self._sequence[0] % 2
+
+    def finish(self, header: Header) -> None:
+        """The payload is in place and has the header's digest: from here on the file holds the snapshot."""
+        assert self._sequence[0] % 2 == 1 and header.payload_bytes <= self.capacity, header
+        text = json.dumps(asdict(header), separators=(",", ":")).encode()
+        assert _PREFIX.size + len(text) <= HEADER_BYTES, len(text)
+        prefix = _PREFIX.pack(_MAGIC, 0, len(text), xxhash.xxh3_128_digest(text))
+        after = _SEQUENCE_OFFSET + 8
+        self._map[after : _PREFIX.size] = prefix[after:]
+        self._map[_PREFIX.size : _PREFIX.size + len(text)] = text
+        self._sequence[0] += 1
+
+    def check_payload(self, header: Header) -> None:
+        """Check the payload against its header.
+
+        Raises:
+            ManifestError: it is damaged, or shorter than the header says.
+        """
+        if header.payload_bytes > self.capacity:
+            raise ManifestError(f"snapshot of slot {header.slot}, step {header.step}: payload is cut off")
+        if xxhash.xxh3_128_hexdigest(self.payload(header.payload_bytes).data) != header.payload_digest:
+            raise ManifestError(f"snapshot of slot {header.slot}, step {header.step}: payload is damaged")
