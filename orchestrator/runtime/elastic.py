@@ -1,0 +1,341 @@
+"""The node's torch elastic agent: starts the workers of each generation as the controller assigned it, decides nothing.
+
+`NodeWorkers` is what the node's agent actor holds. Inside, one `SimpleElasticAgent` lives as long as the node and goes
+from generation to generation: torch elastic's rendezvous and rank assignment through the generation's store, then a
+fork from the zygote for each slot. A worker's death is reported and touches nobody else: the controller orders the
+halt.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.agent.server.api import Worker as ElasticWorker
+from torch.distributed.elastic.multiprocessing import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousGracefulExitError,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+
+from orchestrator.runtime.rendezvous import BACKEND, ControllerRendezvous, NodeAssignment
+from orchestrator.runtime.worker_log import LogFile
+from orchestrator.runtime.worker_process import ExitStatus, Worker
+from orchestrator.runtime.workers import Workers
+from trainer import contract
+
+logger = logging.getLogger(__name__)
+
+ROLE = "trainer"
+# A fork takes milliseconds; while a zygote that died is replaced, its preload (3 s alone, 37 s for eight at once on two
+# cores) is waited for.
+FORK_DEADLINE_S = 60.0
+# A killed process is gone in milliseconds, unless a driver holds it; used where torch elastic gives no deadline.
+KILL_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerExit:
+    """A worker ended by itself or was killed by somebody else, or (pid 0, `error` set) could not be started."""
+
+    generation: int
+    rank: int
+    pid: int
+    exit_code: int | None
+    signal: int | None
+    error: str = ""
+
+
+class NodeWorkers:
+    """The workers of one node. Methods may be called from any thread but the callbacks' own.
+
+    `on_message` gets the contract messages of the running generation's workers, each worker's in order; `on_exit` every
+    exit that we did not cause. They run in the threads that listen and that start workers: they must be quick, and may
+    not call back.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        node: str,
+        host: str,
+        slots: int,
+        log_dir: Path,
+        env: dict[str, str],
+        preload: str = "trainer.worker",
+        on_message: Callable[[object], None],
+        on_exit: Callable[[WorkerExit], None],
+    ) -> None:
+        self._slots = slots
+        self._on_message = on_message
+        self._on_exit = on_exit
+        parameters = RendezvousParameters(BACKEND, host, run, min_nodes=1, max_nodes=1, local_addr=host)
+        handler = rendezvous_handler_registry.create_handler(parameters)
+        assert isinstance(handler, ControllerRendezvous)
+        self._rendezvous = handler
+        self._log = LogFile(log_dir / f"{node}.log")
+        self._workers = Workers(
+            preload=preload, env=env, log=self._log, on_message=self._message, on_exit=self._worker_exited
+        )
+        spec = WorkerSpec(
+            role=ROLE, local_world_size=slots, entrypoint=preload, rdzv_handler=handler, max_restarts=0, local_addr=host
+        )
+        self._agent = _ElasticAgent(spec, node=node, rendezvous=handler, workers=self._workers, on_exit=self._exited)
+        self._thread = threading.Thread(target=self._agent.run_generations, name="elastic-agent", daemon=True)
+
+    def start(self, deadline_s: float) -> None:
+        """Warm the zygote, and begin to wait for assignments.
+
+        Raises:
+            ZygoteError: the worker's module cannot be imported, or not within `deadline_s`.
+        """
+        self._workers.start(deadline_s)
+        self._thread.start()
+
+    def open_store(self, generation: int) -> int:
+        """On the lead node, before the generation is assigned: its fresh TCPStore, bound to `host`; returns the port.
+
+        Raises:
+            ValueError: the generation is not newer than the last one.
+        """
+        return self._rendezvous.open_store(generation)
+
+    def assign(self, plan: NodeAssignment) -> None:
+        """Start this generation's workers, soon and in another thread; what is left of the one before is killed.
+
+        A worker that cannot be started is reported to `on_exit` with its error.
+
+        Raises:
+            ValueError: the plan is older than what was assigned or halted before, or does not fit this node.
+        """
+        plan.check(self._slots)
+        self._rendezvous.assign(plan)
+
+    def stop_gracefully(self) -> None:
+        """Ask every worker to end at the next step boundary on which all ranks agree."""
+        for worker in self._workers.live():
+            try:
+                worker.send(contract.Stop())
+            except OSError as error:  # it is dead, which its exit tells, or hangs, which its silence tells
+                logger.warning("rank %d did not take the stop: %s", worker.rank, error)
+
+    def halt(self, deadline_s: float) -> None:
+        """End the current generation: kill its workers; none of its messages or exits is reported from now on.
+
+        Raises:
+            TimeoutError: a process is still there, or a start still under way, after `deadline_s`.
+        """
+        deadline = time.monotonic() + deadline_s
+        generation = self._rendezvous.end()
+        self._workers.end(self._workers.live(), deadline_s=deadline_s)
+        if not self._rendezvous.await_idle(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"the start of generation {generation} was still under way after {deadline_s:g} s")
+        self._workers.end(self._workers.live(), deadline_s=max(0.0, deadline - time.monotonic()))
+        assert not self._workers.live()
+
+    def shutdown(self, deadline_s: float) -> None:
+        """End the workers (SIGTERM, then SIGKILL), the zygote and both threads. Raises TimeoutError as `halt` does."""
+        deadline = time.monotonic() + deadline_s
+        self._rendezvous.end()
+        self._rendezvous.shutdown()
+        self._agent._shutdown(timeout=deadline_s)
+        self._workers.close(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            raise TimeoutError(f"the elastic agent's thread did not end within {deadline_s:g} s")
+        self._log.close()
+
+    def _message(self, worker: Worker, message: Any) -> None:
+        if not self._rendezvous.is_current(worker.generation):
+            return
+        if (message.generation, message.rank) != (worker.generation, worker.rank):
+            logger.error("g%d r%d sent a message of another: %r", worker.generation, worker.rank, message)
+            return
+        self._on_message(message)
+
+    def _worker_exited(self, worker: Worker, status: ExitStatus) -> None:
+        self._exited(
+            WorkerExit(
+                generation=worker.generation,
+                rank=worker.rank,
+                pid=worker.pid,
+                exit_code=status.exit_code,
+                signal=status.signal,
+            )
+        )
+
+    def _exited(self, exit_: WorkerExit) -> None:
+        if self._rendezvous.is_current(exit_.generation):
+            self._agent.record_exit(exit_)
+            self._on_exit(exit_)
+
+
+class _ElasticAgent(SimpleElasticAgent):
+    """torch elastic's part: one generation is one rendezvous of the worker group."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        node: str,
+        rendezvous: ControllerRendezvous,
+        workers: Workers,
+        on_exit: Callable[[WorkerExit], None],
+    ) -> None:
+        super().__init__(spec)
+        self._node = node
+        self._controller = rendezvous
+        self._forks = workers
+        self._on_exit = on_exit
+        # Guarded by the lock: the generation that was begun, and what became of its ranks.
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._started: set[int] = set()
+        self._exits: dict[int, WorkerExit] = {}
+
+    def run_generations(self) -> None:
+        """Start one assigned generation after the other, until the rendezvous is closed."""
+        while True:
+            try:
+                self._initialize_workers(self._worker_group)
+                self._update_state()  # a worker may have ended before its group was called healthy
+            except RendezvousClosedError:
+                return
+            except (RendezvousTimeoutError, RendezvousGracefulExitError):
+                continue  # nothing came; or the generation was ended before it had begun
+            except Exception as error:
+                logger.exception("generation %d was not started", self._controller.plan.generation)
+                self._report_missing(error)
+
+    def record_exit(self, exit_: WorkerExit) -> None:
+        """Keep the worker group's state true; nobody polls it."""
+        with self._lock:
+            if exit_.generation == self._generation:
+                self._exits[exit_.rank] = exit_
+        self._update_state()
+
+    def _update_state(self) -> None:
+        self._worker_group.state = self._monitor_workers(self._worker_group).state
+
+    def _report_missing(self, error: Exception) -> None:
+        plan = self._controller.plan
+        text = f"{type(error).__name__}: {error}"
+        for rank in plan.ranks:
+            if plan.generation != self._generation or rank not in self._started:
+                self._on_exit(
+                    WorkerExit(generation=plan.generation, rank=rank, pid=0, exit_code=None, signal=None, error=text)
+                )
+
+    # --- torch elastic's extension points -----------------------------------------------------------------------------
+
+    def _assign_worker_ranks(
+        self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[ElasticWorker]:
+        plan = self._controller.plan
+        spec.local_world_size = len(plan.ranks)
+        workers: list[ElasticWorker] = super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
+        ranks = tuple(worker.global_rank for worker in workers)
+        worlds = {worker.world_size for worker in workers}
+        assert ranks == plan.ranks and worlds == {plan.world_size}, (
+            f"torch elastic gave ranks {ranks} of {worlds}, the controller planned {plan.ranks} of {plan.world_size}"
+        )
+        return workers
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        plan = self._controller.plan
+        self._stop_workers(worker_group)
+        with self._lock:
+            self._generation, self._started, self._exits = plan.generation, set(), {}
+        pids = {}
+        for worker in worker_group.workers:
+            if not self._controller.is_current(plan.generation):
+                raise RendezvousGracefulExitError(f"generation {plan.generation} was ended")
+            forked = self._forks.fork(
+                generation=plan.generation,
+                rank=worker.global_rank,
+                env=self._env(plan, worker),
+                deadline_s=FORK_DEADLINE_S,
+            )
+            self._started.add(worker.global_rank)
+            pids[worker.local_rank] = forked.pid
+            try:
+                forked.send(self._assignment(plan, worker))
+            except OSError as error:
+                logger.warning("rank %d did not take its assignment: %s", worker.global_rank, error)
+                forked.signal(signal.SIGKILL)  # its exit is reported as any other
+        return pids
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._forks.end(self._forks.live(), deadline_s=KILL_DEADLINE_S)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        with self._lock:
+            exits = list(self._exits.values())
+        failures = {
+            e.rank: ProcessFailure(
+                local_rank=next((w.local_rank for w in worker_group.workers if w.global_rank == e.rank), -1),
+                pid=e.pid,
+                exitcode=-e.signal if e.signal is not None else e.exit_code or 0,
+                error_file="",
+            )
+            for e in exits
+            if e.exit_code != contract.EXIT_FINISHED
+        }
+        if failures:
+            return RunResult(state=WorkerState.FAILED, failures=failures)
+        if exits and len(exits) == len(worker_group.workers):
+            return RunResult(state=WorkerState.SUCCEEDED, return_values={e.rank: e.exit_code for e in exits})
+        return RunResult(state=WorkerState.HEALTHY)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = KILL_DEADLINE_S) -> None:
+        self._forks.end(self._forks.live(), deadline_s=timeout, grace_s=timeout / 2)
+
+    def _env(self, plan: NodeAssignment, worker: ElasticWorker) -> dict[str, str]:
+        """What torch's ``env://`` initialisation reads, for scripts that use it."""
+        return {
+            "RANK": str(worker.global_rank),
+            "LOCAL_RANK": str(worker.local_rank),
+            "GROUP_RANK": str(plan.group_rank),
+            "WORLD_SIZE": str(plan.world_size),
+            "LOCAL_WORLD_SIZE": str(len(plan.ranks)),
+            "MASTER_ADDR": plan.store_host,
+            "MASTER_PORT": str(plan.store_port),
+            "TORCHELASTIC_RUN_ID": self._controller.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": str(self._controller.use_agent_store),
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+        }
+
+    def _assignment(self, plan: NodeAssignment, worker: ElasticWorker) -> contract.Assign:
+        return contract.Assign(
+            epoch=plan.epoch,
+            generation=plan.generation,
+            rank=worker.global_rank,
+            world_size=plan.world_size,
+            local_rank=worker.local_rank,
+            node=self._node,
+            store_host=plan.store_host,
+            store_port=plan.store_port,
+            restore=plan.restore,
+            config=plan.config,
+            ram_dir=plan.ram_dir,
+        )

@@ -1,0 +1,62 @@
+"""The node's log of its workers: their output, line by line, each line with generation and rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+# A line longer than this is cut in pieces: it bounds what is held in memory for a worker that never ends its line.
+LINE_MAX_BYTES = 16 * 1024
+# At this size the file becomes `<name>.log.1`, so a worker that warns in a loop costs a node at most twice as much.
+FILE_MAX_BYTES = 64 * 1024 * 1024
+
+
+class LogFile:
+    """Append-only and rotated once. A full disk costs lines, which are counted, never the writer."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lost_lines = 0
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, lines: bytes) -> None:
+        """Append whole lines."""
+        if self._lost_lines:
+            lines = b"[log] %d lines lost: the log could not be written\n" % self._lost_lines + lines
+        try:
+            if self._file.tell() + len(lines) > FILE_MAX_BYTES:
+                self._file.close()
+                os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+                self._file = self.path.open("ab", buffering=0)
+            self._file.write(lines)
+            self._lost_lines = 0
+        except (OSError, ValueError):  # ValueError: closed, because a rotation failed half-way
+            self._lost_lines += lines.count(b"\n")
+            with contextlib.suppress(OSError):
+                if self._file.closed:
+                    self._file = self.path.open("ab", buffering=0)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class LineBuffer:
+    """Cuts one worker's output into lines with the worker's tag before each."""
+
+    def __init__(self, tag: str) -> None:
+        self._tag = f"[{tag}] ".encode()
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The lines that `data` completes, tagged; empty when it completes none."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        while len(self._rest) > LINE_MAX_BYTES:
+            lines.append(self._rest[:LINE_MAX_BYTES])
+            self._rest = self._rest[LINE_MAX_BYTES:]
+        return b"".join(self._tag + line + b"\n" for line in lines)
+
+    def end(self) -> bytes:
+        """The unfinished last line, if there is one."""
+        return self.feed(b"\n") if self._rest else b""

@@ -1,0 +1,110 @@
+"""One worker process, and the zygote process, as their agent holds them: sockets, pidfd, output."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.runtime import zygote as zygote_module
+from orchestrator.runtime.worker_log import LineBuffer
+from trainer import contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitStatus:
+    """How a process ended: exactly one of the two is set."""
+
+    exit_code: int | None
+    signal: int | None
+
+
+@dataclass(eq=False, kw_only=True)
+class Worker:
+    """One worker process, from its fork to its end."""
+
+    generation: int
+    rank: int
+    pid: int
+    status: ExitStatus | None = None
+    """Set when it has ended and all its messages and output have been taken."""
+    control: socket.socket
+    log: int
+    pidfd: int
+    lines: LineBuffer
+    receiver: contract.Receiver = field(default_factory=lambda: contract.Receiver(contract.FromWorker))
+    _send_lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def send(self, message: object) -> None:
+        """Raises OSError (TimeoutError, BrokenPipeError) when the worker does not take the message."""
+        with self._send_lock:
+            contract.send(self.control, message)
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to this very process, never to a later one of the same number; nothing if it has ended."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self.status is None:
+                signal.pidfd_send_signal(self.pidfd, signum)
+
+    def ended(self, status: ExitStatus) -> None:
+        """Record the end and close what was open to the process. Only for the thread that listens to it."""
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)  # wakes a send that a descendant of the worker holds up
+        with self._send_lock, self._lock:
+            self.status = status
+            self.control.close()
+            os.close(self.log)
+            os.close(self.pidfd)
+
+
+@dataclass(eq=False, kw_only=True)
+class ZygoteProcess:
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    log: int
+    lines: LineBuffer
+    started: float
+    ready: bool = False
+
+    @staticmethod
+    def spawn(preload: str, env: dict[str, str]) -> ZygoteProcess:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        log, its_log = os.pipe2(os.O_CLOEXEC)
+        arguments = ["--fd", str(its.fileno()), "--agent-pid", str(os.getpid()), "--preload", preload]
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", zygote_module.__name__, *arguments],
+                env=env,
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=its_log,
+                stderr=its_log,
+            )
+        finally:
+            its.close()
+            os.close(its_log)
+        os.set_blocking(log, False)
+        return ZygoteProcess(
+            process=process, socket=ours, log=log, lines=LineBuffer("zygote"), started=time.monotonic()
+        )
+
+
+def zygote_env(env: dict[str, str]) -> dict[str, str]:
+    """The agent's environment with `env` on top, and with what keeps the preload single-threaded and importable."""
+    merged = {**os.environ, **env}
+    # numpy's OpenBLAS starts a thread a core when it is imported; training does not use numpy's algebra.
+    merged["OPENBLAS_NUM_THREADS"] = "1"
+    # The tokenizers library's pool does not survive a fork, and warns.
+    merged["TOKENIZERS_PARALLELISM"] = "false"
+    # -P keeps the working directory off the path; ours may be reachable only by the agent's own sys.path.
+    root = str(Path(__file__).resolve().parents[2])
+    merged["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [merged.get("PYTHONPATH")])])
+    return merged
