@@ -118,9 +118,7 @@ def build_mesh(parallel: ParallelConfig, device_type: str, timeout: timedelta) -
         options._timeout = timeout
     else:
         backend, options = "gloo", distributed.ProcessGroupGloo.Options("gloo", timeout)
-    overrides: dict[int | str, str | distributed.Backend.Options | tuple[str, distributed.Backend.Options]] = {
-        name: (backend, options) for name in MESH_DIMS
-    }
+    overrides: dict[int | str, str | distributed.Backend.Options | tuple[str, distributed.Backend.Options]] = dict.fromkeys(MESH_DIMS, (backend, options))
     return init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIMS, backend_override=overrides)
 
 

@@ -64,7 +64,9 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(pipe: Connection, store: str, rank: int, world_size: int, function: Callable[..., Any], arguments: Any) -> None:
+def _rank(
+    pipe: Connection, store: str, rank: int, world_size: int, function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(store, world_size), rank=rank, world_size=world_size
