@@ -39,7 +39,8 @@ class Worker:
     log: int
     pidfd: int
     lines: LineBuffer
-    receiver: contract.Receiver = field(default_factory=lambda: contract.Receiver(contract.FromWorker))
+    receiver: contract.Receiver | None = field(default_factory=lambda: contract.Receiver(contract.FromWorker))
+    """None once it has sent what is no message: nothing more is read from it."""
     _send_lock: threading.Lock = field(default_factory=threading.Lock)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -272,6 +272,8 @@ class Workers:
 
     def _read_control(self, worker: Worker) -> int:
         """Take what there is; returns the number of bytes."""
+        if worker.receiver is None:
+            return 0
         try:
             data = os.read(worker.control.fileno(), READ_BYTES)
         except BlockingIOError:
@@ -287,8 +289,9 @@ class Workers:
         except (ValueError, TypeError) as error:
             notice = f"killed, because it sent no contract message: {error}\n".encode()
             self._log.write(worker.lines.end() + worker.lines.feed(notice))
-            worker.signal(signal.SIGKILL)
+            worker.receiver = None
             self._selector.unregister(worker.control)
+            worker.signal(signal.SIGKILL)
             return 0
         for message in messages:
             self._call(self._on_message, worker, message)
