@@ -8,6 +8,7 @@ dataclasses; on the wire each is one JSON object with its type's name under ``"t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import socket
 import struct
@@ -325,7 +326,7 @@ def build(kind: type[T], document: dict[str, Any]) -> T:
     Raises:
         ValueError: a field is missing, or one is there that `kind` does not have.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(document) - set(fields))
     missing = sorted(
@@ -338,6 +339,11 @@ def build(kind: type[T], document: dict[str, Any]) -> T:
     return kind(**{name: _value(hints[name], value) for name, value in document.items()})
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _value(hint: Any, value: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -346,6 +352,8 @@ def _value(hint: Any, value: Any) -> Any:
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_value(args[0], item) for item in value)
         return tuple(_value(kind, item) for kind, item in zip(args, value, strict=True))
+    if origin is list:
+        return [_value(args[0], item) for item in value]
     if origin is dict:
         key = (lambda k: int(k)) if args[0] is int else (lambda k: k)
         return {key(k): _value(args[1], v) for k, v in value.items()}

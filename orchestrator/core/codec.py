@@ -1,0 +1,76 @@
+"""Events, actions and the supervisor's state as JSON, and back: what the journal holds.
+
+The JSON objects are plain (lists, string keys), so that one made here equals one that has been written and read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from orchestrator.core.actions import Action
+from orchestrator.core.events import Event
+from orchestrator.core.state import State
+from trainer.contract import build, decode
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    """The event's fields and, under "type", its class name."""
+    return {"type": type(event).__name__, **_plain(event)}
+
+
+def event_from_json(document: dict[str, Any]) -> Event:
+    """The event of a JSON object made by `event_to_json`.
+
+    Raises:
+        ValueError: the type is no event's, or a field is missing or unknown.
+    """
+    event: Event = decode(document, Event)
+    return event
+
+
+def action_to_json(action: Action) -> dict[str, Any]:
+    """The action's fields and, under "type", its class name."""
+    return {"type": type(action).__name__, **_plain(action)}
+
+
+def action_from_json(document: dict[str, Any]) -> Action:
+    """The action of a JSON object made by `action_to_json`.
+
+    Raises:
+        ValueError: the type is no action's, or a field is missing or unknown.
+    """
+    action: Action = decode(document, Action)
+    return action
+
+
+def state_to_json(state: State) -> dict[str, Any]:
+    """Everything that the supervisor knows. The order of keys is part of it: nodes stand in the order of joining."""
+    document: dict[str, Any] = _plain(state)
+    return document
+
+
+def state_from_json(document: dict[str, Any]) -> State:
+    """The state of a JSON object made by `state_to_json`.
+
+    Raises:
+        ValueError: a field is missing or unknown.
+    """
+    return build(State, document)
+
+
+def digest(state: State) -> str:
+    """SHA-256 of the state's JSON, keys in their own order: equal states decide equally ever after."""
+    return hashlib.sha256(json.dumps(state_to_json(state), separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
