@@ -210,6 +210,8 @@ class Restored:
     rendezvous_us: int
     build_us: int
     restore_us: int
+    versions: dict[str, str] = field(default_factory=dict)
+    """The rank's numeric class: library versions, instruction set, threads and the like, for the commit record."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,8 @@ class Attention(nn.Module):
         v_BKTH = self.wv(x_BTD).view(split).transpose(1, 2)
         grouped = q_BNTH.shape[1] != k_BKTH.shape[1]
         o_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=grouped)
-        return self.wo(o_BNTH.transpose(1, 2).flatten(2))
+        out_BTD: Tensor = self.wo(o_BNTH.transpose(1, 2).flatten(2))
+        return out_BTD
 
 
 class FeedForward(nn.Module):
@@ -65,7 +66,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.w2(functional.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        out_BTD: Tensor = self.w2(functional.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+        return out_BTD
 
 
 class Block(nn.Module):
@@ -79,8 +81,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return h_BTD + self.feed_forward(self.ffn_norm(h_BTD))
+        h_BTD: Tensor = x_BTD + self.attention(self.attention_norm(x_BTD))
+        h_BTD = h_BTD + self.feed_forward(self.ffn_norm(h_BTD))
+        return h_BTD
 
 
 class Llama(nn.Module):
@@ -106,12 +109,13 @@ class Llama(nn.Module):
         Returns:
             [B, T, D], or logits [B, T, V] where this stage holds the output head.
         """
-        h_BTD = self.tok_embeddings(x) if self.tok_embeddings is not None else x
+        h_BTD: Tensor = self.tok_embeddings(x) if self.tok_embeddings is not None else x
         for block in self.layers.values():
             h_BTD = block(h_BTD)
         if self.output is None or self.norm is None:
             return h_BTD
-        return self.output(self.norm(h_BTD))
+        logits_BTV: Tensor = self.output(self.norm(h_BTD))
+        return logits_BTV
 
 
 @functools.lru_cache(maxsize=4)

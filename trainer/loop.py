@@ -9,6 +9,7 @@ step or none does, all stop at the same boundary, and no rank is ever more than 
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -20,15 +21,19 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import AdamW
 
+from storage.durable import CheckpointFailed
+from storage.manifest import ManifestError
 from trainer import optim
 from trainer.contract import Finished, Phase, SaveFailed, ShardWritten, StepDone, Validated, WorkerConfig
 from trainer.parallel import Stage, forward_backward, forward_only
 
 if TYPE_CHECKING:
     from storage.checkpointer import Checkpointer
-
     from storage.state import TrainState
     from trainer.data import Dataset
+
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
@@ -175,10 +180,16 @@ def _sum_over_ranks(stage: Stage, *shares: Tensor) -> list[float]:
 
 
 def _snapshot(session: Session) -> int:
-    """Copy the state to the RAM tier; the microseconds that training was blocked."""
+    """Copy the state to the RAM tier; the microseconds that training was blocked.
+
+    A full memory file system costs snapshots, not the run: the reported `snapshot_step` stands still.
+    """
     started_us = _now_us()
     session.state.per_rank.update(optim.random_state())
-    session.checkpointer.snapshot(session.state)
+    try:
+        session.checkpointer.snapshot(session.state)
+    except OSError as error:
+        log.error("step %d: no snapshot: %s", session.state.step, error)
     return _now_us() - started_us
 
 
@@ -190,7 +201,7 @@ def _save(session: Session) -> None:
     started_us = _now_us()
     try:
         part = session.checkpointer.save(session.state)
-    except OSError as error:
+    except (OSError, CheckpointFailed, ManifestError) as error:
         message = f"{type(error).__name__}: {error}"
         write_us = _now_us() - started_us
         session.emit(SaveFailed(generation=generation, rank=rank, step=step, error=message, write_us=write_us))

@@ -31,7 +31,7 @@ def set_numerics(config: WorkerConfig) -> None:
             os.environ.setdefault(name, value)
         torch.use_deterministic_algorithms(True)
         # Filling each fresh buffer is for finding reads of uninitialised memory, not for equal results.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(config.seed)
 
 
@@ -49,5 +49,5 @@ def numeric_class(config: WorkerConfig) -> dict[str, str]:
     if config.device == "cuda":
         facts["cuda"] = str(torch.version.cuda)
         facts["gpu"] = torch.cuda.get_device_name()
-        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return facts

@@ -130,7 +130,7 @@ def train_state(module: nn.Module, optimizer: AdamW, step: int) -> TrainState:
 def random_state() -> dict[str, Tensor]:
     """This rank's generator states. No rank seeds by its number, so data-parallel replicas hold equal ones."""
     state = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda_rng"] = torch.cuda.get_rng_state()
     return state
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -112,13 +113,13 @@ def build_mesh(parallel: ParallelConfig, device_type: str, timeout: timedelta) -
     default group's: without this, ranks would wait 30 minutes for a lost peer.
     """
     shape = (parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.tp)
-    options: distributed.Backend.Options
+    options: Any
     if device_type == "cuda":
         backend, options = "nccl", distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
     else:
-        backend, options = "gloo", distributed.ProcessGroupGloo.Options("gloo", timeout)
-    overrides: dict[int | str, str | distributed.Backend.Options | tuple[str, distributed.Backend.Options]] = dict.fromkeys(MESH_DIMS, (backend, options))
+        backend, options = "gloo", distributed.ProcessGroupGloo.Options("gloo", timeout)  # type: ignore[call-arg, no-untyped-call]
+    overrides: dict[int | str, Any] = dict.fromkeys(MESH_DIMS, (backend, options))
     return init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIMS, backend_override=overrides)
 
 
@@ -299,10 +300,11 @@ def forward_backward(stage: Stage, inputs_BT: Tensor | None, targets_BT: Tensor 
 
 
 def _reduce_partial_gradients(module: nn.Module) -> None:
-    """Sum the norms' gradients over tp, where each rank saw its own part of the sequence. (FSDP does it where it is.)"""
+    """Sum the norms' gradients over tp, whose ranks saw different parts of the sequence. FSDP has done so by itself."""
     for parameter in module.parameters():
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+            assert isinstance(parameter, DTensor)
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
@@ -315,7 +317,7 @@ def _accumulate(stage: Stage, inputs_BT: Tensor, targets_BT: Tensor) -> list[Ten
             stage.module.set_requires_gradient_sync(number == count)
             stage.module.set_is_last_backward(number == count)
         share = loss_share(stage.module(x_BT), y_BT)
-        share.backward()
+        share.backward()  # type: ignore[no-untyped-call]
         shares.append(share.detach())
     return shares
 

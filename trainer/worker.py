@@ -21,10 +21,10 @@ from typing import Literal, NoReturn
 import psutil
 import tokenizers  # noqa: F401  (imported before the fork, for the children)
 import torch
-import torch.distributed.checkpoint
-from storage.checkpointer import Checkpointer
 from torch import distributed
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from storage.checkpointer import Checkpointer
 from storage.manifest import ManifestError
 from trainer.contract import (
     EXIT_AGENT_GONE,
@@ -43,7 +43,7 @@ from trainer.data import open_dataset
 from trainer.loop import NonFiniteError, Session, train
 from trainer.numeric import numeric_class, set_numerics
 from trainer.optim import build_optimizer, set_completed_steps, set_random_state, train_state
-from trainer.parallel import MESH_DIMS, build_mesh, build_stage
+from trainer.parallel import build_mesh, build_stage
 
 RECV_BYTES = 64 * 1024
 
@@ -174,14 +174,11 @@ def start(assign: Assign, agent: Agent) -> Session:
         generation=assign.generation,
         ram_dir=assign.ram_dir,
         node=assign.node,
-        versions=numeric_class(config),
-        mesh={name: mesh[name].size() for name in MESH_DIMS},
     )
-    if assign.restore.source != "init":
-        checkpointer.restore(state, assign.restore)
-        assert state.step == assign.restore.step, (state.step, assign.restore)
-        set_completed_steps(optimizer, state.step)
-        set_random_state(state.per_rank)
+    checkpointer.restore(state, assign.restore)
+    assert state.step == assign.restore.step, (state.step, assign.restore)
+    set_completed_steps(optimizer, state.step)
+    set_random_state(state.per_rank)
     agent.emit(
         Restored(
             generation=assign.generation,
@@ -191,6 +188,7 @@ def start(assign: Assign, agent: Agent) -> Session:
             rendezvous_us=rendezvous_us,
             build_us=build_us,
             restore_us=clock.lap_us(),
+            versions=numeric_class(config),
         )
     )
     return Session(
@@ -224,12 +222,10 @@ def join(assign: Assign) -> None:
     if config.device == "cuda":
         device = torch.device("cuda", assign.local_rank)
         torch.cuda.set_device(device)
-    store = distributed.TCPStore(
-        assign.store_host, assign.store_port, is_master=False, wait_for_workers=False, timeout=timeout
-    )
+    store = TCPStore(assign.store_host, assign.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo",
-        store=distributed.PrefixStore(f"workers/g{assign.generation}", store),
+        store=PrefixStore(f"workers/g{assign.generation}", store),
         rank=assign.rank,
         world_size=assign.world_size,
         timeout=timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def test_learning_rate_rises_then_falls_within_its_bounds(warmup: int, total: in
     config = OptimizerConfig(lr=1.0, warmup_steps=warmup, final_lr_ratio=ratio)
     rates = [optim.learning_rate(step, config, total) for step in range(1, total + 1)]
     peak = min(warmup, total) or 1
-    assert all(a < b for a, b in zip(rates[: peak - 1], rates[1:peak], strict=True))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[peak - 1 : -1], rates[peak:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:peak]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[peak - 1 :]))
     assert all(0.0 < rate <= 1.0 or (rate == 0.0 and ratio == 0.0) for rate in rates)
 
 
