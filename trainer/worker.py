@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Literal, NoReturn
@@ -151,6 +152,8 @@ def start(assign: Assign, agent: Agent) -> Session:
         step = assign.restore.step
         agent.emit(Phase(generation=assign.generation, rank=assign.rank, step=step, phase=name))
 
+    # Said of each pipeline stage's output, which nothing here changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     phase("rendezvous")
     set_numerics(config)
     join(assign)

@@ -1,0 +1,280 @@
+"""The worker process through its socket: assignments, restores, stops, and every way to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_pool import CONTEXT
+from test_parallel import SeededTokens, config_of
+from torch import distributed
+
+from storage.commits import create_commit
+from storage.manifest import Commit, ManifestError, RankPart
+from trainer import contract, worker
+from trainer.contract import Assign, ParallelConfig, Receiver, Restore, WorkerConfig, send
+from trainer.loop import NonFiniteError
+
+# A world of two is up in about 2 s on one core; the rest is for a loaded machine.
+DEADLINE_S = 60.0
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Process:
+    """One worker, as its agent sees it."""
+
+    process: Any
+    sock: socket.socket
+    receiver: Receiver = field(default_factory=lambda: Receiver(contract.FromWorker))
+    messages: list[Any] = field(default_factory=list)
+
+    def read_until(self, wanted: Callable[[Any], bool] | None = None) -> None:
+        """Collect messages until one is `wanted`, or the worker hangs up."""
+        self.sock.settimeout(DEADLINE_S)
+        with contextlib.suppress(ConnectionResetError):
+            while data := self.sock.recv(65536):
+                new = self.receiver.feed(data)
+                self.messages += new
+                if wanted is not None and any(wanted(message) for message in new):
+                    return
+
+    def exit_code(self) -> int:
+        self.process.join(DEADLINE_S)
+        assert self.process.exitcode is not None, "the worker did not exit"
+        return int(self.process.exitcode)
+
+    def of_type(self, kind: type) -> list[Any]:
+        return [message for message in self.messages if isinstance(message, kind)]
+
+
+def serve(sock: socket.socket, config: WorkerConfig, poisoned: bool) -> None:
+    def open_dataset(*_: Any) -> SeededTokens:
+        if poisoned:
+            raise FileNotFoundError("no tokens here")
+        return SeededTokens(config)
+
+    worker.open_dataset = open_dataset  # type: ignore[assignment]
+    os._exit(worker.main(sock))
+
+
+@contextlib.contextmanager
+def workers(
+    config: WorkerConfig, folder: Path, restore: Restore, *, generation: int = 1, poisoned: bool = False, **changes: Any
+) -> Iterator[list[Process]]:
+    """The workers of a generation, each with its assignment."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    config = replace(config, url=str(folder / "run"))
+    world_size = config.parallel.world_size
+    store = distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S)
+    )
+    group = []
+    try:
+        for rank in range(world_size):
+            ours, theirs = socket.socketpair()
+            process = CONTEXT.Process(target=serve, args=(theirs, config, poisoned), daemon=True)
+            process.start()
+            theirs.close()
+            group.append(Process(process, ours))
+            assign = Assign(
+                epoch=1,
+                generation=generation,
+                rank=rank,
+                world_size=world_size,
+                local_rank=rank,
+                node="node-a",
+                store_host="127.0.0.1",
+                store_port=store.port,
+                restore=restore,
+                config=config,
+                ram_dir=str(folder / "ram"),
+            )
+            send(ours, replace(assign, **changes))
+        yield group
+    finally:
+        for member in group:
+            member.process.kill()
+            member.process.join(DEADLINE_S)
+            member.sock.close()
+
+
+def run_to_the_end(*arguments: Any, **options: Any) -> list[Process]:
+    with workers(*arguments, **options) as group:
+        for member in group:
+            member.read_until()
+        assert [member.exit_code() for member in group] == [contract.EXIT_FINISHED] * len(group)
+        return group
+
+
+PAIR = config_of(
+    ParallelConfig(dp_shard=2),
+    steps=6,
+    validation_interval_steps=6,
+    checkpoint=contract.CheckpointConfig(interval_steps=3),
+)
+INIT = Restore(source="init")
+
+
+def numbers(process: Process) -> dict[int, tuple[float, float]]:
+    return {message.step: (message.loss, message.grad_norm) for message in process.of_type(contract.StepDone)}
+
+
+def test_a_run_continues_with_the_same_numbers_from_memory_and_from_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "ram").mkdir()
+    first = run_to_the_end(PAIR, tmp_path, INIT)
+    kinds = [type(message).__name__ for message in first[0].messages]
+    assert kinds[:7] == ["Phase", "Phase", "Phase", "Restored", "Phase", "Validated", "Phase"]
+    assert kinds.count("StepDone") == 6
+    assert kinds[-1] == "Finished"
+    assert [message.snapshot_step for message in first[1].of_type(contract.StepDone)] == [1, 2, 3, 4, 5, 6]
+    assert [message.loss for message in first[1].of_type(contract.StepDone)] == [None] * 6
+    (restored,) = first[0].of_type(contract.Restored)
+    assert restored.step == 0
+    assert restored.versions["torch"] == torch.__version__
+    assert min(restored.rendezvous_us, restored.build_us, restored.restore_us) > 0
+
+    from_memory = run_to_the_end(PAIR, tmp_path, Restore(source="ram", step=5), generation=2)
+    assert numbers(from_memory[0]) == {6: numbers(first[0])[6]}
+
+    commit = Commit(
+        run=PAIR.run,
+        step=3,
+        epoch=1,
+        generation=1,
+        mesh={"pp": 1, "dp_replicate": 1, "dp_shard": 2, "tp": 1},
+        parts=tuple(RankPart(**member.of_type(contract.ShardWritten)[0].part) for member in first),
+        versions=restored.versions,
+    )
+    url = str(tmp_path / "run")
+    create_commit(url, commit)
+    durable = Restore(source="durable", step=3, commit="checkpoints/commits/step-00000003.json")
+    from_checkpoint = run_to_the_end(PAIR, tmp_path, durable, generation=3)
+    expected = numbers(first[0])
+    assert numbers(from_checkpoint[0]) == {step: expected[step] for step in (4, 5, 6)}
+
+
+def test_a_stop_that_one_worker_hears_ends_all_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "ram").mkdir()
+    with workers(replace(PAIR, steps=100_000), tmp_path, INIT) as group:
+        group[1].read_until(lambda message: isinstance(message, contract.StepDone))
+        send(group[1].sock, contract.Stop())
+        for member in group:
+            member.read_until()
+        assert [member.exit_code() for member in group] == [0, 0]
+    ends = [member.messages[-1] for member in group]
+    assert {(end.step, end.reason) for end in ends} == {(ends[0].step, "stopped")}
+    assert all(member.of_type(contract.ShardWritten)[-1].step == ends[0].step for member in group)
+
+
+def test_workers_leave_with_their_agent(tmp_path: Path) -> None:
+    (tmp_path / "ram").mkdir()
+    with workers(replace(PAIR, steps=100_000), tmp_path, INIT) as group:
+        group[0].read_until(lambda message: isinstance(message, contract.StepDone))
+        for member in group:
+            member.sock.close()
+        assert [member.exit_code() for member in group] == [contract.EXIT_AGENT_GONE] * 2
+
+
+def test_a_lost_peer_is_reported_as_a_broken_collective(tmp_path: Path) -> None:
+    (tmp_path / "ram").mkdir()
+    with workers(replace(PAIR, steps=100_000), tmp_path, INIT) as group:
+        group[0].read_until(lambda message: isinstance(message, contract.StepDone))
+        os.kill(group[1].process.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        group[0].read_until()
+        assert group[0].exit_code() == contract.EXIT_FAILED
+        assert time.monotonic() - killed < PAIR.collective_timeout_s / 2, "it waited for the timeout"
+    (failed,) = group[0].of_type(contract.Failed)
+    assert failed.kind == "collective", failed.traceback
+    assert failed.step == group[0].of_type(contract.StepDone)[-1].step
+    assert "\n" not in failed.error
+    assert "train_step" in failed.traceback
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "error"),
+    [
+        ({"restore": Restore(source="ram", step=4)}, "state", "ManifestError: .*step 4"),
+        ({"poisoned": True}, "exception", "FileNotFoundError: no tokens here"),
+        ({"world_size": 3}, "exception", "ValueError: assigned world_size 3 is not .* 1"),
+    ],
+    ids=["no-snapshot", "no-data", "wrong-world"],
+)
+def test_what_cannot_start_says_why(tmp_path: Path, options: dict[str, Any], kind: str, error: str) -> None:
+    (tmp_path / "ram").mkdir()
+    with workers(config_of(steps=2), tmp_path, **{"restore": INIT, **options}) as (member,):
+        member.read_until()
+        assert member.exit_code() == contract.EXIT_FAILED
+    (failed,) = member.of_type(contract.Failed)
+    assert failed.kind == kind
+    assert re.match(error, failed.error), failed.error
+
+
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NonFiniteError("step 3: loss nan"), "audit"),
+        (ManifestError("block 7 is damaged"), "state"),
+        (MemoryError(), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "collective"),
+        (distributed.DistNetworkError("The client socket has timed out"), "collective"),
+        (raised_from(RuntimeError("failed to run forward"), RuntimeError("gloo: Broken pipe")), "collective"),
+        (raised_from(RuntimeError("failed to run forward"), IndexError("index out of range")), "exception"),
+        (RuntimeError("shape '[2, 3]' is invalid for input of size 5"), "exception"),
+        (ValueError("Connection refused"), "exception"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_failures_are_told_apart(error: Exception, kind: str) -> None:
+    assert worker.failure_kind(error) == kind
+
+
+def test_the_loopback_interface_is_found_by_its_address() -> None:
+    name = worker.interface_towards("127.0.0.1", 12345)
+    assert name in {interface for _, interface in socket.if_nameindex()}
+    assert name.startswith("lo")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
+def test_importing_the_worker_leaves_one_thread_so_that_it_can_be_forked() -> None:
+    code = (
+        "import os, trainer.worker as w, torch;"
+        "print(len(os.listdir('/proc/self/task')), w.distributed.is_initialized(), torch.cuda.is_initialized())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.stdout.split() == ["1", "False", "False"], done.stdout + done.stderr
+
+
+def test_a_worker_started_as_a_program_serves_its_descriptor() -> None:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-P", "-m", "trainer.worker", "--fd", str(theirs.fileno())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        ours.close()
+        assert process.wait(DEADLINE_S) == contract.EXIT_AGENT_GONE
