@@ -121,6 +121,16 @@ def inventory(ram_dir: str, run: str, node: str) -> dict[int, list[int]]:
     return {slot: sorted(steps[slot]) for slot in sorted(steps)}
 
 
+def held(ram_dir: str, run: str, node: str) -> dict[int, list[Header]]:
+    """Headers of the complete snapshots on a node by slot, the oldest step first. Reads no payloads."""
+    found: dict[int, list[Header]] = {}
+    for path in _files(ram_dir, run, node):
+        header = read_header(path)
+        if header is not None:
+            found.setdefault(header.slot, []).append(header)
+    return {slot: sorted(found[slot], key=lambda h: (h.step, h.generation)) for slot in sorted(found)}
+
+
 def snapshot_path(ram_dir: str, run: str, node: str, slot: int, step: int) -> Path | None:
     """The file that holds a slot's complete snapshot of `step`; of several, the one of the newest generation."""
     found = [(header.generation, path) for path, header in _headers(ram_dir, run, node, slot) if header.step == step]
