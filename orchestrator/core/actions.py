@@ -58,11 +58,15 @@ class CommitCheckpoint:
     step: int
     epoch: int
     generation: int
+    """The generation that wrote the parts."""
+    replaces_damaged: bool
+    """A record of this step by another generation was found damaged: delete that one first. (Never delete one of
+    this generation: the order may come twice.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseNode:
-    """Let go of a node that is lost: end what is left of its agent; it may come back only as a new one."""
+    """Let go of a node that is lost or not wanted: end what is left of its agent; it may come back as a new one."""
 
     node: str
     reason: str

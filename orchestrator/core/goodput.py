@@ -51,6 +51,9 @@ LABELS: dict[Label, str] = {
     "other": "everything else",
 }
 
+# While the mesh's nodes do one of these, there are no spares: every ready node waits for the same thing.
+_OF_EVERY_NODE: tuple[Label, ...] = ("provisioning", "paused", "waiting_for_nodes")
+
 
 @dataclass
 class Ledger:
@@ -74,7 +77,7 @@ class Ledger:
         assert at >= self.mark, (at, self.mark)
         span, self.mark = at - self.mark, at
         self.owed += span * self.places
-        spare_label: Label = self.mesh_label if self.mesh_label in ("provisioning", "paused") else "idle_spare"
+        spare_label: Label = self.mesh_label if self.mesh_label in _OF_EVERY_NODE else "idle_spare"
         self.totals[spare_label] += span * self.spare_nodes
         self.totals[self.empty_label] += span * (self.places - self.mesh_nodes - self.spare_nodes)
         if self.pending_since is None:

@@ -7,23 +7,36 @@ which place in that order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from orchestrator.core.events import Layout
 
 
-def place(layout: Layout, previous: Sequence[str], usable: Sequence[str]) -> tuple[str, ...] | None:
+def place(
+    layout: Layout, previous: Sequence[str], usable: Sequence[str], held: Mapping[str, Collection[int]]
+) -> tuple[str, ...] | None:
     """The nodes in mesh order, or None when there are too few.
 
-    A node that is still usable keeps its place, so as few slots as possible move; the holes are filled from `usable`
-    in the order in which it lists them.
+    A node that is still usable keeps its place, so as few slots as possible move. A hole goes to the node that `held`
+    says has the hole's slots in its shared memory (an agent that came back); the others are filled from `usable` in
+    the order in which it lists them.
     """
-    candidates = [node for node in usable if node not in previous]
-    places: list[str | None] = [node if node in usable else None for node in previous[: layout.nodes]]
+    free = dict.fromkeys(usable)
+    places = [node if node in free else None for node in previous[: layout.nodes]]
     places += [None] * (layout.nodes - len(places))
-    if places.count(None) > len(candidates):
+    for node in places:
+        if node is not None:
+            del free[node]
+    if places.count(None) > len(free):
         return None
-    filled = tuple(node if node is not None else candidates.pop(0) for node in places)
+    homes = {slot: node for node in reversed(free) for slot in held.get(node, ())}
+    for index, node in enumerate(places):
+        home = homes.get(slots_of(layout, index)[0])
+        if node is None and home in free:
+            places[index] = home
+            del free[home]
+    rest = iter(free)
+    filled = tuple(node if node is not None else next(rest) for node in places)
     assert len(set(filled)) == layout.nodes, filled
     return filled
 

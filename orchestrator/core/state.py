@@ -46,7 +46,7 @@ class Node:
     state: NodeState
     domain: str
     strikes: int = 0
-    """Incidents charged to this node; at limits.strikes it is quarantined."""
+    """Failures charged to this node; at limits.strikes it is quarantined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Evidence:
     slot: int | None
     """None when it concerns the whole node."""
     kind: str
-    """"node", "signal", "exit", "start", or the kind of the worker's last words."""
+    """"node", "signal", "exit", "start", "save", or the kind of the worker's last words."""
     detail: str
     step: int
 
@@ -69,6 +69,9 @@ class Checkpoint:
     """"written": every rank's part is on the store. "committed": its record is, too. "damaged": a worker refused it."""
     generation: int
     """The generation that wrote it."""
+    committed_at: int = 0
+    replaces_damaged: bool = False
+    """A record of this step that was found damaged stands until this one is committed."""
 
 
 @dataclass
@@ -87,9 +90,11 @@ class Incident:
     """What earlier rungs of this incident answered."""
     rungs: list[str] = field(default_factory=list)
     """Rungs tried, in order; the last is the one that worked once the incident is closed."""
+    spent: list[str] = field(default_factory=list)
+    """Those of them that failed by themselves: they are not taken again in this incident."""
     cause: str = ""
     culprit: str = ""
-    """The node that it is charged to; empty when it is the job's or nobody's."""
+    """The node that it is charged to; empty when it is nobody's."""
     reason: str = ""
     halted_at: int | None = None
     ordered_at: int | None = None
@@ -120,9 +125,13 @@ class State:
     epoch: int = 0
     job: JobState = "waiting"
     nodes: dict[str, Node] = field(default_factory=dict)
-    """Every node that ever joined, in the order in which they did."""
+    """Every node that joined since the run was declared, in the order in which they did."""
+    counts: dict[NodeState, int] = field(default_factory=lambda: dict.fromkeys(NODE_STATES, 0))
+    """Nodes in each state. Kept by `add_node` and `move_node`: an event costs the same at 5 nodes and at 12,500."""
 
     generation: int = 0
+    first_generation: int = 1
+    """The first one since the run was declared. Snapshots of earlier ones may be of another mesh: never used."""
     mesh: tuple[str, ...] = ()
     """Nodes of the current generation in mesh order; between generations, of the last one."""
     order: OpenGeneration | None = None
@@ -138,16 +147,16 @@ class State:
     bad_snapshots: dict[str, str] = field(default_factory=dict)
     """Names of snapshots that a worker refused, with its reason."""
 
-    awaiting: tuple[str, ...] = ()
+    awaiting: dict[str, None] = field(default_factory=dict)
     """While halting: the nodes that have not reported yet."""
     inventory: dict[str, dict[int, tuple[Snapshot, ...]]] = field(default_factory=dict)
-    """From the last halt: node to slot to the snapshots in its shared memory."""
+    """Node to slot to the snapshots in its shared memory: of every node that fills no slot now and is not lost."""
 
     incident: Incident | None = None
     incidents: list[Incident] = field(default_factory=list)
     """Closed ones, in order."""
-    errors: dict[str, int] = field(default_factory=dict)
-    """Signature (kind, step, error) of a worker's failure to the number of incidents that it caused."""
+    errors: dict[str, list[str]] = field(default_factory=dict)
+    """Signature (kind, step, error) of a failure that can be the job's to the nodes on which it struck, each time."""
     recoveries_without_progress: int = 0
     """Generations opened since the high-water mark last rose."""
 
@@ -158,28 +167,68 @@ class State:
 
     ledger: Ledger = field(default_factory=Ledger)
 
+    def add_node(self, name: str, domain: str) -> None:
+        assert name not in self.nodes, name
+        self.nodes[name] = Node(state="spare", domain=domain)
+        self.counts["spare"] += 1
+
+    def move_node(self, name: str, to: NodeState) -> None:
+        node = self.nodes[name]
+        assert node.state != "lost", (name, to)
+        self.counts[node.state] -= 1
+        self.counts[to] += 1
+        node.state = to
+
+    @property
+    def n_usable(self) -> int:
+        return self.counts["active"] + self.counts["spare"]
+
     def usable(self) -> tuple[str, ...]:
         """Nodes that may hold slots, those that do first, then in the order of joining."""
         alive = [name for name, node in self.nodes.items() if node.state in ("active", "spare")]
         return tuple(sorted(alive, key=lambda name: self.nodes[name].state != "active"))
 
     def newest_checkpoint(self) -> int | None:
-        committed = [step for step, checkpoint in self.checkpoints.items() if checkpoint.trust == "committed"]
-        return max(committed, default=None)
+        """Step of the newest checkpoint to restore from; one beyond the last step belongs to a longer run."""
+        return max(
+            (step for step, c in self.checkpoints.items() if c.trust == "committed" and step <= self.total_steps),
+            default=None,
+        )
 
     def check(self) -> None:
-        """The invariants that hold after every event.
+        """The invariants that hold after every event, at a cost that does not depend on the number of nodes.
 
-        - every place of the mesh is held by a different node, and while slots are held, by a usable one;
-        - nobody awaits the report of a node that is gone;
+        - while slots are held, as many nodes are active as the mesh has places, and the ledger counts the same nodes;
+        - a halt awaits somebody and has an incident to answer;
         - steps completed never pass the high-water mark, and an ended run has a verdict;
         - the ledger adds up.
         """
-        assert len(set(self.mesh)) == len(self.mesh), self.mesh
-        if self.job in ("starting", "training", "committing"):
-            assert all(self.nodes[name].state == "active" for name in self.mesh), (self.job, self.mesh)
+        assert sum(self.counts.values()) == len(self.nodes) and min(self.counts.values()) >= 0, self.counts
+        if self.job in ("starting", "training"):
+            assert self.layout is not None
+            assert self.counts["active"] == len(self.mesh) == self.layout.nodes, (self.counts, len(self.mesh))
+        if self.job != "ended":
+            held = (self.ledger.mesh_nodes, self.ledger.spare_nodes)
+            assert held == (self.counts["active"], self.counts["spare"]), (held, self.counts)
         assert (self.job == "halting") == bool(self.awaiting), (self.job, self.awaiting)
-        assert all(self.nodes[name].state != "lost" for name in self.awaiting)
+        assert self.job != "halting" or self.incident is not None
+        assert (self.job == "training") == (self.ledger.pending_since is not None), self.job
         assert self.restored_step <= self.step <= self.high_water, (self.restored_step, self.step, self.high_water)
         assert (self.job == "ended") == (self.exit_code is not None)
         self.ledger.check()
+
+    def check_nodes(self) -> None:
+        """What `check` takes from counts, node by node; linear, so only when the job's state or generation changes.
+
+        - every place of the mesh is held by a different node, and while slots are held, by an active one;
+        - nobody awaits the report of a node that is lost, and no lost node's memory is counted on;
+        - the counts are true.
+        """
+        assert len(set(self.mesh)) == len(self.mesh), self.mesh
+        if self.job in ("starting", "training"):
+            assert all(self.nodes[name].state == "active" for name in self.mesh), (self.job, self.mesh)
+        assert all(self.nodes[name].state != "lost" for name in (*self.awaiting, *self.inventory))
+        counted = dict.fromkeys(NODE_STATES, 0)
+        for node in self.nodes.values():
+            counted[node.state] += 1
+        assert counted == self.counts, (counted, self.counts)

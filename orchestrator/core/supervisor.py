@@ -7,7 +7,7 @@ its memory: a controller that comes back folds the journal and stands where the 
 
 What happens when a node dies, told once:
 
-1. `_on_node_lost` marks the node and calls `_interrupt`: an incident opens, the time in flight becomes detection, and
+1. `_on_node_lost` marks the node and calls `_fault`: an incident opens, the time in flight becomes detection, and
    every other node of the mesh is ordered to halt (`HaltGeneration`). State "halting".
 2. Each halted node answers `NodeHalted` with the snapshots in its shared memory. One that does not answer within
    `halt_deadline` is lost, too.
@@ -42,10 +42,10 @@ from orchestrator.core.state import (
     EXIT_NO_NODES,
     EXIT_OK,
     EXIT_STOPPED,
+    NODE_STATES,
     Checkpoint,
     Evidence,
     Incident,
-    Node,
     State,
 )
 
@@ -67,9 +67,12 @@ class Supervisor:
         self.state.ledger.advance(event.at)
         if self.state.job == "ended" and not isinstance(event, (ev.RunDeclared, ev.EpochBegan)):
             return []
+        before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
         self._count_nodes()
         self.state.check()
+        if before != (self.state.job, self.state.generation):
+            self.state.check_nodes()
         return actions
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -81,8 +84,10 @@ class Supervisor:
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
-        s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, ()
-        s.errors, s.recoveries_without_progress = {}, 0
+        s.first_generation = s.generation + 1
+        s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
+        s.counts = dict.fromkeys(NODE_STATES, 0)
+        s.errors, s.bad_snapshots, s.recoveries_without_progress = {}, {}, 0
         s.ledger.places = event.layout.nodes + event.layout.spares
         s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
         return [self._timer(f"wait/{s.generation}", event.at + event.limits.wait_deadline_us)]
@@ -92,13 +97,15 @@ class Supervisor:
         s = self.state
         assert event.epoch > s.epoch, (event.epoch, s.epoch)
         s.epoch = event.epoch
+        if s.exit_code is not None:
+            return [EndRun(exit_code=s.exit_code, reason=s.verdict)]
         written = [step for step, checkpoint in s.checkpoints.items() if checkpoint.trust == "written"]
         again: list[Action] = [self._commit(step) for step in written]
         if s.job == "starting":
             assert s.order is not None
             again += [s.order, self._timer(f"start/{s.generation}", event.at + self._limits.start_deadline_us)]
         elif s.job == "halting":
-            again += self._halt(event.at, s.awaiting, "the controller came back while the generation was halting")
+            again += self._halt(event.at, "the controller came back while the generation was halting")
         elif s.job == "waiting" and s.run:
             again.append(self._timer(f"wait/{s.generation}", event.at + self._limits.wait_deadline_us))
         elif s.job == "committing":
@@ -124,10 +131,13 @@ class Supervisor:
         known = s.nodes.get(event.node)
         if known is not None and known.state != "lost":
             return []
-        if known is not None or len(s.usable()) >= s.ledger.places:
-            return [ReleaseNode(node=event.node, reason="its name was lost before" if known else "no place is free")]
-        s.nodes[event.node] = Node(state="spare", domain=event.domain)
-        s.inventory[event.node] = event.snapshots
+        if known is not None:
+            return [ReleaseNode(node=event.node, reason="its name was lost before")]
+        s.add_node(event.node, event.domain)
+        if s.n_usable > s.ledger.places:
+            s.move_node(event.node, "lost")
+            return [ReleaseNode(node=event.node, reason="no place is free")]
+        self._take_inventory(event.node, event.snapshots)
         return self._open(event.at, "enough nodes have joined") if s.job == "waiting" else []
 
     def _on_node_lost(self, event: ev.NodeLost) -> list[Action]:
@@ -135,17 +145,13 @@ class Supervisor:
         node = s.nodes.get(event.node)
         if node is None or node.state == "lost":
             return []
-        held = node.state == "active" and s.job != "waiting"
-        if held and s.job != "halting":
-            actions = self._interrupt(event.at, self._evidence(event.at, event.node, None, "node", event.cause))
-        elif held and s.incident is not None:
-            s.incident.evidence.append(self._evidence(event.at, event.node, None, "node", event.cause))
-            actions = []
-        else:
-            actions = []
-        node.state = "lost"
-        release = ReleaseNode(node=event.node, reason=event.cause)
-        return [release, *actions, *self._no_longer_awaited(event.at, event.node)]
+        held = node.state == "active" and s.job in ("starting", "training", "halting")
+        s.move_node(event.node, "lost")
+        s.inventory.pop(event.node, None)
+        actions: list[Action] = [ReleaseNode(node=event.node, reason=event.cause)]
+        if held:
+            actions += self._fault(self._evidence(event.at, event.node, None, "node", event.cause))
+        return actions + self._no_longer_awaited(event.at, event.node)
 
     # --- a generation -----------------------------------------------------------------------------------------------
 
@@ -161,48 +167,48 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-            s.incident.cost_us += _interruption_us(s) - s.incident.ledger_before_us
         return [AskStop(generation=s.generation)] if s.stopping else []
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
         s = self.state
         if s.job not in ("training", "halting") or event.generation != s.generation or event.last <= s.step:
             return []
+        assert event.first <= s.step + 1, f"steps {s.step + 1} to {event.first - 1} are missing"
+        steps, new_steps = event.last - s.step, max(0, event.last - s.high_water)
+        self._reach(event.last)
         if s.job == "halting":  # done before the halt reached it; its time is settled as detection already
-            s.step, s.high_water = event.last, max(s.high_water, event.last)
             if s.incident is not None and not s.incident.rungs:
                 s.incident.step = s.step
             return []
-        assert event.first == s.step + 1, (event.first, s.step)
-        steps = event.last - s.step
-        new_steps = max(0, event.last - max(s.high_water, s.step))
         stalls: dict[Label, int] = {
             "data_wait": event.data_wait_us,
             "checkpoint_stall": event.checkpoint_us,
             "validation": event.validation_us,
         }
         recomputed = s.ledger.settle_steps(steps, new_steps, stalls)
-        s.step, s.high_water = event.last, max(s.high_water, event.last)
         if s.incident is not None:
             self._close_incident(event.at)
         if s.incidents:
             s.incidents[-1].cost_us += recomputed
-        if new_steps:
-            s.recoveries_without_progress = 0
         return []
 
     def _on_generation_finished(self, event: ev.GenerationFinished) -> list[Action]:
+        """Every rank has saved and left: what happens to a worker or a node from here on changes nothing."""
         s = self.state
         if s.job != "training" or event.generation != s.generation:
             return []
+        assert event.step == s.step, (event.step, s.step)
         assert event.reason != "completed" or event.step == s.total_steps, (event.step, s.total_steps)
+        last = s.checkpoints.get(s.step)
+        if last is None or last.trust == "damaged":
+            return self._fault(self._evidence(event.at, "", None, "save", "the last checkpoint could not be written"))
         s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
         s.job = "committing"
         if s.incident is not None:
             self._close_incident(event.at)
-        if event.step in s.checkpoints and s.checkpoints[event.step].trust == "committed":
-            return self._finish()
-        return [self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us)]
+        return self._finish_if_saved() or [
+            self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us)
+        ]
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -211,40 +217,57 @@ class Supervisor:
         known = s.checkpoints.get(event.step)
         if event.generation != s.generation or (known is not None and known.trust != "damaged"):
             return []
-        s.checkpoints[event.step] = Checkpoint(trust="written", generation=event.generation)
+        s.checkpoints[event.step] = Checkpoint(
+            trust="written", generation=event.generation, replaces_damaged=known is not None
+        )
         return [self._commit(event.step)]
 
     def _on_checkpoint_committed(self, event: ev.CheckpointCommitted) -> list[Action]:
         s = self.state
-        s.checkpoints[event.step] = Checkpoint(trust="committed", generation=event.generation)
+        known = s.checkpoints.get(event.step)
+        if known is not None and (
+            known.trust == "damaged" or (known.replaces_damaged and known.generation != event.generation)
+        ):
+            return []  # the record that was found damaged, told again
+        s.checkpoints[event.step] = Checkpoint(trust="committed", generation=event.generation, committed_at=event.at)
         s.checkpoints = dict(sorted(s.checkpoints.items()))
-        return self._finish() if s.job == "committing" and event.step == s.step else []
+        return self._finish_if_saved()
 
     def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
         s = self.state
-        if event.step in s.checkpoints and s.checkpoints[event.step].trust == "written":
+        known = s.checkpoints.get(event.step)
+        if known is None or known.trust != "written":
+            return []
+        if known.replaces_damaged:
+            known.trust = "damaged"
+        else:
             del s.checkpoints[event.step]
         if s.job == "committing" and event.step == s.step:
-            return self._end(EXIT_FAILED, f"the last checkpoint (step {event.step}) could not be saved: {event.error}")
+            return self._fault(self._evidence(event.at, "", None, "save", event.error))
         return []
 
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
         """The store is the authority on what is committed; what a worker found damaged stays damaged."""
         s = self.state
         kept = {step: c for step, c in s.checkpoints.items() if c.trust != "committed" or step in event.steps}
-        found = {step: Checkpoint(trust="committed", generation=0) for step in event.steps if step not in kept}
-        s.checkpoints = dict(sorted((kept | found).items()))
-        s.high_water = max(s.high_water, s.newest_checkpoint() or 0)
-        return []
+        for step in event.steps:
+            known = kept.setdefault(step, Checkpoint(trust="committed", generation=0, committed_at=event.at))
+            if known.trust == "written" and not known.replaces_damaged:
+                known.trust = "committed"
+        s.checkpoints = dict(sorted(kept.items()))
+        s.high_water = max(s.high_water, *event.steps, 0)
+        return self._finish_if_saved()
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
     def _on_worker_failed(self, event: ev.WorkerFailed) -> list[Action]:
         s = self.state
-        if event.generation != s.generation or s.job not in ("starting", "training", "halting", "committing"):
+        if event.generation != s.generation:
             return []
         if event.kind == "state" and s.order is not None:
             self._distrust(s.order, event.error)
+        if s.job not in ("starting", "training", "halting"):
+            return []
         return self._fault(
             Evidence(
                 at=event.at, node=event.node, slot=event.slot, kind=event.kind, detail=event.error, step=event.step
@@ -253,13 +276,11 @@ class Supervisor:
 
     def _on_worker_exited(self, event: ev.WorkerExited) -> list[Action]:
         s = self.state
-        if event.generation != s.generation or s.job not in ("starting", "training", "halting", "committing"):
+        if event.generation != s.generation or s.job not in ("starting", "training", "halting"):
             return []
-        if s.incident is not None and any(
-            (e.node, e.slot) == (event.node, event.slot) and e.kind not in ("signal", "exit")
-            for e in s.incident.evidence
-        ):
-            return []  # it has told why already
+        halted = s.incident if s.job == "halting" else None
+        if halted is not None and recovery.has_told_why(halted, event.node, event.slot, event.exit_code):
+            return []
         kind = "exit" if event.signal is None else "signal"
         detail = f"exit code {event.exit_code}" if event.signal is None else f"signal {event.signal}"
         return self._fault(self._evidence(event.at, event.node, event.slot, kind, detail))
@@ -274,7 +295,7 @@ class Supervisor:
         s = self.state
         if s.job != "halting" or event.generation != s.generation or event.node not in s.awaiting:
             return []
-        s.inventory[event.node] = event.snapshots
+        self._take_inventory(event.node, event.snapshots)
         return self._no_longer_awaited(event.at, event.node)
 
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
@@ -283,11 +304,11 @@ class Supervisor:
         if generation != str(s.generation):
             return []
         if name == "wait" and s.job == "waiting":
-            have, need = len(s.usable()), self._layout.nodes
+            have, need = s.n_usable, self._layout.nodes
             return self._end(EXIT_NO_NODES, f"{have} usable nodes when the wait ended, the mesh needs {need}")
         if name == "halt" and s.job == "halting":
             actions: list[Action] = []
-            for node in s.awaiting:
+            for node in tuple(s.awaiting):
                 lost = ev.NodeLost(at=event.at, node=node, cause="did not halt within its deadline")
                 actions += self._on_node_lost(lost)
             return actions
@@ -303,7 +324,7 @@ class Supervisor:
         s = self.state
         if s.job == "halting":
             assert s.incident is not None
-            s.incident.evidence.append(evidence)
+            recovery.note(s.incident, evidence)
             return []
         return self._interrupt(evidence.at, evidence)
 
@@ -318,27 +339,25 @@ class Supervisor:
             s.ledger.settle("recovery", then="recovery")
             s.incident.answered += s.incident.evidence
             s.incident.evidence = []
-        s.incident.evidence.append(evidence)
-        s.job, s.inventory = "halting", {}
-        s.awaiting = tuple(
-            name for name, n in s.nodes.items() if n.state == "active" and not _gone(evidence, name) and name in s.mesh
-        )
+        recovery.note(s.incident, evidence)
+        s.job = "halting"
+        s.awaiting = {name: None for name in s.mesh if s.nodes[name].state == "active"}
         if not s.awaiting:
             return self._recover(at)
-        return self._halt(at, s.awaiting, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
+        return self._halt(at, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
 
-    def _halt(self, at: int, nodes: tuple[str, ...], reason: str) -> list[Action]:
-        generation = self.state.generation
+    def _halt(self, at: int, reason: str) -> list[Action]:
+        s = self.state
         return [
-            HaltGeneration(generation=generation, nodes=nodes, reason=reason),
-            self._timer(f"halt/{generation}", at + self._limits.halt_deadline_us),
+            HaltGeneration(generation=s.generation, nodes=tuple(s.awaiting), reason=reason),
+            self._timer(f"halt/{s.generation}", at + self._limits.halt_deadline_us),
         ]
 
     def _no_longer_awaited(self, at: int, node: str) -> list[Action]:
         s = self.state
         if node not in s.awaiting:
             return []
-        s.awaiting = tuple(name for name in s.awaiting if name != node)
+        del s.awaiting[node]
         return [] if s.awaiting else self._recover(at)
 
     def _recover(self, at: int) -> list[Action]:
@@ -348,52 +367,54 @@ class Supervisor:
         assert incident is not None
         incident.halted_at = at
         cause = recovery.root(incident)
-        if not incident.rungs:  # charged once, for what it began with
-            incident.cause, incident.culprit = cause.kind, cause.node
-            self._strike(cause)
-        signature = recovery.signature(cause)
-        s.errors[signature] = s.errors.get(signature, 0) + 1
+        if not incident.rungs:
+            incident.cause, incident.culprit = cause.kind, cause.node if recovery.is_of_a_node(cause) else ""
+        elif recovery.blames_the_rung(cause):
+            incident.spent.append(incident.rungs[-1])
+        if recovery.is_of_the_job(cause):
+            s.errors.setdefault(recovery.signature(cause), []).append(cause.node)
+        self._charge_node(cause)
         decision = recovery.decide(s)
         incident.reason = decision.reason
         if decision.rung == "fail":
             return self._end(decision.exit_code, decision.reason)
+        if s.stopping and decision.source != "ram":
+            return self._end(EXIT_STOPPED, f"stopped by {s.stopping}, with nothing to save: {decision.reason}")
         if decision.rung == "wait":
-            return self._wait(at)
+            s.job = "waiting"
+            s.ledger.settle("recovery", then="waiting_for_nodes")
+            return [self._timer(f"wait/{s.generation}", at + self._limits.wait_deadline_us)]
         return self._open_from(at, decision)
-
-    def _wait(self, at: int) -> list[Action]:
-        s = self.state
-        s.job = "waiting"
-        s.ledger.settle("recovery", then="waiting_for_nodes")
-        return [self._timer(f"wait/{s.generation}", at + self._limits.wait_deadline_us)]
 
     def _open(self, at: int, why: str) -> list[Action]:
         """A generation where none runs: the first, or the one that a wait was for."""
         s = self.state
+        if s.n_usable < self._layout.nodes:
+            return []
         if s.incident is not None:
             decision = recovery.decide(s)
-            if decision.rung == "wait":
-                return []
             s.incident.reason = decision.reason
         else:
-            mesh = placement.place(self._layout, s.mesh, s.usable())
-            if mesh is None:
-                return []
+            mesh = placement.place(self._layout, s.mesh, s.usable(), {})
+            assert mesh is not None
             decision = recovery.durable_decision(s, mesh, why)
         return self._open_from(at, decision)
 
     def _open_from(self, at: int, decision: recovery.Decision) -> list[Action]:
         s = self.state
-        assert decision.rung not in ("fail", "wait")
-        for name, node in s.nodes.items():
-            if node.state in ("active", "spare"):
-                node.state = "active" if name in decision.mesh else "spare"
-        first = s.generation == 0 or s.incident is None
+        assert decision.rung not in ("fail", "wait"), decision
+        for name in s.mesh:
+            if s.nodes[name].state == "active":
+                s.move_node(name, "spare")
+        for name in decision.mesh:
+            s.move_node(name, "active")
+            s.inventory.pop(name, None)
+        first = s.incident is None
         s.generation += 1
-        s.recoveries_without_progress += not first
         s.mesh, s.job = decision.mesh, "starting"
         s.step = s.restored_step = decision.step
-        s.high_water = max(s.high_water, s.step)  # a dead node's last report may be missing, its snapshot not
+        self._reach(decision.step)  # a dead node's last report may be missing, its snapshot not
+        s.recoveries_without_progress += not first
         s.ledger.mesh_label = "start_up" if first else "recovery"
         s.ledger.empty_label = "degraded_capacity"
         if s.incident is not None:
@@ -413,41 +434,61 @@ class Supervisor:
     def _suspend(self) -> None:
         """Nothing runs from here on; the time until a resume is a pause."""
         s = self.state
-        s.ledger.settle("detection" if s.incident is not None else "other", then="paused")
+        settled = s.ledger.settle("detection" if s.incident is not None else "other", then="paused")
         s.ledger.empty_label = "paused"
         if s.incident is not None:
-            s.incidents.append(s.incident)
-            s.incident = None
+            s.incident.cost_us += settled
+            self._archive_incident()
 
     # --- small parts ------------------------------------------------------------------------------------------------
 
-    def _strike(self, cause: Evidence) -> None:
-        """Charge the node that an incident began on, unless the fault is the program's or nobody's."""
+    def _reach(self, step: int) -> None:
+        """The mesh has completed `step`, or holds its state."""
+        s = self.state
+        s.step = step
+        if step > s.high_water:
+            s.high_water, s.recoveries_without_progress = step, 0
+
+    def _take_inventory(self, node: str, snapshots: dict[int, tuple[ev.Snapshot, ...]]) -> None:
+        first = self.state.first_generation
+        own = {slot: tuple(s for s in held if s.generation >= first) for slot, held in snapshots.items()}
+        self.state.inventory[node] = {slot: held for slot, held in own.items() if held}
+
+    def _charge_node(self, cause: Evidence) -> None:
+        """A strike for the node that failed, if it can be the node's doing; quarantine when a spare can replace it."""
         s = self.state
         node = s.nodes.get(cause.node)
-        if node is None or cause.kind not in ("signal", "exit", "start", "node", "state"):
+        if node is None or not recovery.is_of_a_node(cause):
             return
         node.strikes += 1
-        spare_left = any(n.state == "spare" for n in s.nodes.values())
-        if node.state == "active" and node.strikes >= self._limits.strikes and spare_left:
-            node.state = "quarantined"
+        suspect = node.strikes >= self._limits.strikes or recovery.follows_one_node(s, cause)
+        if node.state == "active" and suspect and s.n_usable > self._layout.nodes:
+            s.move_node(cause.node, "quarantined")
 
     def _distrust(self, order: OpenGeneration, error: str) -> None:
         """A worker refused the state that it was given: never give it again."""
         s = self.state
-        if order.source == "durable":
+        if order.source == "durable" and order.step in s.checkpoints:
             s.checkpoints[order.step].trust = "damaged"
         elif order.source == "ram":
-            name = ev.Snapshot(generation=order.snapshot_generation, step=order.step).name
-            s.bad_snapshots[name] = error
+            s.bad_snapshots[ev.Snapshot(generation=order.snapshot_generation, step=order.step).name] = error
 
     def _close_incident(self, at: int) -> None:
+        assert self.state.incident is not None
+        self.state.incident.closed_at = at
+        self._archive_incident()
+
+    def _archive_incident(self) -> None:
         s = self.state
         assert s.incident is not None
-        s.incident.closed_at = at
+        s.incident.cost_us += _interruption_us(s) - s.incident.ledger_before_us
         s.incidents.append(s.incident)
         s.incident = None
-        s.ledger.mesh_label = "other"
+
+    def _finish_if_saved(self) -> list[Action]:
+        s = self.state
+        saved = s.step in s.checkpoints and s.checkpoints[s.step].trust == "committed"
+        return self._finish() if s.job == "committing" and saved else []
 
     def _finish(self) -> list[Action]:
         s = self.state
@@ -458,12 +499,17 @@ class Supervisor:
     def _end(self, exit_code: int, reason: str) -> list[Action]:
         s = self.state
         self._suspend()
-        s.job, s.exit_code, s.verdict, s.awaiting = "ended", exit_code, reason, ()
+        s.job, s.exit_code, s.verdict, s.awaiting = "ended", exit_code, reason, {}
         return [EndRun(exit_code=exit_code, reason=reason)]
 
     def _commit(self, step: int) -> CommitCheckpoint:
-        generation = self.state.checkpoints[step].generation
-        return CommitCheckpoint(step=step, epoch=self.state.epoch, generation=generation)
+        checkpoint = self.state.checkpoints[step]
+        return CommitCheckpoint(
+            step=step,
+            epoch=self.state.epoch,
+            generation=checkpoint.generation,
+            replaces_damaged=checkpoint.replaces_damaged,
+        )
 
     def _timer(self, timer: str, at: int) -> SetTimer:
         return SetTimer(timer=timer, at=at)
@@ -477,8 +523,7 @@ class Supervisor:
         if s.job == "ended":
             s.ledger.populate(0, 0)
             return
-        states = [node.state for node in s.nodes.values()]
-        s.ledger.populate(states.count("active"), states.count("spare"))
+        s.ledger.populate(s.counts["active"], s.counts["spare"])
 
     @property
     def _limits(self) -> ev.Limits:
@@ -494,10 +539,6 @@ class Supervisor:
 def _interruption_us(state: State) -> int:
     """Node-microseconds that interruptions have cost so far, detection and recomputation apart."""
     return state.ledger.totals["recovery"] + state.ledger.totals["waiting_for_nodes"]
-
-
-def _gone(evidence: Evidence, node: str) -> bool:
-    return evidence.kind == "node" and evidence.node == node
 
 
 _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {

@@ -1,0 +1,665 @@
+"""A body for the core, in memory: nodes, workers, shared memory, a store and a controller that can die.
+
+It keeps the truth (who lives, which snapshot is where, what is committed), tells the supervisor only what a real body
+would, and carries its orders out. What happens next is read from a tape of bytes, so that a history is a short value
+that hypothesis can shrink: small bytes are the kindest moves. When the tape ends, faults end, and the run must finish.
+Every event and order passes through `Watch`, which knows the rules that the supervisor must keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from orchestrator.core import actions as ac
+from orchestrator.core import events as ev
+from orchestrator.core import placement
+from orchestrator.core.events import Layout, Limits, Snapshot
+from orchestrator.core.goodput import LABELS
+from orchestrator.core.recovery import EVIDENCE_KEPT
+from orchestrator.core.supervisor import Supervisor
+
+LIMITS = Limits(
+    halt_deadline_us=10_000_000,
+    start_deadline_us=100_000_000,
+    wait_deadline_us=600_000_000,
+    commit_deadline_us=120_000_000,
+    same_error_tries=2,
+    recoveries_without_progress=6,
+    strikes=3,
+)
+STEPS = 16
+CHECKPOINT_INTERVAL_STEPS = 3
+SNAPSHOTS_KEPT = 3
+# Moves after the end of the tape in which a run must reach its end. The longest seen in 200,000 histories is below half.
+MOVES_TO_FINISH = 1000
+
+
+def layout(pp: int, dp_replicate: int, dp_shard: int, tp: int, slots_per_node: int, spares: int) -> Layout:
+    slots = pp * dp_replicate * dp_shard * tp
+    return Layout(
+        pp=pp,
+        dp_replicate=dp_replicate,
+        dp_shard=dp_shard,
+        tp=tp,
+        slots_per_node=slots_per_node,
+        nodes=slots // slots_per_node,
+        spares=spares,
+    )
+
+
+LAYOUTS = (
+    layout(1, 2, 1, 1, 1, 1),
+    layout(1, 1, 1, 1, 1, 0),
+    layout(1, 1, 2, 2, 2, 2),
+    layout(2, 2, 1, 1, 2, 1),
+    layout(1, 2, 2, 1, 1, 0),
+)
+CAPABILITIES = (("ram", "peer"), ("ram",), ())
+
+
+class Tape:
+    """A finite source of choices; every choice is 0, the kindest, once it has run out."""
+
+    def __init__(self, choices: bytes) -> None:
+        self._choices: Iterator[int] = iter(choices)
+        self.ended = False
+
+    def below(self, n: int) -> int:
+        """A number in [0, n)."""
+        high, low = next(self._choices, None), next(self._choices, 0) if n > 16 else 0
+        if high is None:
+            self.ended, high = True, 0
+        return (256 * high + low) * n // 65536
+
+
+@dataclass
+class SimNode:
+    name: str
+    alive: bool = True
+    mute: bool = False
+    """Hung: it runs no orders and sends nothing."""
+    generation: int = 0
+    slots: dict[int, bool] = field(default_factory=dict)
+    """Slot to whether its worker lives, in `generation`."""
+    ram: dict[int, list[Snapshot]] = field(default_factory=dict)
+    """Slot to complete snapshots, the oldest first."""
+
+    def snapshots(self) -> dict[int, tuple[Snapshot, ...]]:
+        return {slot: tuple(held) for slot, held in self.ram.items()}
+
+
+@dataclass
+class Running:
+    """The newest generation that was opened."""
+
+    order: ac.OpenGeneration
+    phase: str = "starting"
+    """Then "training", "finished"."""
+    step: int = 0
+    told: int = 0
+    stop: bool = False
+
+
+class Watch:
+    """The rules, checked after every event from what was told and ordered, not from what the supervisor believes."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[ev.Event, list[ac.Action]]] = []
+        self._owed = self._places = self._at = 0
+        self._ended = False
+        self._lows: dict[str, int] = {}
+        self._lost: set[str] = set()
+        self._joined: set[str] = set()
+        self._opened: dict[int, ac.OpenGeneration] = {}
+        self._inventory: dict[str, dict[int, tuple[Snapshot, ...]]] = {}
+        self._committed: set[int] = set()
+        self._refused: set[object] = set()
+        self._first_generation = 1
+        self._layout, self._capabilities, self._steps, self._stops = LAYOUTS[0], ("",), 0, 0
+        self._errors: dict[tuple[str, int, str], int] = {}
+
+    def see(self, supervisor: Supervisor, event: ev.Event, actions: list[ac.Action]) -> None:
+        self.log.append((event, actions))
+        self._owed += (event.at - self._at) * self._places
+        self._at = event.at
+        if not self._ended or isinstance(event, ev.RunDeclared):
+            self._learn(supervisor, event)
+        self._ended = supervisor.state.job == "ended"
+        state = supervisor.state
+        state.check()
+        state.check_nodes()
+        ledger = state.ledger
+        assert sum(ledger.totals.values()) + ledger.pending_us == self._owed, "the ledger does not add up"
+        self._never_falls("high_water", state.high_water)
+        self._never_falls("generation", state.generation)
+        for label in LABELS:
+            self._never_falls(label, ledger.totals[label])
+        incidents = state.incidents + ([state.incident] if state.incident else [])
+        charged = sum(incident.cost_us for incident in incidents)
+        lost = sum(ledger.totals[label] for label in ("detection", "recovery", "waiting_for_nodes", "recomputed"))
+        assert charged <= lost, "incidents are charged more than was lost"
+        assert all(len(incident.evidence) <= EVIDENCE_KEPT for incident in incidents)
+        for action in actions:
+            self._check_order(supervisor, event, action)
+
+    def _never_falls(self, name: str, value: int) -> None:
+        assert value >= self._lows.get(name, 0), f"{name} fell from {self._lows[name]} to {value}"
+        self._lows[name] = value
+
+    def _learn(self, supervisor: Supervisor, event: ev.Event) -> None:
+        match event:
+            case ev.RunDeclared():
+                self._layout, self._capabilities, self._steps = event.layout, event.capabilities, event.total_steps
+                self._places = event.layout.nodes + event.layout.spares
+                self._first_generation = 1 + max(self._opened, default=0)
+                self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
+            case ev.NodeJoined() if event.node not in self._joined:
+                self._joined.add(event.node)
+                self._inventory[event.node] = self._usable(event.snapshots)
+            case ev.NodeHalted() if event.generation == max(self._opened) and event.node not in self._lost:
+                self._inventory[event.node] = self._usable(event.snapshots)
+            case ev.NodeLost():
+                self._lost.add(event.node)
+            case ev.CheckpointCommitted():
+                self._committed.add(event.step)
+                if supervisor.state.checkpoints[event.step].trust == "committed":
+                    self._refused.discard(event.step)
+            case ev.CheckpointsFound():
+                self._committed = set(event.steps)
+            case ev.WorkerFailed(kind="state") if event.generation == max(self._opened):
+                order = self._opened[event.generation]
+                ram = Snapshot(generation=order.snapshot_generation, step=order.step)
+                self._refused.add(ram if order.source == "ram" else order.step)
+            case ev.WorkerFailed(kind="exception" | "memory" | "audit"):
+                key = (event.kind, event.step, event.error)
+                self._errors[key] = self._errors.get(key, 0) + 1
+            case ev.StopRequested():
+                self._stops += 1
+
+    def _usable(self, snapshots: dict[int, tuple[Snapshot, ...]]) -> dict[int, tuple[Snapshot, ...]]:
+        return {k: tuple(s for s in held if s.generation >= self._first_generation) for k, held in snapshots.items()}
+
+    def _check_order(self, supervisor: Supervisor, event: ev.Event, action: ac.Action) -> None:
+        match action:
+            case ac.ReleaseNode():
+                self._lost.add(action.node)
+            case ac.HaltGeneration():
+                assert action.generation == max(self._opened)
+                self._check_named(supervisor, action.nodes)
+            case ac.OpenGeneration() if isinstance(event, ev.EpochBegan):
+                assert action == self._opened[max(self._opened)], "another order than the one that is open"
+            case ac.OpenGeneration():
+                self._check_open(supervisor, action)
+            case ac.CommitCheckpoint():
+                assert action.epoch == supervisor.state.epoch
+            case ac.EndRun() if not isinstance(event, ev.EpochBegan):
+                self._check_verdict(supervisor, event, action)
+
+    def _check_named(self, supervisor: Supervisor, nodes: tuple[str, ...]) -> None:
+        assert set(nodes) <= self._joined, "an order names a node that never joined"
+        assert not set(nodes) & self._lost, "an order names a lost node"
+        assert all(supervisor.state.nodes[n].state != "quarantined" for n in nodes), "an order names a quarantined node"
+
+    def _check_open(self, supervisor: Supervisor, order: ac.OpenGeneration) -> None:
+        assert order.generation > max(self._opened, default=0), "generations do not grow"
+        self._opened[order.generation] = order
+        assert len(order.nodes) == len(set(order.nodes)) == self._layout.nodes, "a slot is filled twice, or not at all"
+        self._check_named(supervisor, order.nodes)
+        assert not {t.from_node for t in order.transfers} & self._lost, "a copy comes from a lost node"
+        newest = max((s for s in self._committed if s not in self._refused and s <= self._steps), default=0)
+        incident = supervisor.state.incident
+        if order.source == "ram":
+            chosen = Snapshot(generation=order.snapshot_generation, step=order.step)
+            assert chosen == self._newest_in_ram(order.nodes), "not the newest snapshot that every slot can get"
+            self._check_transfers(order, chosen)
+            assert order.step >= newest, "a committed checkpoint is newer"
+        else:
+            assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
+            ram = None if incident is None or incident.spent else self._newest_in_ram(order.nodes)
+            assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
+
+    def _newest_in_ram(self, nodes: tuple[str, ...]) -> Snapshot | None:
+        if "ram" not in self._capabilities:
+            return None
+        held = {name: slots for name, slots in self._inventory.items() if name not in self._lost}
+        known = {s for slots in held.values() for snapshots in slots.values() for s in snapshots} - self._refused
+        good = [s for s in known if all(self._sources(held, nodes, slot, s) for slot in range(self._layout.slots))]
+        return max(good, key=lambda s: (s.step, s.generation), default=None)
+
+    def _sources(
+        self, held: dict[str, dict[int, tuple[Snapshot, ...]]], nodes: tuple[str, ...], slot: int, snapshot: Snapshot
+    ) -> bool:
+        own = nodes[slot // self._layout.slots_per_node]
+        if snapshot in held.get(own, {}).get(slot, ()):
+            return True
+        same = (slot, *placement.replicas(self._layout, slot))
+        return "peer" in self._capabilities and any(snapshot in held[n].get(s, ()) for n in held for s in same)
+
+    def _check_transfers(self, order: ac.OpenGeneration, chosen: Snapshot) -> None:
+        copied = {(t.to_node, t.slot): t for t in order.transfers}
+        assert not copied or "peer" in self._capabilities
+        for slot in range(self._layout.slots):
+            node = order.nodes[slot // self._layout.slots_per_node]
+            transfer = copied.pop((node, slot), None)
+            if transfer is None:
+                assert chosen in self._inventory.get(node, {}).get(slot, ()), f"slot {slot} has no such snapshot"
+            else:
+                assert transfer.from_slot in (slot, *placement.replicas(self._layout, slot)), transfer
+                assert chosen in self._inventory[transfer.from_node][transfer.from_slot], transfer
+        assert not copied, "a copy for a slot that is not there"
+
+    def _check_verdict(self, supervisor: Supervisor, event: ev.Event, end: ac.EndRun) -> None:
+        """Each exit code only for what it says."""
+        state = supervisor.state
+        timer = event.timer.partition("/")[0] if isinstance(event, ev.TimerFired) else ""
+        match end.exit_code:
+            case 0:
+                assert self._steps in self._committed and state.step == self._steps, "not everything is done and saved"
+            case 1:
+                assert timer == "commit"
+            case 93:
+                assert max(self._errors.values()) >= LIMITS.same_error_tries
+            case 94:
+                assert state.recoveries_without_progress >= LIMITS.recoveries_without_progress
+            case 95:
+                assert timer == "wait"
+            case 96:
+                assert self._stops
+            case code:
+                raise AssertionError(f"exit code {code}")
+
+
+class Body:
+    """The world and the controller around one supervisor."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape, self.watch, self.supervisor = tape, Watch(), Supervisor()
+        self.at = self.epoch = self.names = 0
+        self.total_steps = STEPS
+        self.nodes: dict[str, SimNode] = {}
+        self.left: list[dict[int, list[Snapshot]]] = []
+        """Shared memory of machines whose agent has died."""
+        self.store: dict[int, int] = {}
+        """Step to the generation whose checkpoint of it is committed."""
+        self.bad_steps: set[int] = set()
+        self.bad_snapshots: set[Snapshot] = set()
+        self.queues: dict[str, list[ev.Event]] = {}
+        """Sender to what it has sent; senders overtake each other, a sender's messages do not."""
+        self.told: list[ev.Event] = []
+        self.timers: list[tuple[int, str]] = []
+        self.outbox: list[tuple[str, ac.Action]] = []
+        self.running: Running | None = None
+        self.exit_code: int | None = None
+        """The run's verdict, once EndRun has been carried out."""
+        self.layout, self.capabilities = LAYOUTS[tape.below(len(LAYOUTS))], CAPABILITIES[tape.below(3)]
+        self.declare()
+
+    # --- the controller ---
+
+    def tell(self, event: ev.Event) -> None:
+        self.at += (1 + self.tape.below(8)) * 250_000
+        event = replace(event, at=max(event.at, self.at))
+        self.at = event.at
+        actions = self.supervisor.handle(event)
+        self.watch.see(self.supervisor, event, actions)
+        for action in actions:
+            match action:
+                case ac.SetTimer():
+                    self.timers.append((action.at, action.timer))
+                case ac.OpenGeneration() | ac.HaltGeneration():
+                    self.outbox += [(node, action) for node in action.nodes]
+                case _:
+                    self.outbox.append(("", action))
+
+    def declare(self) -> None:
+        """Start or resume the run: every agent is new."""
+        self.nodes, self.queues, self.told, self.outbox, self.timers = {}, {}, [], [], []
+        self.running = self.exit_code = None
+        self.tell(
+            ev.RunDeclared(
+                at=self.at,
+                run="run",
+                layout=self.layout,
+                limits=LIMITS,
+                total_steps=self.total_steps,
+                capabilities=self.capabilities,
+            )
+        )
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """A controller takes over: what the last one had not carried out, and its timers, are gone."""
+        self.outbox, self.timers = [], []
+        self.queues.pop("store", None)
+        self.epoch += 1
+        self.tell(ev.EpochBegan(at=self.at, epoch=self.epoch, version="test"))
+        self.tell(ev.CheckpointsFound(at=self.at, steps=tuple(sorted(self.store))))
+
+    def send(self, sender: str, event: ev.Event) -> None:
+        self.queues.setdefault(sender, []).append(event)
+
+    # --- carrying out orders ---
+
+    def carry_out(self, index: int) -> None:
+        name, action = self.outbox.pop(index)
+        match action:
+            case ac.OpenGeneration():
+                if self.running is None or self.running.order.generation < action.generation:
+                    self.running = Running(order=action, step=action.step, told=action.step)
+                self._start_node(self.nodes[name], action)
+            case ac.HaltGeneration():
+                self._halt_node(self.nodes[name], action)
+            case ac.AskStop():
+                if self.running is not None and self.running.order.generation == action.generation:
+                    self.running.stop = True
+            case ac.CommitCheckpoint():
+                self._commit(action)
+            case ac.ReleaseNode():
+                if action.node in self.nodes:
+                    self._kill(self.nodes[action.node])
+            case ac.EndRun():
+                self.exit_code = action.exit_code
+                self.left += [node.ram for node in self.nodes.values() if node.alive]
+                self.nodes, self.queues, self.outbox, self.timers = {}, {}, [], []
+
+    def _start_node(self, node: SimNode, order: ac.OpenGeneration) -> None:
+        if not node.alive or node.mute or node.generation >= order.generation:
+            return
+        node.generation = order.generation
+        place = order.nodes.index(node.name)
+        node.slots = dict.fromkeys(placement.slots_of(self.layout, place), True)
+        wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        for transfer in order.transfers:
+            if transfer.to_node == node.name:
+                source = self.nodes[transfer.from_node]
+                if not source.alive:
+                    gone = f"no copy from {source.name}"
+                    failed = ev.GenerationFailed(at=0, generation=order.generation, node=node.name, error=gone)
+                    node.slots = dict.fromkeys(node.slots, False)
+                    return self.send(node.name, failed)
+                assert wanted in source.ram[transfer.from_slot], (wanted, transfer)
+                node.ram.setdefault(transfer.slot, []).append(wanted)
+        refused = order.source == "durable" and order.step in self.bad_steps
+        refused |= order.source == "ram" and wanted in self.bad_snapshots
+        if refused:
+            self._fail_worker(node, next(iter(node.slots)), "state", "digest mismatch")
+        elif order.source == "ram":
+            assert all(wanted in node.ram.get(slot, ()) for slot in node.slots), (wanted, node)
+        elif order.source == "durable":
+            assert order.step in self.store, order
+
+    def _halt_node(self, node: SimNode, order: ac.HaltGeneration) -> None:
+        if not node.alive or node.mute or node.generation > order.generation:
+            return
+        node.generation, node.slots = order.generation, {}
+        self.send(
+            node.name, ev.NodeHalted(at=0, node=node.name, generation=order.generation, snapshots=node.snapshots())
+        )
+
+    def _commit(self, order: ac.CommitCheckpoint) -> None:
+        if order.replaces_damaged and self.store.get(order.step) not in (None, order.generation):
+            del self.store[order.step]
+            self.bad_steps.discard(order.step)
+        if self.tape.below(8) == 7 or self.store.get(order.step, order.generation) != order.generation:
+            return self.send("store", ev.CheckpointFailed(at=0, step=order.step, error="store"))
+        self.store[order.step] = order.generation
+        self.send(
+            "store", ev.CheckpointCommitted(at=0, step=order.step, epoch=order.epoch, generation=order.generation)
+        )
+
+    # --- what happens by itself ---
+
+    def healthy(self) -> list[SimNode]:
+        """The running generation's nodes, when all of them and all of their workers are well; else none."""
+        if self.running is None:
+            return []
+        nodes = [self.nodes[name] for name in self.running.order.nodes]
+        well = all(
+            n.alive
+            and not n.mute
+            and n.generation == self.running.order.generation
+            and n.slots
+            and all(n.slots.values())
+            for n in nodes
+        )
+        return nodes if well else []
+
+    def become_ready(self) -> None:
+        assert self.running is not None
+        self.running.phase = "training"
+        ready = ev.GenerationReady(
+            at=0,
+            generation=self.running.order.generation,
+            step=self.running.step,
+            rendezvous_us=1,
+            build_us=1,
+            restore_us=1,
+        )
+        self.send("mesh", ready)
+
+    def advance(self) -> None:
+        """One step, or the end of the loop; how many ranks get their snapshot in, and whether it is told yet, varies."""
+        running = self.running
+        assert running is not None
+        generation = running.order.generation
+        if running.step == self.total_steps or (running.stop and running.step > running.order.step):
+            self._tell_steps()
+            self._save()
+            reason = "completed" if running.step == self.total_steps else "stopped"
+            self.send("mesh", ev.GenerationFinished(at=0, generation=generation, step=running.step, reason=reason))
+            running.phase = "finished"
+            return
+        running.step += 1
+        lagging = self.tape.below(4) - 2  # the number of slots whose snapshot of this step is never completed
+        for node in self.healthy():
+            for slot in node.slots:
+                if slot >= lagging:
+                    held = node.ram.setdefault(slot, [])
+                    held.append(Snapshot(generation=generation, step=running.step))
+                    del held[:-SNAPSHOTS_KEPT]
+        if running.step % CHECKPOINT_INTERVAL_STEPS == 0:
+            self._tell_steps()
+            self._save()
+        elif self.tape.below(3) < 2:
+            self._tell_steps()
+
+    def _tell_steps(self) -> None:
+        running = self.running
+        assert running is not None
+        if running.told < running.step:
+            done = ev.StepsDone(
+                at=0,
+                generation=running.order.generation,
+                first=running.told + 1,
+                last=running.step,
+                data_wait_us=1000,
+                checkpoint_us=2000,
+                validation_us=500,
+                tokens=8,
+                loss_millionths=(1,),
+            )
+            running.told = running.step
+            self.send("mesh", done)
+
+    def _save(self) -> None:
+        assert self.running is not None
+        step, generation = self.running.step, self.running.order.generation
+        if self.tape.below(8) == 7:
+            self.send("mesh", ev.CheckpointFailed(at=0, step=step, error="rank 0: disk full"))
+        else:
+            self.send("mesh", ev.CheckpointWritten(at=0, generation=generation, step=step, bytes=1, write_us=1))
+
+    def join(self, returning: bool) -> None:
+        self.names += 1
+        node = SimNode(name=f"n{self.names}", ram=self.left.pop() if returning else {})
+        self.nodes[node.name] = node
+        self.send(node.name, ev.NodeJoined(at=0, node=node.name, domain="", snapshots=node.snapshots()))
+
+    # --- faults ---
+
+    def _kill(self, node: SimNode) -> None:
+        if node.alive:
+            node.alive = False
+            self.left.append(node.ram)
+
+    def kill_node(self, node: SimNode) -> None:
+        self._kill(node)
+        if self.tape.below(4) == 3:
+            self.left.pop()  # the machine died, not only its agent
+        known = node.name in self.supervisor.state.nodes  # else its joining must be heard first
+        lost = ev.NodeLost(at=0, node=node.name, cause="connection closed")
+        self.send("detector" if known else node.name, lost)
+
+    def fail_worker(self, node: SimNode) -> None:
+        slot = list(node.slots)[self.tape.below(len(node.slots))]
+        kind = ("", "exception", "collective", "memory", "audit", "exception")[self.tape.below(6)]
+        if kind:
+            self._fail_worker(node, slot, kind, f"error {self.tape.below(3)}")
+        else:
+            node.slots[slot] = False
+            code, signal = ((None, 9), (3, None))[self.tape.below(2)]
+            self._exit(node, slot, code, signal)
+        for other in self.healthy_but_one()[: self.tape.below(3)]:
+            self._fail_worker(other, next(iter(other.slots)), "collective", "connection closed by peer")
+
+    def healthy_but_one(self) -> list[SimNode]:
+        return [n for n in self.nodes.values() if n.alive and not n.mute and n.slots and all(n.slots.values())]
+
+    def _fail_worker(self, node: SimNode, slot: int, kind: str, error: str) -> None:
+        node.slots[slot] = False
+        step = self.running.step if self.running else 0
+        words = ev.WorkerFailed(
+            at=0, node=node.name, generation=node.generation, slot=slot, step=step, kind=kind, error=error
+        )
+        self.send(node.name, words)
+        self._exit(node, slot, 1, None)
+
+    def _exit(self, node: SimNode, slot: int, code: int | None, signal: int | None) -> None:
+        gone = ev.WorkerExited(
+            at=0, node=node.name, generation=node.generation, slot=slot, exit_code=code, signal=signal
+        )
+        self.send(node.name, gone)
+
+    def damage(self) -> None:
+        """The newest checkpoint, or the newest snapshot, is no longer what was written."""
+        if self.tape.below(2) == 0 and self.store:
+            self.bad_steps.add(max(self.store))
+        else:
+            held = [s for node in self.nodes.values() for ram in node.ram.values() for s in ram]
+            if held:
+                self.bad_snapshots.add(max(held, key=lambda s: (s.step, s.generation)))
+
+    # --- one move ---
+
+    def kind_moves(self) -> list[tuple[int, Callable[[], None]]]:
+        """What a world without faults does next, each with its weight."""
+        moves: list[tuple[int, Callable[[], None]]] = []
+        if self.outbox:
+            moves.append((80, lambda: self.carry_out(self.tape.below(min(3, len(self.outbox))))))
+        senders = [sender for sender, queue in self.queues.items() if queue]
+        if senders:
+            moves.append((120, lambda: self.deliver(senders[self.tape.below(len(senders))])))
+        if self.exit_code is None:
+            alive = sum(node.alive for node in self.nodes.values())
+            if alive < self.layout.nodes + self.layout.spares:
+                moves.append((24, lambda: self.join(returning=False)))
+            if self.healthy() and self.running is not None:
+                if self.running.phase == "starting":
+                    moves.append((80, self.become_ready))
+                elif self.running.phase == "training":
+                    moves.append((80, self.advance))
+        return moves
+
+    def deliver(self, sender: str) -> None:
+        event = self.queues[sender].pop(0)
+        self.told.append(event)
+        self.tell(event)
+
+    def fire(self, first: tuple[int, str]) -> None:
+        """Time passes until this timer."""
+        self.timers.remove(first)
+        self.at = max(self.at, first[0])
+        self.tell(ev.TimerFired(at=self.at, timer=first[1]))
+
+    def hostile_moves(self) -> list[tuple[int, Callable[[], None]]]:
+        moves: list[tuple[int, Callable[[], None]]] = []
+        alive = [node for node in self.nodes.values() if node.alive]
+        working = [node for node in alive if node.slots and not node.mute]
+        repeatable = [event for event in self.told if not isinstance(event, ev.CheckpointFailed)]
+        if self.exit_code is not None:
+            return [(20, self.resume)]
+        if repeatable:
+            moves.append((6, lambda: self.tell(replace(repeatable[-1 - self.tape.below(len(repeatable))], at=self.at))))
+        if working:
+            moves.append((6, lambda: self.fail_worker(working[self.tape.below(len(working))])))
+        if alive:
+            moves.append((3, lambda: self.kill_node(alive[self.tape.below(len(alive))])))
+            moves.append((1, lambda: setattr(alive[self.tape.below(len(alive))], "mute", True)))
+        # The old agent's loss is told before the new one joins: see the promises of a body in events.py.
+        if self.left and not any(isinstance(event, ev.NodeLost) for queue in self.queues.values() for event in queue):
+            moves.append((1, lambda: self.join(returning=True)))
+        patient = [timer for timer in self.timers if not timer[1].startswith("wait/")]
+        if patient:  # messages are slower than a deadline
+            moves.append((2, lambda: self.fire(min(patient))))
+        moves.append((2, self.begin_epoch))
+        moves.append((1, self.damage))
+        moves.append((1, self.ask_to_stop))
+        return moves
+
+    def ask_to_stop(self) -> None:
+        self.tell(ev.StopRequested(at=self.at, by="somebody", graceful=self.tape.below(4) < 3))
+
+    def resume(self) -> None:
+        """Declare the run again, perhaps with another mesh; one that was done goes on to more steps."""
+        if self.exit_code == 0:
+            self.total_steps += STEPS
+        if self.tape.below(2):
+            self.layout = LAYOUTS[self.tape.below(len(LAYOUTS))]
+        self.declare()
+
+    def step(self) -> None:
+        moves = self.kind_moves() + self.hostile_moves()
+        at = self.tape.below(sum(weight for weight, _ in moves))
+        for weight, move in moves:
+            if at < weight:
+                return move()
+            at -= weight
+
+    def run(self) -> None:
+        """The tape's history, and then the way to a finished run without faults.
+
+        Raises:
+            AssertionError: a rule was broken, or the run did not finish.
+        """
+        while not self.tape.ended:
+            self.step()
+        for _ in range(MOVES_TO_FINISH):
+            self.watch_truth()
+            if self.exit_code == 0:
+                assert self.store.get(self.total_steps), "finished without its last checkpoint"
+                return
+            self._step_without_faults()
+        raise AssertionError(f"not finished after {MOVES_TO_FINISH} moves without faults: {self.supervisor.state}")
+
+    def watch_truth(self) -> None:
+        """What the supervisor believes about the generation holds in the world."""
+        state = self.supervisor.state
+        if state.job == "training":
+            assert self.running is not None and self.running.order.generation == state.generation
+            assert self.running.phase != "starting", "training before every rank was ready"
+            assert state.step <= self.running.step, "steps that nobody did"
+
+    def _step_without_faults(self) -> None:
+        state = self.supervisor.state
+        moves = self.kind_moves()
+        if self.exit_code is not None:
+            self.resume()
+        elif moves:
+            moves[0][1]()
+        elif state.job == "training":  # nothing moves: a node hangs, and its silence passes its bound
+            hung = [n for n in self.nodes.values() if n.mute and state.nodes[n.name].state == "active"]
+            for node in hung:
+                self.tell(ev.NodeLost(at=self.at, node=node.name, cause="silent"))
+        else:
+            self.fire(min(self.timers))
