@@ -129,13 +129,16 @@ class NodeWorkers:
         plan.check(self._slots)
         self._rendezvous.assign(plan)
 
+    def pids(self) -> dict[int, int]:
+        """Process ids of the live workers by rank."""
+        return {worker.rank: worker.pid for worker in self._workers.live()}
+
     def stop_gracefully(self) -> None:
-        """Ask every worker to end at the next step boundary on which all ranks agree."""
-        for worker in self._workers.live():
-            try:
-                worker.send(contract.Stop())
-            except OSError as error:  # it is dead, which its exit tells, or hangs, which its silence tells
-                logger.warning("rank %d did not take the stop: %s", worker.rank, error)
+        """Ask every worker of the newest assigned generation to end at the next step boundary on which all agree.
+
+        A generation that is just being started is asked as soon as it is.
+        """
+        self._agent.request_stop()
 
     def halt(self, deadline_s: float) -> None:
         """End the current generation: kill its workers; none of its messages or exits is reported from now on.
@@ -209,8 +212,9 @@ class _ElasticAgent(SimpleElasticAgent):
         # Guarded by the lock: the generation that was begun, and what became of its ranks.
         self._lock = threading.Lock()
         self._generation = 0
-        self._started: set[int] = set()
+        self._started: dict[int, Worker] = {}
         self._exits: dict[int, WorkerExit] = {}
+        self._stop_generation = 0
 
     def run_generations(self) -> None:
         """Start one assigned generation after the other, until the rendezvous is closed."""
@@ -232,6 +236,23 @@ class _ElasticAgent(SimpleElasticAgent):
             if exit_.generation == self._generation:
                 self._exits[exit_.rank] = exit_
         self._update_state()
+
+    def request_stop(self) -> None:
+        """Send Stop to each worker that has its assignment, and to the others once they have it."""
+        generation = self._controller.newest_generation()
+        with self._lock:
+            self._stop_generation = generation
+            workers = list(self._started.values()) if self._generation == generation else []
+        for worker in workers:
+            self._send(worker, contract.Stop())
+
+    def _send(self, worker: Worker, message: object) -> bool:
+        try:
+            worker.send(message)
+        except OSError as error:  # it is dead, which its exit tells, or hangs, which its silence tells
+            logger.warning("rank %d did not take %s: %r", worker.rank, type(message).__name__, error)
+            return False
+        return True
 
     def _update_state(self) -> None:
         self._worker_group.state = self._monitor_workers(self._worker_group).state
@@ -264,7 +285,7 @@ class _ElasticAgent(SimpleElasticAgent):
         plan = self._controller.plan
         self._stop_workers(worker_group)
         with self._lock:
-            self._generation, self._started, self._exits = plan.generation, set(), {}
+            self._generation, self._started, self._exits = plan.generation, {}, {}
         pids = {}
         for worker in worker_group.workers:
             if not self._controller.is_current(plan.generation):
@@ -275,13 +296,14 @@ class _ElasticAgent(SimpleElasticAgent):
                 env=self._env(plan, worker),
                 deadline_s=FORK_DEADLINE_S,
             )
-            self._started.add(worker.global_rank)
             pids[worker.local_rank] = forked.pid
-            try:
-                forked.send(self._assignment(plan, worker))
-            except OSError as error:
-                logger.warning("rank %d did not take its assignment: %s", worker.global_rank, error)
+            if not self._send(forked, self._assignment(plan, worker)):
                 forked.signal(signal.SIGKILL)  # its exit is reported as any other
+            with self._lock:
+                self._started[forked.rank] = forked
+                stop = self._stop_generation == plan.generation
+            if stop:
+                self._send(forked, contract.Stop())
         return pids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:

@@ -141,6 +141,11 @@ class ControllerRendezvous(RendezvousHandler):
             newest = self._newest
             return newest is not None and generation == newest.generation > self._ended_generation
 
+    def newest_generation(self) -> int:
+        """The newest assigned generation; 0 when there was none."""
+        with self._changed:
+            return self._newest.generation if self._newest else 0
+
     def await_idle(self, timeout_s: float) -> bool:
         """Whether within this time the agent's thread had nothing to do but to wait for an assignment (or had left)."""
         with self._changed:

@@ -23,20 +23,24 @@ class LogFile:
 
     def write(self, lines: bytes) -> None:
         """Append whole lines."""
+        notice = b""
         if self._lost_lines:
-            lines = b"[log] %d lines lost: the log could not be written\n" % self._lost_lines + lines
+            # After a newline, because the last line before may have been written in part.
+            notice = b"\n[log] %d lines lost: the log could not be written\n" % self._lost_lines
+        written = 0
         try:
             if self._file.tell() + len(lines) > FILE_MAX_BYTES:
                 self._file.close()
                 os.replace(self.path, self.path.with_name(self.path.name + ".1"))
                 self._file = self.path.open("ab", buffering=0)
-            self._file.write(lines)
-            self._lost_lines = 0
+            if self._file.write(notice) == len(notice):
+                self._lost_lines = 0
+                written = self._file.write(lines)
         except (OSError, ValueError):  # ValueError: closed, because a rotation failed half-way
-            self._lost_lines += lines.count(b"\n")
             with contextlib.suppress(OSError):
                 if self._file.closed:
                     self._file = self.path.open("ab", buffering=0)
+        self._lost_lines += lines[written:].count(b"\n")
 
     def close(self) -> None:
         self._file.close()

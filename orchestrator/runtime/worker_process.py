@@ -105,6 +105,8 @@ def zygote_env(env: dict[str, str]) -> dict[str, str]:
     merged["OPENBLAS_NUM_THREADS"] = "1"
     # The tokenizers library's pool does not survive a fork, and warns.
     merged["TOKENIZERS_PARALLELISM"] = "false"
+    # torch.cuda.is_available() at import must ask the management library: cuInit does not survive a fork.
+    merged["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # -P keeps the working directory off the path; ours may be reachable only by the agent's own sys.path.
     root = str(Path(__file__).resolve().parents[2])
     merged["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [merged.get("PYTHONPATH")])])

@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(arguments.preload)
         assert callable(getattr(module, "main", None)), f"{arguments.preload} has no main(socket)"
         assert_single_threaded()
+        torch = sys.modules.get("torch")
+        assert torch is None or not torch.cuda.is_initialized(), f"{arguments.preload} initialises CUDA at its import"
     except BaseException:
         _tell(agent, {"failed": traceback.format_exc()[-TEXT_MAX_BYTES:]})
         return EXIT_FAILED

@@ -150,15 +150,32 @@ def test_exit_by_signal_is_known_at_once_and_touches_no_sibling(node: Node) -> N
     node.begin(1, "wait")
     pids = node.pids()
     assert set(pids) == {0, 1}
-    killed = time.monotonic()
     os.kill(pids[1], signal.SIGKILL)
-    seen, exit_ = node.exits.get(timeout=WAIT_S)
-    assert exit_ == WorkerExit(generation=1, rank=1, pid=pids[1], exit_code=None, signal=signal.SIGKILL)
-    assert seen - killed < 0.25
+    assert node.next_exit() == WorkerExit(generation=1, rank=1, pid=pids[1], exit_code=None, signal=signal.SIGKILL)
     assert psutil.pid_exists(pids[0]) and psutil.Process(pids[0]).status() != psutil.STATUS_ZOMBIE
     node.workers.stop_gracefully()
     assert node.next_message() == contract.Finished(generation=1, rank=0, step=0, reason="stopped")
     assert node.next_exit() == WorkerExit(generation=1, rank=0, pid=pids[0], exit_code=0, signal=None)
+
+
+def test_exits_are_known_by_event_within_milliseconds(node: Node) -> None:
+    took = []
+    for generation in range(1, 6):
+        node.begin(generation, "wait")
+        pids = node.pids()
+        killed = time.monotonic()
+        os.kill(pids[0], signal.SIGKILL)
+        took.append(node.exits.get(timeout=WAIT_S)[0] - killed)
+    assert min(took) < 0.03, took  # the least, because the machine may be busy; torch elastic polls each 0.1 s
+
+
+def test_stop_reaches_a_generation_that_is_just_being_started(node: Node) -> None:
+    for generation in range(1, 11):
+        node.begin(generation, "wait")
+        node.workers.stop_gracefully()
+        found = [node.next_message() for _ in range(4)]
+        assert sorted(m.rank for m in found if isinstance(m, contract.Finished)) == [0, 1]
+        assert [node.next_exit().exit_code, node.next_exit().exit_code] == [0, 0]
 
 
 def test_segfault_and_exit_codes_are_told_apart(node: Node) -> None:
