@@ -16,7 +16,7 @@ from typing import Any
 from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["trainer.loop"])
+CONTEXT.set_forkserver_preload(["trainer.worker"])
 
 
 def run_ranks(
