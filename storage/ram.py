@@ -182,8 +182,10 @@ def choose_file(headers: list[Header | None], pinned: int | None) -> int:
     if len(held) < len(headers):
         return min(set(range(len(headers))) - set(held))
     by_age = sorted(held, key=lambda number: (held[number].step, held[number].generation))
-    kept = {by_age[-1], *[number for number in by_age if held[number].step == pinned][-1:]}
-    return next(number for number in by_age if number not in kept)
+    kept = [number for number in by_age if held[number].step == pinned][-1:]
+    choice = next(number for number in by_age if number not in kept)
+    assert choice != by_age[-1], (headers, pinned)
+    return choice
 
 
 class SnapshotFile:

@@ -1,0 +1,169 @@
+"""The `shepherd` command: argument parsing and calls, nothing else. `python -m orchestrator` is the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+import typer
+from rich.console import Console
+
+from orchestrator import spec as specs
+from orchestrator.spec import JobSpec, SpecError
+
+app = typer.Typer(
+    help="Shepherd: fault-tolerant training of Llama models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+spec_app = typer.Typer(help="Look at a job before it runs.", no_args_is_help=True)
+app.add_typer(spec_app, name="spec")
+
+SpecFile = Annotated[str, typer.Argument(help="The job: a TOML file or its fsspec URL.", metavar="SPEC")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: section.key=value. May be given again.")
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, or the one on this machine.")]
+RunName = Annotated[str, typer.Argument(help="The run's name (run.name).", metavar="RUN")]
+
+EXIT_REFUSED = 2
+"""The document, the machine or the cluster is not as it must be; nothing was started."""
+
+
+@spec_app.command("check")
+def spec_check(file: SpecFile, set_: Overrides = None) -> None:
+    """Say whether SPEC is a job that can run, and what to mend if not."""
+    spec = _load(file, set_)
+    layout = spec.layout
+    print(
+        f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
+        f"{spec.run.steps} steps to {spec.run.url}"
+    )
+
+
+@spec_app.command("show")
+def spec_show(file: SpecFile, set_: Overrides = None) -> None:
+    """Print the whole effective document, defaults included, as TOML."""
+    print(tomli_w.dumps(_load(file, set_).document()), end="")
+
+
+@app.command()
+def train(
+    file: SpecFile,
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
+    address: Address = None,
+) -> None:
+    """Train the job SPEC on a Ray cluster, to its end."""
+    spec = _load(file, set_)
+    from orchestrator import preflight
+    from orchestrator.observe import live
+    from orchestrator.runtime import driver
+
+    with _refusals():
+        preflight.check_local(spec, resume)
+        driver.connect(address)
+        preflight.check_cluster(spec)
+        controller = driver.start(spec, detached=detach)
+    token = driver.read_token(spec.cluster.log_dir, spec.run.name)
+    if detach:
+        print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
+        return
+    with live.view(spec) as show, _refusals():
+        status = driver.follow(controller, token, show)
+    live.print_end(status, str(driver.run_log_dir(spec)))
+    raise typer.Exit(1 if status.failure or status.exit_code is None else status.exit_code)
+
+
+@app.command()
+def status(
+    run: RunName,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole picture as JSON.")] = False,
+    address: Address = None,
+) -> None:
+    """Show how an active run is."""
+    from orchestrator.observe import live
+    from orchestrator.runtime import driver
+
+    with _refusals():
+        driver.connect(address)
+        picture, _ = driver.poll(driver.find(run))
+    if as_json:
+        print(json.dumps(picture.document(), indent=1))
+    else:
+        live.print_status(picture)
+
+
+@app.command()
+def stop(
+    run: RunName,
+    now: Annotated[bool, typer.Option("--now", help="End at once, without a checkpoint.")] = False,
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    address: Address = None,
+) -> None:
+    """End an active run: at the next step boundary with a checkpoint, so that --resume can go on from there."""
+    from orchestrator.runtime import driver
+
+    with _refusals():
+        driver.connect(address)
+        driver.stop(driver.find(run), driver.read_token(log_dir, run), by="shepherd stop", graceful=not now)
+    print(f"run {run} has been asked to stop")
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(help="Training steps of each of the two runs.", min=20)] = 60,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; made anew.")] = Path("out/demo"),
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the outcome as JSON to this file.")] = None,
+) -> None:
+    """Train on a local cluster of several Ray nodes, kill a worker and a node, and prove that nothing was lost."""
+    from orchestrator import localcluster
+
+    localcluster.isolate()
+    from orchestrator import demo as demos
+
+    with _refusals():
+        outcome = demos.run(steps, out.absolute())
+    demos.show(outcome)
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(json.dumps(outcome.document(), indent=1) + "\n")
+    raise typer.Exit(0 if outcome.holds else 1)
+
+
+def _load(file: str, overrides: list[str] | None) -> JobSpec:
+    with _refusals():
+        return specs.load(file, overrides)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Errors that are the user's to mend: the message, no traceback."""
+    from orchestrator.preflight import PreflightError
+    from orchestrator.runtime.driver import RunError
+
+    try:
+        yield
+    except (SpecError, PreflightError, RunError, PermissionError) as e:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        for line in str(e).splitlines():
+            console.print("error:", line, style="red", markup=False)
+        raise typer.Exit(EXIT_REFUSED) from e
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

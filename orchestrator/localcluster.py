@@ -1,0 +1,56 @@
+"""A Ray cluster of several raylets on this machine, for the demo and the tests: real processes, one for each node."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+"""Shepherd puts nothing into Ray's object store; this is near the smallest that Ray takes."""
+
+
+def isolate() -> None:
+    """Prepare this process for a cluster of its own, whatever the user's environment points at, with its own token.
+
+    Ray reads its authentication mode when it is imported, so this comes first.
+    """
+    assert "ray" not in sys.modules, "isolate() must come before Ray is imported"
+    packages = str(Path(__file__).resolve().parent.parent)
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(
+        {
+            "PYTHONPATH": os.pathsep.join([packages, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+    )
+
+
+@contextmanager
+def local_cluster(nodes: int, cpus: int) -> Iterator[str]:
+    """`nodes` raylets with `cpus` CPUs each and a head without any; this process is connected to them.
+
+    Needs `isolate`. Yields the cluster's address. At the end every process of the cluster is gone.
+    """
+    assert os.environ.get("RAY_AUTH_TOKEN"), "call isolate() first"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    common = {"object_store_memory": OBJECT_STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **common})
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=cpus, wait=False, **common)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+        sys.stdout.flush()

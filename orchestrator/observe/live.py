@@ -1,0 +1,138 @@
+"""The terminal's view of a run: a progress line under the news on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from orchestrator.core.goodput import LABELS
+from orchestrator.observe.status import Status
+from orchestrator.spec import JobSpec
+
+PLAIN_INTERVAL_S = 10.0
+"""Between two lines of progress where there is no terminal, as in a job's log."""
+
+Show = Callable[[Status, list[str]], None]
+
+
+@contextmanager
+def view(spec: JobSpec) -> Iterator[Show]:
+    """A function to call with each picture and its news, and the display around it."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"run {spec.run.name}: {spec.run.steps} steps, state in {spec.run.url}", markup=False)
+    if not sys.stdout.isatty():
+        yield _plain(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("waiting", total=spec.run.steps, figures="")
+
+        def show(status: Status, news: list[str]) -> None:
+            for line in news:
+                progress.console.print(f"{_clock(status)} {line}", markup=False)
+            progress.update(task, description=status.job, completed=status.step, figures=figures(status))
+
+        yield show
+
+
+def _plain(console: Console) -> Show:
+    told_at = 0.0
+
+    def show(status: Status, news: list[str]) -> None:
+        nonlocal told_at
+        for line in news:
+            console.print(f"{_clock(status)} {line}", markup=False)
+        if status.job == "training" and time.monotonic() - told_at > PLAIN_INTERVAL_S:
+            told_at = time.monotonic()
+            console.print(f"{_clock(status)} step {status.step}/{status.total_steps} {figures(status)}", markup=False)
+
+    return show
+
+
+def figures(status: Status) -> str:
+    """The newest numbers of a run on one line."""
+    parts = []
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.4f}")
+    if status.tokens_per_s is not None:
+        parts.append(f"{status.tokens_per_s:,.0f} tokens/s")
+    if status.goodput is not None:
+        parts.append(f"goodput {status.goodput:.1%}")
+    if status.hold:
+        parts.append("HOLD")
+    return "  ".join(parts)
+
+
+def print_status(status: Status) -> None:
+    """A run on one screen."""
+    console = Console(highlight=False)
+    ready = sum(state in ("active", "spare") for state in status.nodes.values())
+    console.print(
+        f"run {status.run}: {status.job}, step {status.step} of {status.total_steps}, generation {status.generation}, "
+        f"epoch {status.epoch}\n{figures(status)}\n{ready} of {status.places} places filled, newest checkpoint "
+        f"{status.checkpoints[-1] if status.checkpoints else 'none'}, metrics http://{status.metrics_address}/metrics",
+        markup=False,
+    )
+    if status.hold:
+        console.print(f"HOLD: nothing is decided until the journal can be written: {status.hold}", style="red")
+    print_incidents(console, status)
+    print_ledger(console, status)
+
+
+def print_end(status: Status, log_dir: str) -> None:
+    """What became of a run."""
+    console = Console(highlight=False, soft_wrap=True)
+    print_incidents(console, status)
+    print_ledger(console, status)
+    if status.exit_code not in (0, None) or status.failure:
+        for who, text in list(status.tracebacks.items())[-1:] if status.exit_code != 96 else []:
+            console.print(f"the worker's own traceback ({who}):\n{text}", markup=False)
+        console.print(f"logs of this node: {log_dir}", markup=False)
+    style = "green" if status.exit_code == 0 and not status.failure else "red"
+    console.print(status.failure or status.verdict, style=style, markup=False)
+
+
+def print_incidents(console: Console, status: Status) -> None:
+    """The interruptions, a row each."""
+    if not status.incidents:
+        return
+    table = Table("#", "at", "cause", "node", "rung", "teardown", "restart", "restore", "first step", "total", "lost")
+    for i in status.incidents:
+        phases = (i.teardown_s, i.restart_s, i.restore_s, i.first_step_s, i.total_s)
+        cells = ("-" if s is None else f"{s:.2f} s" for s in phases)
+        what = f"{i.cause}: {i.detail}"[:40]
+        table.add_row(str(i.number), f"{i.at_s:.1f} s", what, i.culprit, i.rung, *cells, f"{i.steps_lost} steps")
+    console.print(table)
+
+
+def print_ledger(console: Console, status: Status) -> None:
+    """Where the nodes' time went. The labels and the step in flight add up to wall-clock x places."""
+    if not status.owed_us:
+        return
+    table = Table("label", "node-seconds", "share", "what it is")
+    for label, us in status.ledger_us.items():
+        if us:
+            text = LABELS[label]  # type: ignore[index]
+            table.add_row(label, f"{us / 1e6:,.1f}", f"{us / status.owed_us:.1%}", text)
+    if status.pending_us:
+        table.add_row("(in flight)", f"{status.pending_us / 1e6:,.1f}", f"{status.pending_us / status.owed_us:.1%}", "")
+    total = sum(status.ledger_us.values()) + status.pending_us
+    table.add_row("sum", f"{total / 1e6:,.1f}", f"{total / status.owed_us:.1%}", f"{status.places} places x wall-clock")
+    console.print(table)
+
+
+def _clock(status: Status) -> str:
+    minutes, seconds = divmod(status.wall_clock_s, 60)
+    return f"[{int(minutes):3d}:{seconds:04.1f}]"

@@ -1,0 +1,51 @@
+"""Events and decisions as lines for the people who watch a run."""
+
+from __future__ import annotations
+
+from orchestrator.core import events as ev
+from orchestrator.core.actions import Action, EndRun, HaltGeneration, OpenGeneration
+from orchestrator.core.events import Event
+from orchestrator.core.state import State
+
+
+def notices(event: Event, actions: list[Action], state: State) -> list[str]:
+    """What is worth saying about an event that the supervisor, now in `state`, has answered with `actions`."""
+    lines = _event(event, state)
+    for action in actions:
+        match action:
+            case HaltGeneration():
+                lines.append(f"generation {action.generation} halts: {action.reason}")
+            case OpenGeneration():
+                source = {"init": "new weights", "ram": "shared memory", "durable": "the checkpoint"}[action.source]
+                rung = state.incident.rungs[-1] if state.incident and state.incident.rungs else "start"
+                lines.append(
+                    f"generation {action.generation} opens at step {action.step} from {source} "
+                    f"[{rung}: {action.reason}]"
+                )
+            case EndRun():
+                lines.append(f"the run ends: {action.reason} (exit code {action.exit_code})")
+    return lines
+
+
+def _event(event: Event, state: State) -> list[str]:
+    match event:
+        case ev.EpochBegan() if event.epoch > 1:
+            return [f"epoch {event.epoch} begins"]
+        case ev.NodeJoined():
+            ready = sum(node.state in ("active", "spare") for node in state.nodes.values())
+            return [f"node {event.node} joined ({ready} of {state.ledger.places})"]
+        case ev.NodeLost():
+            return [f"node {event.node} is lost: {event.cause}"]
+        case ev.WorkerFailed() if event.kind != "collective":
+            return [f"rank {event.slot} on {event.node} failed at step {event.step}: {event.error}"]
+        case ev.WorkerExited() if event.signal is not None:
+            return [f"rank {event.slot} on {event.node} was killed by signal {event.signal}"]
+        case ev.GenerationReady():
+            return [f"generation {event.generation} trains"]
+        case ev.Validated():
+            return [f"validation loss {event.loss_millionths / 1e6:.4f} at step {event.step}"]
+        case ev.CheckpointCommitted():
+            return [f"checkpoint of step {event.step} is committed"]
+        case ev.CheckpointFailed():
+            return [f"checkpoint of step {event.step} failed: {event.error}"]
+    return []

@@ -1,0 +1,181 @@
+"""The run as people see it: one picture of the supervisor's state that status, metrics and the demo share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from orchestrator.core.state import NODE_STATES, Incident, State
+
+
+class NewestStep(Protocol):
+    @property
+    def loss(self) -> float | None: ...
+    @property
+    def grad_norm(self) -> float | None: ...
+    @property
+    def lr(self) -> float | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncidentStatus:
+    """One interruption as a story. Durations in seconds; None for what has not come yet."""
+
+    number: int
+    cause: str
+    culprit: str
+    detail: str
+    rung: str
+    """The one that worked, or the last tried."""
+    rungs: tuple[str, ...]
+    reason: str
+    step: int
+    steps_lost: int
+    at_s: float
+    """When it was noticed, on the run's clock."""
+    teardown_s: float | None
+    """Until every worker of the old generation had ended."""
+    restart_s: float | None
+    """Copies between nodes, workers, rendezvous and model: until the state was to be restored."""
+    restore_s: float | None
+    first_step_s: float | None
+    """From ready to the first completed step."""
+    total_s: float | None
+    cost_node_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    run: str
+    job: str
+    epoch: int
+    generation: int
+    step: int
+    total_steps: int
+    high_water: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    tokens_per_s: float | None
+    wall_clock_s: float
+    places: int
+    goodput: float | None
+    """Productive time over all time that is settled."""
+    ledger_s: dict[str, float]
+    """Label to node-seconds, settled."""
+    ledger_us: dict[str, int]
+    owed_us: int
+    """Wall-clock x places in microseconds: what the ledger and its pending time add up to."""
+    pending_us: int
+    incidents: tuple[IncidentStatus, ...]
+    nodes: dict[str, str]
+    mesh: tuple[str, ...]
+    """Nodes of the current generation in mesh order."""
+    checkpoints: tuple[int, ...]
+    """Committed, ascending."""
+    newest_checkpoint_age_s: float | None
+    hold: str
+    failure: str
+    ended: bool
+    exit_code: int | None
+    verdict: str
+    metrics_address: str
+    tracebacks: dict[str, str] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def status_of(
+    state: State,
+    *,
+    at: int,
+    hold: str,
+    failure: str,
+    ended: bool,
+    metrics_address: str,
+    newest: NewestStep | None,
+    rates: Sequence[tuple[float, int, int]],
+    tracebacks: dict[str, str],
+) -> Status:
+    """The picture at time `at`."""
+    ledger = state.ledger
+    settled = sum(ledger.totals.values())
+    incidents = [*state.incidents, *([state.incident] if state.incident else [])]
+    newest_step = state.newest_checkpoint()
+    committed_at = state.checkpoints[newest_step].committed_at if newest_step is not None else 0
+    return Status(
+        run=state.run,
+        job=state.job,
+        epoch=state.epoch,
+        generation=state.generation,
+        step=state.step,
+        total_steps=state.total_steps,
+        high_water=state.high_water,
+        loss=newest.loss if newest else None,
+        grad_norm=newest.grad_norm if newest else None,
+        lr=newest.lr if newest else None,
+        tokens_per_s=_tokens_per_s(rates),
+        wall_clock_s=(ledger.mark if state.job == "ended" else at) / 1e6,
+        places=ledger.places,
+        goodput=ledger.totals["productive"] / settled if settled else None,
+        ledger_s={label: us / 1e6 for label, us in ledger.totals.items()},
+        ledger_us={str(label): us for label, us in ledger.totals.items()},
+        owed_us=ledger.owed,
+        pending_us=ledger.pending_us,
+        incidents=tuple(_incident(i) for i in incidents),
+        mesh=state.mesh,
+        nodes={name: node.state for name, node in state.nodes.items()},
+        checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
+        newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,
+        hold=hold,
+        failure=failure,
+        ended=ended,
+        exit_code=state.exit_code,
+        verdict=state.verdict,
+        metrics_address=metrics_address,
+        tracebacks=tracebacks,
+    )
+
+
+def nodes_by_state(status: Status) -> dict[str, int]:
+    """Every node state, also those that no node is in."""
+    return {state: list(status.nodes.values()).count(state) for state in NODE_STATES}
+
+
+def _incident(i: Incident) -> IncidentStatus:
+    root = next((e for e in (i.answered or i.evidence) if e.kind == i.cause), (i.answered + i.evidence)[0])
+    restore_s = i.restore_us / 1e6 if i.ready_at is not None else None
+    ordered_to_ready = _between(i.halted_at, i.ready_at)
+    return IncidentStatus(
+        number=i.number,
+        cause=i.cause or root.kind,
+        culprit=i.culprit or root.node,
+        detail=root.detail,
+        rung=i.rungs[-1] if i.rungs else "",
+        rungs=tuple(i.rungs),
+        reason=i.reason,
+        step=i.step,
+        steps_lost=i.steps_lost,
+        at_s=i.detected_at / 1e6,
+        teardown_s=_between(i.detected_at, i.halted_at),
+        restart_s=None if ordered_to_ready is None or restore_s is None else max(0.0, ordered_to_ready - restore_s),
+        restore_s=restore_s,
+        first_step_s=_between(i.ready_at, i.closed_at),
+        total_s=_between(i.detected_at, i.closed_at),
+        cost_node_s=i.cost_us / 1e6,
+    )
+
+
+def _between(start: int | None, end: int | None) -> float | None:
+    return None if start is None or end is None else (end - start) / 1e6
+
+
+def _tokens_per_s(rates: Sequence[tuple[float, int, int]]) -> float | None:
+    """Tokens of the newest steps over the time between the first and the last of them."""
+    if len(rates) < 2 or rates[-1][0] <= rates[0][0]:
+        return None
+    return sum(tokens for _, _, tokens in rates[1:]) / (rates[-1][0] - rates[0][0])

@@ -1,0 +1,86 @@
+"""Checks before anything starts: each failure names the field, what is there, and what to do."""
+
+from __future__ import annotations
+
+import glob
+import socket
+from pathlib import Path
+
+import fsspec
+
+from orchestrator.runtime import journal
+from orchestrator.runtime.nodes import bundle_of, eligible
+from orchestrator.spec import JobSpec
+from storage.urls import StoreError, probe
+
+
+class PreflightError(RuntimeError):
+    """The run cannot start here and now. One line for each thing to mend."""
+
+
+def check_local(spec: JobSpec, resume: bool) -> None:
+    """Everything that can be known without the cluster.
+
+    Raises:
+        PreflightError: with all problems that were found.
+    """
+    problems = [*_run_directory(spec, resume), *_corpus(spec), *_metrics_port(spec)]
+    if problems:
+        raise PreflightError("\n".join(problems))
+
+
+def check_cluster(spec: JobSpec) -> None:
+    """Whether the Ray cluster has the nodes that the mesh needs. Needs a connected Ray.
+
+    Raises:
+        PreflightError: it has not.
+    """
+    found, layout = len(eligible(spec)), spec.layout
+    if found < layout.nodes:
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle_of(spec).items())
+        raise PreflightError(
+            f"not enough nodes: the mesh of {layout.slots} slots needs {layout.nodes} live Ray nodes with {needs} each "
+            f"(cluster.slots_per_node = {layout.slots_per_node}), the cluster has {found}. Add nodes with `ray start`, "
+            "or make the mesh smaller ([parallel]) or the nodes fuller (cluster.slots_per_node)"
+        )
+
+
+def _run_directory(spec: JobSpec, resume: bool) -> list[str]:
+    url = spec.run.url
+    try:
+        if "://" not in url:
+            Path(url).mkdir(parents=True, exist_ok=True)
+        probe(url)
+        started = journal.exists(url)
+    except (StoreError, OSError) as e:
+        return [str(e) if isinstance(e, StoreError) else f"run.url = {url!r}: cannot be written: {e}"]
+    if started and not resume:
+        return [f"run.url = {url!r}: a run was started there; go on with it by --resume, or choose another run.url"]
+    if resume and not started:
+        return [f"run.url = {url!r}: there is no run to resume; start it without --resume"]
+    return []
+
+
+def _corpus(spec: JobSpec) -> list[str]:
+    corpus = spec.data.corpus
+    if corpus == "python-stdlib":
+        return []
+    try:
+        fs, path = fsspec.core.url_to_fs(corpus)
+        found = fs.glob(path) if glob.has_magic(path) else fs.exists(path)
+    except Exception as e:
+        return [f"data.corpus = {corpus!r}: cannot be read: {e}"]
+    if not found:
+        return [f"data.corpus = {corpus!r}: nothing is there; give a folder, a glob of text files, or python-stdlib"]
+    return []
+
+
+def _metrics_port(spec: JobSpec) -> list[str]:
+    bind, port = spec.metrics.bind, spec.metrics.port
+    if port == 0:
+        return []
+    try:
+        with socket.create_server((bind, port)):
+            return []
+    except OSError as e:
+        return [f"metrics.port = {port}: cannot be bound on {bind}: {e.strerror or e}; choose another, or 0 for any"]

@@ -1,0 +1,349 @@
+"""The agent: one Ray actor on each node. It prepares the node, runs its workers as told, and reports.
+
+The agent decides nothing. Orders come from the controller with their epoch; an older epoch is refused. What happens on
+the node goes into an outbox, in order, and is sent until the controller acknowledges it: a controller may die and come
+back without a report being lost, and training goes on meanwhile.
+
+The agent ends itself, and its workers with it, when its raylet is gone, or when the controller is gone for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.core.actions import Transfer
+from orchestrator.core.events import Snapshot
+from orchestrator.runtime.elastic import NodeWorkers, WorkerExit
+from orchestrator.runtime.rendezvous import NodeAssignment
+from orchestrator.runtime.reports import (
+    KEPT_STEPS,
+    Exited,
+    Halted,
+    NodeFold,
+    NodeStep,
+    Report,
+    StartFailed,
+)
+from orchestrator.spec import JobSpec, parse
+from storage import peer, ram
+from trainer import contract
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 1.0
+"""Also the heartbeat; what matters is sent at once."""
+REPORT_TIMEOUT_S = 10.0
+"""A controller that takes this long for one report is treated as gone; the report is sent again."""
+REPORT_RETRY_S = 0.3
+ORPHAN_GRACE_S = 60.0
+"""How long a controller's name may be unknown to Ray before its agents end: longer than an actor's restart."""
+OUTBOX_REPORTS = 20_000
+"""Beyond this the oldest step reports are dropped; a thousand a minute fill it in 20 minutes without a controller."""
+PREPARE_DEADLINE_S = 1800.0
+"""Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
+ZYGOTE_DEADLINE_S = 240.0
+"""Importing torch takes 3 s alone and 37 s for eight at once on two cores."""
+
+
+class StaleOrder(RuntimeError):
+    """An order of an older controller, or for a generation that is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeInfo:
+    """What a prepared node says of itself."""
+
+    ray_node: str
+    address: str
+    """Of its peer server, host:port."""
+    host: str
+    pid: int
+    ram_dir: str
+    data_digest: str
+    """Names the token shards that it feeds; all nodes must feed the same."""
+    snapshots: dict[int, tuple[Snapshot, ...]]
+
+
+class Agent:
+    """The actor. Methods are coroutines on one loop; what blocks runs in threads."""
+
+    def __init__(
+        self, *, run: str, node: str, ray_node: str, namespace: str, token: str, spec_document: dict[str, Any]
+    ) -> None:
+        self._spec: JobSpec = parse(spec_document)
+        self._run, self._node, self._ray_node = run, node, ray_node
+        self._namespace = namespace
+        self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._ram_dir = self._spec.cluster.ram_dir or f"/dev/shm/shepherd-{os.getuid()}"
+        self._epoch = 0
+        self._fold: NodeFold | None = None
+        self._outbox: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
+        self._sent = 0
+        self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
+        self._facts: list[Report] = []
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._parent = os.getppid()
+        self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node)
+        self._token = token
+        self._address = self._data_digest = ""
+        slots = self._spec.cluster.slots_per_node
+        self._workers = NodeWorkers(
+            run=run,
+            node=ray_node,
+            host=self._host,
+            slots=slots,
+            log_dir=run_log_dir(self._spec),
+            env=worker_env(self._spec),
+            on_message=lambda message: self._call(self._on_message, message),
+            on_exit=lambda exit_: self._call(self._on_exit, exit_),
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- orders ---------------------------------------------------------------------------------------------------
+
+    async def prepare(self) -> NodeInfo:
+        """Data on this node, workers' zygote warm, peer server up.
+
+        Raises:
+            RuntimeError: the data cannot be prepared; the message is the tool's own.
+            ZygoteError: the worker's module cannot be imported.
+        """
+        self._data_digest = await self._prepare_data()
+        await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
+        self._address = await self._peer.start()
+        self._tasks = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._watch_parent())]
+        return await self.describe()
+
+    async def describe(self) -> NodeInfo:
+        """This node, prepared."""
+        return NodeInfo(
+            ray_node=self._ray_node,
+            address=self._address,
+            host=self._host,
+            pid=os.getpid(),
+            ram_dir=self._ram_dir,
+            data_digest=self._data_digest,
+            snapshots=self._inventory(),
+        )
+
+    async def attach(self, epoch: int, done: int) -> None:
+        """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""
+        self._accept(epoch)
+        again = [*self._facts, *(step for step in self._kept if step.step > done)]
+        waiting = {id(report) for _, report in self._outbox}
+        for report in again:
+            if id(report) not in waiting:
+                self._push(report)
+
+    async def open_store(self, epoch: int, generation: int) -> int:
+        """The port of the generation's fresh store on this node."""
+        self._accept(epoch)
+        return await asyncio.to_thread(self._workers.open_store, generation)
+
+    async def fetch(self, epoch: int, transfer: Transfer, step: int, address: str, source_node: str) -> None:
+        """Copy a slot's snapshot from the node at `address` into this node's shared memory."""
+        self._accept(epoch)
+        await peer.fetch_snapshot(
+            address,
+            self._token,
+            run=self._run,
+            source_node=source_node,
+            source_slot=transfer.from_slot,
+            step=step,
+            ram_dir=self._ram_dir,
+            node=self._ray_node,
+            slot=transfer.slot,
+        )
+
+    async def open(self, epoch: int, plan: NodeAssignment) -> None:
+        """Start this generation's workers."""
+        self._accept(epoch)
+        if self._fold is not None and plan.generation <= self._fold.generation:
+            raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, not before {plan.generation}")
+        self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
+        self._facts.clear()
+        self._kept.clear()
+        here = dataclasses.replace(plan, ram_dir=self._ram_dir)
+        await asyncio.to_thread(self._workers.assign, here)
+
+    async def halt(self, epoch: int, generation: int) -> None:
+        """End this generation's workers and report what shared memory holds."""
+        self._accept(epoch)
+        if self._fold is not None and self._fold.generation > generation:
+            raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
+        await asyncio.to_thread(self._workers.halt, self._spec.recovery.halt_deadline_s)
+        self._fact(Halted(generation=generation, snapshots=self._inventory()))
+
+    async def ask_stop(self, epoch: int, generation: int) -> None:
+        """Ask the workers to end at their next common step boundary."""
+        self._accept(epoch)
+        if self._fold is not None and self._fold.generation == generation:
+            await asyncio.to_thread(self._workers.stop_gracefully)
+
+    async def workers(self) -> dict[int, int]:
+        """Process ids of the live workers by rank."""
+        return self._workers.pids()
+
+    async def phases(self) -> dict[int, tuple[str, int]]:
+        """Where each rank of this node is: its phase and step."""
+        return {} if self._fold is None else {r: (p.phase, p.step) for r, p in self._fold.phases.items()}
+
+    async def shutdown(self, epoch: int) -> None:
+        """End workers, delete this node's snapshots, stop serving. The actor's process is ended by the caller."""
+        self._accept(epoch)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
+        ram.delete(self._ram_dir, self._run, self._ray_node)
+        await self._peer.close()
+
+    def _accept(self, epoch: int) -> None:
+        if epoch < self._epoch:
+            raise StaleOrder(f"{self._node} answers to epoch {self._epoch}, not to {epoch}")
+        self._epoch = epoch
+
+    # --- what happens on the node ---------------------------------------------------------------------------------
+
+    def _call(self, function: Callable[[Any], None], argument: Any) -> None:
+        """From the workers' thread into the loop, in order."""
+        self._loop.call_soon_threadsafe(function, argument)
+
+    def _on_message(self, message: Any) -> None:
+        if self._fold is None or message.generation != self._fold.generation:
+            return
+        for report in self._fold.feed(message):
+            if isinstance(report, NodeStep):
+                self._kept.append(report)
+                self._push(report)
+            else:
+                self._fact(report)
+
+    def _on_exit(self, exit_: WorkerExit) -> None:
+        if self._fold is None or exit_.generation != self._fold.generation:
+            return
+        if exit_.error:
+            self._fact(StartFailed(generation=exit_.generation, error=exit_.error))
+        elif not (exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished):
+            self._fact(
+                Exited(generation=exit_.generation, rank=exit_.rank, exit_code=exit_.exit_code, signal=exit_.signal)
+            )
+
+    def _fact(self, report: Report) -> None:
+        """A report that a controller which comes back is told again."""
+        self._facts.append(report)
+        self._push(report)
+
+    def _push(self, report: Report) -> None:
+        self._sent += 1
+        self._outbox.append((self._sent, report))
+        self._wake.set()
+
+    def _inventory(self) -> dict[int, tuple[Snapshot, ...]]:
+        held = ram.held(self._ram_dir, self._run, self._ray_node)
+        return {
+            slot: tuple(Snapshot(generation=header.generation, step=header.step) for header in headers)
+            for slot, headers in held.items()
+        }
+
+    # --- reporting ------------------------------------------------------------------------------------------------
+
+    async def _report_forever(self) -> None:
+        unknown_since: float | None = None
+        controller: Any = None
+        while True:
+            if not self._outbox:
+                await _quietly(asyncio.wait_for(self._wake.wait(), REPORT_INTERVAL_S))
+            self._wake.clear()
+            batch = list(self._outbox)[:500]
+            try:
+                controller = controller or await asyncio.to_thread(ray.get_actor, "controller", self._namespace)
+                reports = [report for _, report in batch]
+                await asyncio.wait_for(
+                    asyncio.wrap_future(controller.report.remote(self._node, reports).future()), REPORT_TIMEOUT_S
+                )
+            except Exception as e:
+                controller = None
+                now = time.monotonic()
+                if isinstance(e, ValueError):  # Ray knows no actor of that name
+                    unknown_since = unknown_since or now
+                    if now - unknown_since > ORPHAN_GRACE_S:
+                        await self._die("the controller is gone for good")
+                await asyncio.sleep(REPORT_RETRY_S)
+                continue
+            unknown_since = None
+            while batch and self._outbox and self._outbox[0][0] <= batch[-1][0]:
+                self._outbox.popleft()
+
+    async def _watch_parent(self) -> None:
+        """A killed raylet leaves its actors behind: such a node must not go on by itself."""
+        while os.getppid() == self._parent:
+            await asyncio.sleep(1.0)
+        await self._die("the raylet of this node is gone")
+
+    async def _die(self, why: str) -> None:
+        logger.error("agent %s ends: %s", self._node, why)
+        ram.delete(self._ram_dir, self._run, self._ray_node)
+        os._exit(1)  # the zygote and its workers end with this process
+
+    async def _prepare_data(self) -> str:
+        document = {
+            "data": asdict(self._spec.data),
+            "vocab_size": self._spec.model.vocab_size,
+            "seed": self._spec.run.seed,
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            "-m",
+            "trainer.data.prepare",
+            "--config",
+            json.dumps(document),
+            env={**os.environ, **worker_env(self._spec)},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            out, err = await asyncio.wait_for(process.communicate(), PREPARE_DEADLINE_S)
+        except TimeoutError:
+            process.kill()
+            raise
+        if process.returncode != 0:
+            raise RuntimeError(f"the data cannot be prepared on {self._node}: {err.decode(errors='replace').strip()}")
+        return str(json.loads(out.decode().strip().splitlines()[-1])["digest"])
+
+
+async def _quietly(waiting: Awaitable[Any]) -> None:
+    try:
+        await waiting
+    except TimeoutError:
+        return
+
+
+def run_log_dir(spec: JobSpec) -> Path:
+    """The node-local folder of this run's logs and journal tail."""
+    return Path(spec.cluster.log_dir).expanduser() / spec.run.name
+
+
+def worker_env(spec: JobSpec) -> dict[str, str]:
+    """Environment of this node's worker and tool processes, the same on every node: it is part of the numeric class."""
+    packages = str(Path(__file__).resolve().parent.parent.parent)
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {
+        "OMP_NUM_THREADS": str(max(1, int(spec.cluster.cpus_per_slot))),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([packages, *([inherited] if inherited else [])]),
+    }

@@ -1,0 +1,392 @@
+"""The Ray body: carries the supervisor's actions out, and turns what it sees of the cluster into events.
+
+It holds no judgement. Every action becomes a task with a deadline; what comes of it is an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import ray
+from ray.util import get_placement_group
+
+from orchestrator.core import events as ev
+from orchestrator.core import placement
+from orchestrator.core.actions import (
+    Action,
+    AskStop,
+    CommitCheckpoint,
+    EndRun,
+    HaltGeneration,
+    OpenGeneration,
+    ReleaseNode,
+    SetTimer,
+    Transfer,
+)
+from orchestrator.core.state import State
+from orchestrator.runtime import nodes
+from orchestrator.runtime.journal import check_not_replaced
+from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
+from orchestrator.runtime.rendezvous import NodeAssignment
+from orchestrator.runtime.reports import MeshFold, NodeStep, Report
+from orchestrator.spec import JobSpec
+from storage import peer
+from storage.commits import create_commit, delete_checkpoint
+from storage.manifest import Commit, RankPart, commit_name
+from storage.urls import write_exclusive
+from trainer import contract
+
+logger = logging.getLogger(__name__)
+
+DISCOVER_INTERVAL_S = 1.0
+ORDER_DEADLINE_S = 30.0
+"""For an agent to take an order; the work that it starts is reported later."""
+STORE_PORT_DEADLINE_S = 30.0
+TRANSFER_DEADLINE_S = 120.0
+COMMIT_DEADLINE_S = 60.0
+START_TRIES = 3
+"""Agents that may fail on one Ray node before that node is left alone."""
+LINE_RETRIES = 2
+"""A line that breaks is taken up again this often before its node counts as lost."""
+TRACEBACKS = 16
+
+
+class Body:
+    def __init__(
+        self,
+        spec: JobSpec,
+        namespace: str,
+        token: str,
+        epoch: int,
+        now: Callable[[], int],
+        post: Callable[[ev.Event], None],
+        notice: Callable[[str], None],
+    ) -> None:
+        self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
+        self._now, self._post, self._notice = now, post, notice
+        self.agents: dict[str, AgentHandle] = {}
+        self.fold: MeshFold | None = None
+        self.rates: list[tuple[float, int, int]] = []
+        """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
+        self.tracebacks: dict[str, str] = {}
+        """The last words of failed workers, newest last."""
+        self._places = spec.layout.nodes + spec.layout.spares
+        self._starting: set[str] = set()
+        self._failed_starts: dict[str, int] = {}
+        self._used_names: set[str] = set()
+        self._data_digest = ""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+
+    def start(self) -> None:
+        """Begin to look for nodes and to watch those that are there."""
+        self._spawn(self._discover_forever())
+
+    # --- what agents say ------------------------------------------------------------------------------------------
+
+    def hear(self, node: str, reports: list[Report]) -> list[ev.Event]:
+        """Take in an agent's reports; the events that they complete, without their time.
+
+        Raises:
+            RuntimeError: the agent is not known (yet); it will send them again.
+        """
+        handle = self._agent(node)
+        handle.heard_at = time.monotonic()
+        events: list[ev.Event] = []
+        for report in reports:
+            if isinstance(report, contract.Failed):
+                self._keep_traceback(node, report)
+            if self.fold is not None:
+                events += self.fold.feed(0, node, report)
+            if isinstance(report, NodeStep) and report.loss is not None:
+                self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
+        return events
+
+    def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
+        key = f"g{failed.generation}-r{failed.rank}"
+        if key in self.tracebacks:
+            return
+        self.tracebacks[key] = failed.traceback
+        while len(self.tracebacks) > TRACEBACKS:
+            self.tracebacks.pop(next(iter(self.tracebacks)))
+        text = f"node {node}, rank {failed.rank}, generation {failed.generation}, step {failed.step}\n"
+        self._spawn(
+            asyncio.to_thread(
+                write_exclusive, self._spec.run.url, f"evidence/{key}.txt", (text + failed.traceback).encode()
+            )
+        )
+
+    # --- what the supervisor orders -------------------------------------------------------------------------------
+
+    def perform(self, action: Action) -> None:
+        """Begin to carry an action out."""
+        match action:
+            case OpenGeneration():
+                self.fold = MeshFold(
+                    generation=action.generation,
+                    nodes=action.nodes,
+                    ranks=self._spec.parallel.world_size,
+                    done=action.step,
+                )
+                self.rates = []
+                self._spawn(self._open(action))
+            case HaltGeneration():
+                for node in action.nodes:
+                    self._spawn(self._order(node, "halt", self._epoch, action.generation))
+            case AskStop():
+                for node in self.fold.nodes if self.fold else ():
+                    self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))
+            case CommitCheckpoint():
+                self._spawn(self._commit(action))
+            case ReleaseNode():
+                self._spawn(self._release(action))
+            case SetTimer():
+                self._spawn(self._timer(action))
+            case EndRun():
+                raise AssertionError("the controller ends the run")
+
+    async def _open(self, action: OpenGeneration) -> None:
+        """Copies first, then the store, then every node's assignment."""
+        node = action.nodes[0]
+        try:
+            await asyncio.gather(*(self._transfer(t, action.step) for t in action.transfers))
+            lead = self._agent(node)
+            port = await call(lead.actor.open_store.remote(self._epoch, action.generation), STORE_PORT_DEADLINE_S)
+            assert lead.info is not None
+            plans = self._plans(action, lead.info.host, port)
+            orders = (call(self._agent(n).actor.open.remote(self._epoch, p), ORDER_DEADLINE_S) for n, p in plans)
+            await asyncio.gather(*orders)
+        except Exception as e:
+            logger.warning("generation %d does not open: %r", action.generation, e)
+            error = f"{type(e).__name__}: {e}".splitlines()[0]
+            self._post(ev.GenerationFailed(at=0, generation=action.generation, node=node, error=error))
+
+    def _plans(self, action: OpenGeneration, host: str, port: int) -> list[tuple[str, NodeAssignment]]:
+        spec = self._spec
+        restore = contract.Restore(
+            source=action.source,  # type: ignore[arg-type]
+            step=action.step,
+            generation=action.snapshot_generation,
+            commit=commit_name(action.step) if action.source == "durable" else "",
+        )
+        return [
+            (
+                node,
+                NodeAssignment(
+                    epoch=self._epoch,
+                    generation=action.generation,
+                    group_rank=index,
+                    group_world_size=len(action.nodes),
+                    ranks=tuple(placement.slots_of(spec.layout, index)),
+                    world_size=spec.parallel.world_size,
+                    store_host=host,
+                    store_port=port,
+                    restore=restore,
+                    config=spec.worker_config,
+                    ram_dir="",  # each agent knows its own
+                ),
+            )
+            for index, node in enumerate(action.nodes)
+        ]
+
+    async def _transfer(self, transfer: Transfer, step: int) -> None:
+        source, target = self._agent(transfer.from_node), self._agent(transfer.to_node)
+        assert source.info is not None
+        fetched = target.actor.fetch.remote(self._epoch, transfer, step, source.info.address, source.ray_node)
+        await call(fetched, TRANSFER_DEADLINE_S)
+
+    async def _order(self, node: str, method: str, *args: Any) -> None:
+        """An order whose effect the agent reports; an agent that is dead answers with its loss."""
+        try:
+            await call(getattr(self._agent(node).actor, method).remote(*args), ORDER_DEADLINE_S)
+        except ray.exceptions.RayActorError as e:
+            self._lost(node, f"its agent is dead ({type(e).__name__})")
+        except Exception as e:
+            logger.warning("%s did not take %s: %r", node, method, e)
+
+    async def _commit(self, action: CommitCheckpoint) -> None:
+        """The checkpoint exists when its record does; only the newest controller may make it."""
+        step = action.step
+        fold = self.fold if self.fold and self.fold.generation == action.generation else None
+        parts = fold.parts.get(step, {}) if fold else {}
+        try:
+            if fold is None or len(parts) != self._spec.parallel.world_size:
+                raise RuntimeError("this controller came after its parts were reported")
+            p = self._spec.parallel
+            commit = Commit(
+                run=self._spec.run.name,
+                step=step,
+                epoch=action.epoch,
+                generation=action.generation,
+                mesh={"pp": p.pp, "dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, "tp": p.tp},
+                parts=tuple(RankPart(**parts[rank]) for rank in sorted(parts)),
+                versions=fold.versions | {"data": self._data_digest},
+            )
+            await asyncio.to_thread(check_not_replaced, self._spec.run.url, self._epoch)
+            if action.replaces_damaged:
+                await asyncio.to_thread(delete_checkpoint, self._spec.run.url, step)
+            await asyncio.wait_for(asyncio.to_thread(create_commit, self._spec.run.url, commit), COMMIT_DEADLINE_S)
+        except Exception as e:
+            self._notice(f"checkpoint of step {step} was not committed: {e}")
+            self._post(ev.CheckpointFailed(at=0, step=step, error=f"{type(e).__name__}: {e}"))
+            return
+        self._post(ev.CheckpointCommitted(at=0, step=step, epoch=action.epoch, generation=action.generation))
+
+    async def _release(self, action: ReleaseNode) -> None:
+        handle = self.agents.pop(action.node, None)
+        if handle is not None:
+            await release(handle)
+
+    async def _timer(self, action: SetTimer) -> None:
+        await asyncio.sleep(max(0.0, (action.at - self._now()) / 1_000_000))
+        self._post(ev.TimerFired(at=0, timer=action.timer))
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    async def adopt(self, state: State) -> None:
+        """After a restart: find the agents of every node that is not lost, and hear what was missed."""
+        self._used_names = set(state.nodes)
+        if state.order is not None:
+            self.fold = MeshFold(
+                generation=state.generation,
+                nodes=state.order.nodes,
+                ranks=self._spec.parallel.world_size,
+                done=state.step,
+            )
+        alive = [name for name, node in state.nodes.items() if node.state != "lost"]
+        await asyncio.gather(*(self._adopt(node, state.step) for node in alive))
+
+    async def _adopt(self, node: str, done: int) -> None:
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, agent_name(node), self._namespace)
+            handle = AgentHandle(node=node, ray_node="", actor=actor, group=None, heard_at=time.monotonic())
+            handle.info = await call(actor.describe.remote(), ORDER_DEADLINE_S)
+            handle.ray_node = handle.info.ray_node
+            handle.group = await asyncio.to_thread(get_placement_group, f"{self._namespace}/{node}")
+            self.agents[node] = handle
+            await call(actor.attach.remote(self._epoch, done), ORDER_DEADLINE_S)
+        except Exception as e:
+            self._lost(node, f"not found after the controller's restart ({type(e).__name__})")
+            return
+        handle.line = self._spawn(self._hold_line(handle))
+
+    async def _discover_forever(self) -> None:
+        """Keep an agent on as many nodes as the run has places, and notice those that fall silent."""
+        while not self._closing:
+            try:
+                found = await asyncio.to_thread(nodes.eligible, self._spec)
+            except Exception as e:  # Ray's head may be away for a while
+                logger.warning("Ray does not list its nodes: %r", e)
+                found = []
+            taken = {handle.ray_node for handle in self.agents.values()} | self._starting
+            free = [node for node in found if node.id not in taken and self._tries_left(node.id)]
+            for node in free[: max(0, self._places - len(taken))]:
+                self._starting.add(node.id)
+                self._spawn(self._join(node))
+            self._check_silence()
+            await asyncio.sleep(DISCOVER_INTERVAL_S)
+
+    def _tries_left(self, ray_node: str) -> bool:
+        return self._failed_starts.get(ray_node, 0) < START_TRIES
+
+    async def _join(self, node: RayNode) -> None:
+        name = self._fresh_name(node.id)
+        try:
+            handle, info = await start_agent(self._spec, self._namespace, name, node, self._token)
+            self._data_digest = self._data_digest or info.data_digest
+            if info.data_digest != self._data_digest:
+                await release(handle)
+                raise RuntimeError(
+                    f"its data has digest {info.data_digest}, the others' {self._data_digest}: give every node the "
+                    "same corpus (data.corpus) and the same versions"
+                )
+            if self._closing:
+                await release(handle)
+                return
+            self.agents[name] = handle
+            await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
+        except Exception as e:
+            self.agents.pop(name, None)
+            self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + 1
+            self._notice(
+                f"node {name} did not come up: {type(e).__name__}: {str(e).splitlines()[-1] if str(e) else e!r}"
+            )
+            if not self._tries_left(node.id):
+                self._notice(f"Ray node {node.id[:8]} is left alone after {START_TRIES} tries")
+            return
+        finally:
+            self._starting.discard(node.id)
+        handle.line = self._spawn(self._hold_line(handle))
+        self._post(ev.NodeJoined(at=0, node=name, domain=node.domain, snapshots=info.snapshots))
+
+    def _fresh_name(self, ray_node: str) -> str:
+        """A name that no agent of this run has had: those of lost nodes are never used again."""
+        tries = 1
+        while (name := ray_node[:8] if tries == 1 else f"{ray_node[:8]}-{tries}") in self._used_names:
+            tries += 1
+        self._used_names.add(name)
+        return name
+
+    async def _hold_line(self, handle: AgentHandle) -> None:
+        """A connection that nobody uses: its end tells within milliseconds that the agent's process is gone."""
+        assert handle.info is not None
+        for _ in range(1 + LINE_RETRIES):
+            try:
+                await peer.hold_line(handle.info.address, self._token)
+            except peer.PeerError:
+                break
+        if not self._closing and handle.node in self.agents:
+            self._lost(handle.node, "its connection closed")
+
+    def _check_silence(self) -> None:
+        silence_s = self._spec.recovery.node_silence_s
+        for handle in list(self.agents.values()):
+            if time.monotonic() - handle.heard_at > silence_s:
+                self._lost(handle.node, f"silent for {silence_s:g} s")
+
+    def _lost(self, node: str, cause: str) -> None:
+        self._post(ev.NodeLost(at=0, node=node, cause=cause))
+
+    def _agent(self, node: str) -> AgentHandle:
+        if node not in self.agents:
+            raise RuntimeError(f"node {node} has no agent any more")
+        return self.agents[node]
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    async def end(self) -> None:
+        """Release every node: workers ended, snapshots deleted, actors killed, reservations given back."""
+        self._closing = True
+        deadline = time.monotonic() + ORDER_DEADLINE_S
+        while self._starting and time.monotonic() < deadline:  # an agent that is coming up releases itself
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*(self._end_agent(handle) for handle in self.agents.values()))
+        self.agents.clear()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def _end_agent(self, handle: AgentHandle) -> None:
+        try:
+            await call(handle.actor.shutdown.remote(self._epoch), self._spec.recovery.halt_deadline_s + 5)
+        except Exception as e:
+            logger.warning("agent %s did not shut down by itself: %r", handle.node, e)
+        try:
+            await release(handle)
+        except Exception as e:
+            logger.warning("agent %s could not be released: %r", handle.node, e)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a task of the controller failed", exc_info=task.exception())

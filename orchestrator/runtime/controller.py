@@ -1,0 +1,272 @@
+"""The controller: the named Ray actor in which the supervisor lives.
+
+It does three things and nothing else: it turns what happens on the cluster into events, journals what the supervisor
+decides, and has the decisions carried out (`body.py`). One loop, one brain:
+
+    inbox -> handle -> journal -> (durable) -> perform
+
+The actor is detached and restarts for ever: a controller that comes back takes the next epoch, folds the journal, asks
+the agents for what it missed, and goes on. Training does not stop meanwhile. It ends itself when the run has ended, or
+when its driver has not renewed its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import logging
+import time
+from collections import deque
+from importlib import metadata
+from typing import Any
+
+import ray
+
+from orchestrator.core import events as ev
+from orchestrator.core.actions import Action, EndRun
+from orchestrator.core.supervisor import Supervisor
+from orchestrator.observe.exporter import serve_metrics
+from orchestrator.observe.notices import notices
+from orchestrator.observe.status import Status, status_of
+from orchestrator.runtime import journal as journals
+from orchestrator.runtime.agent import run_log_dir
+from orchestrator.runtime.body import Body
+from orchestrator.runtime.reports import Report
+from orchestrator.spec import JobSpec, parse
+from storage.commits import list_commits
+
+logger = logging.getLogger(__name__)
+
+INBOX_EVENTS = 100_000
+"""Far more than a controller falls behind by; beyond it agents are refused and send again."""
+BATCH_EVENTS = 256
+"""Events that share one journal write."""
+HOLD_RETRY_S = 2.0
+"""Between tries to write a journal whose store has failed; training goes on meanwhile."""
+END_LINGER_S = 20.0
+"""How long an ended controller waits for its driver to read the verdict."""
+NOTICES = 500
+"""Lines kept for the driver; it reads them each second."""
+
+
+def namespace_of(run: str) -> str:
+    """The Ray namespace in which a run's actors have their names."""
+    return f"shepherd-{run}"
+
+
+class Controller:
+    """The actor. Its coroutines share one loop, so nothing here needs a lock."""
+
+    def __init__(self, *, spec_document: dict[str, Any], token: str, detached: bool) -> None:
+        self._spec: JobSpec = parse(spec_document)
+        self._token, self._detached = token, detached
+        self._supervisor = Supervisor()
+        self._inbox: asyncio.Queue[ev.Event] = asyncio.Queue(maxsize=INBOX_EVENTS)
+        self._notices: deque[tuple[int, str]] = deque(maxlen=NOTICES)
+        self._noticed = 0
+        self._leased_at = time.monotonic()
+        self._hold = ""
+        self._failure = ""
+        self._ended = asyncio.Event()
+        self._verdict_read = asyncio.Event()
+        self._metrics_port = 0
+        self._clock: tuple[float, int] = (0.0, 0)
+        self._last_at = 0
+        self._body: Body | None = None
+        self._epoch = 0
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._task = asyncio.get_running_loop().create_task(self._live(restarted))
+
+    # --- what drivers and agents call -----------------------------------------------------------------------------
+
+    async def report(self, node: str, reports: list[Report]) -> None:
+        """An agent's outbox. Acknowledged when it has been taken in; an agent repeats what was not."""
+        if self._body is None:
+            raise RuntimeError("the controller is still reading its journal")
+        for event in self._body.hear(node, reports):
+            self._post(event)
+
+    async def poll(self, noticed: int, lease: bool) -> tuple[Status, list[tuple[int, str]]]:
+        """The run as it stands, and the notices after number `noticed`. With `lease`, the driver's sign of life."""
+        if lease:
+            self._leased_at = time.monotonic()
+        status = self._status()
+        if status.ended and lease:
+            self._verdict_read.set()
+        return status, [(number, line) for number, line in self._notices if number > noticed]
+
+    async def stop(self, token: str, by: str, graceful: bool) -> None:
+        """End the run: gracefully with a checkpoint at the next step boundary, else at once.
+
+        Raises:
+            PermissionError: not the job's token.
+        """
+        if not hmac.compare_digest(token, self._token):
+            raise PermissionError("stopping a run needs its token")
+        self._post(ev.StopRequested(at=0, by=by, graceful=graceful))
+
+    # --- the one loop ---------------------------------------------------------------------------------------------
+
+    async def _live(self, restarted: bool) -> None:
+        try:
+            await self._begin(restarted)
+            lease = asyncio.create_task(self._watch_lease())
+            await self._decide_forever()
+            lease.cancel()
+        except Exception as e:
+            logger.exception("the controller cannot go on")
+            self._failure = f"{type(e).__name__}: {e}"
+            self.notice(f"the controller cannot go on: {self._failure}")
+            self._ended.set()
+        try:
+            await asyncio.wait_for(self._verdict_read.wait(), END_LINGER_S)
+            await asyncio.sleep(1.0)  # the answer that carries the verdict is still on its way
+        except TimeoutError:
+            pass
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _begin(self, restarted: bool) -> None:
+        """Take the epoch, fold the journal, and find or start the agents."""
+        spec, url = self._spec, self._spec.run.url
+        version = metadata_version()
+        claim = await asyncio.to_thread(journals.claim_epoch, url, version)
+        self._epoch = claim.epoch
+        tail = run_log_dir(spec) / "journal-tail.jsonl"
+        self._journal = await asyncio.to_thread(journals.Journal, url, tail, claim.epoch)
+        records = self._journal.records
+        self._supervisor = await asyncio.to_thread(journals.replay, records)
+        self._last_at = records[-1].event.at if records else 0
+        self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
+        self._metrics_port = serve_metrics(spec, self._status, asyncio.get_running_loop())
+        self._body = Body(
+            spec, namespace_of(spec.run.name), self._token, claim.epoch, self._now, self._post, self.notice
+        )
+        found = await asyncio.to_thread(list_commits, url)
+        began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
+        again: list[Action] = []
+        if restarted and records:
+            self.notice(f"controller back in epoch {claim.epoch}, {len(records)} records replayed")
+            again = await self._decide([began])
+            await self._body.adopt(self._supervisor.state)
+        else:
+            declared = ev.RunDeclared(
+                at=0,
+                run=spec.run.name,
+                layout=spec.layout,
+                limits=spec.limits,
+                total_steps=spec.run.steps,
+                capabilities=("ram", "peer"),
+            )
+            again = await self._decide([declared, began])
+        again += await self._decide([ev.CheckpointsFound(at=0, steps=tuple(found))])
+        for action in again:
+            self._perform(action)
+        self._body.start()
+
+    async def _decide_forever(self) -> None:
+        keep_at = time.monotonic()
+        while not self._ended.is_set():
+            try:
+                events = [await asyncio.wait_for(self._inbox.get(), 0.5)]
+            except TimeoutError:
+                events = []
+            while not self._inbox.empty() and len(events) < BATCH_EVENTS:
+                events.append(self._inbox.get_nowait())
+            for action in await self._decide(events):
+                self._perform(action)
+            if time.monotonic() - keep_at > 0.5:
+                keep_at = time.monotonic()
+                await self._write(self._journal.keep)
+
+    async def _decide(self, events: list[ev.Event]) -> list[Action]:
+        """What is to be done about these events; durable, where it must be, when this returns."""
+        actions: list[Action] = []
+        must_publish = False
+        for event in events:
+            event = dataclasses.replace(event, at=self._now())
+            decided = self._supervisor.handle(event)
+            must_publish |= self._journal.append(event, decided)
+            actions += decided
+            for line in notices(event, decided, self._supervisor.state):
+                self.notice(line)
+        if must_publish:
+            await self._write(self._journal.publish)
+        return actions
+
+    async def _write(self, write: Any) -> None:
+        """Do a journal write; while the store fails, hold: nothing is decided or done, and training goes on."""
+        while True:
+            try:
+                await asyncio.to_thread(write)
+            except (OSError, journals.StoreError) as e:
+                if not self._hold:
+                    self.notice(f"HOLD: the journal cannot be written, nothing is decided until it can: {e}")
+                self._hold = str(e)
+                await asyncio.sleep(HOLD_RETRY_S)
+                continue
+            if self._hold:
+                self.notice("the journal is written again, the hold is over")
+                self._hold = ""
+            return
+
+    def _perform(self, action: Action) -> None:
+        assert self._body is not None
+        if isinstance(action, EndRun):
+            asyncio.create_task(self._end())  # noqa: RUF006  (the loop ends only after it)
+        else:
+            self._body.perform(action)
+
+    async def _end(self) -> None:
+        assert self._body is not None
+        await self._body.end()
+        await self._write(self._journal.close)
+        self._ended.set()
+
+    async def _watch_lease(self) -> None:
+        lease_s = self._spec.recovery.driver_lease_s
+        while not self._detached:
+            await asyncio.sleep(1.0)
+            if time.monotonic() - self._leased_at > lease_s:
+                self._post(ev.StopRequested(at=0, by=f"the driver's silence of {lease_s:g} s", graceful=False))
+                return
+
+    # --- small parts ----------------------------------------------------------------------------------------------
+
+    def _post(self, event: ev.Event) -> None:
+        """Queue an event; its time is set when it is taken. Raises asyncio.QueueFull when the bound is reached."""
+        self._inbox.put_nowait(event)
+
+    def _now(self) -> int:
+        """Microseconds on the run's clock, monotone also across restarts."""
+        monotonic, at = self._clock
+        self._last_at = max(self._last_at, at + round((time.monotonic() - monotonic) * 1_000_000))
+        return self._last_at
+
+    def notice(self, line: str) -> None:
+        """A line for the people who watch."""
+        self._noticed += 1
+        self._notices.append((self._noticed, line))
+        logger.info("%s", line)
+
+    def _status(self) -> Status:
+        body = self._body
+        return status_of(
+            self._supervisor.state,
+            at=self._now(),
+            hold=self._hold,
+            failure=self._failure,
+            ended=self._ended.is_set(),
+            metrics_address=f"{self._spec.metrics.bind}:{self._metrics_port}",
+            newest=body.fold.last if body and body.fold else None,
+            rates=body.rates if body else [],
+            tracebacks=body.tracebacks if body else {},
+        )
+
+
+def metadata_version() -> str:
+    """Shepherd's version; "source" when it runs from a source tree that is not installed."""
+    try:
+        return metadata.version("shepherd-train")
+    except metadata.PackageNotFoundError:
+        return "source"

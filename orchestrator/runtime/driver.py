@@ -1,0 +1,193 @@
+"""The driver's side of a run: start or find its controller, renew the lease, bring news, and end with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.observe.status import Status
+from orchestrator.runtime.agent import run_log_dir
+from orchestrator.runtime.controller import Controller, namespace_of
+from orchestrator.spec import JobSpec
+
+POLL_INTERVAL_S = 0.5
+POLL_DEADLINE_S = 10.0
+GONE_AFTER_S = 60.0
+"""A controller that does not answer for so long will not come back: Ray restarts an actor in seconds."""
+INTERRUPT_GRACE_S = 12.0
+"""From Ctrl-C until a run that has not reached its checkpoint is ended at once; all is gone within 30 s."""
+
+
+class RunError(RuntimeError):
+    """There is no such run, or it cannot be reached."""
+
+
+def start(spec: JobSpec, detached: bool) -> Any:
+    """Create the run's controller on the head node. Needs a connected Ray.
+
+    Raises:
+        RunError: the run is active already.
+    """
+    token = write_token(spec)
+    options: dict[str, Any] = {
+        "name": "controller",
+        "namespace": namespace_of(spec.run.name),
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "num_cpus": 0,
+        "max_concurrency": 1000,
+        "resources": {"node:__internal_head__": 0.001},
+    }
+    try:
+        actor = ray.remote(Controller).options(**options)
+        return actor.remote(spec_document=spec.document(), token=token, detached=detached)
+    except ValueError as e:
+        raise RunError(
+            f"run {spec.run.name!r} is active on this cluster: follow it with `shepherd status {spec.run.name}`, "
+            f"end it with `shepherd stop {spec.run.name}`, or give run.name another value"
+        ) from e
+
+
+def find(run: str) -> Any:
+    """The controller of an active run. Raises RunError when there is none."""
+    try:
+        return ray.get_actor("controller", namespace_of(run))
+    except ValueError as e:
+        raise RunError(f"no run {run!r} is active on this cluster") from e
+
+
+def poll(controller: Any, noticed: int = 0, lease: bool = False) -> tuple[Status, list[tuple[int, str]]]:
+    """One look at the run. Raises ray's own errors when the controller does not answer in time."""
+    answer: tuple[Status, list[tuple[int, str]]] = ray.get(
+        controller.poll.remote(noticed, lease), timeout=POLL_DEADLINE_S
+    )
+    return answer
+
+
+def follow(controller: Any, token: str, on_news: Callable[[Status, list[str]], None]) -> Status:
+    """Stay with the run to its end, as its driver. Ctrl-C (or SIGTERM) asks it to stop, twice ends it at once.
+
+    Raises:
+        RunError: the controller is gone and does not come back.
+    """
+    noticed, heard = 0, time.monotonic()
+    with _interrupts() as interrupts:
+        asked, asked_at = 0, 0.0
+        while True:
+            if interrupts.count > asked:
+                asked, asked_at = interrupts.count, time.monotonic()
+                stop(controller, token, by="the driver", graceful=asked == 1)
+            elif asked == 1 and time.monotonic() - asked_at > INTERRUPT_GRACE_S:
+                asked = interrupts.count = 2
+                stop(controller, token, by="the driver", graceful=False)
+            try:
+                status, notices = poll(controller, noticed, lease=True)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+                if time.monotonic() - heard > GONE_AFTER_S:
+                    raise RunError(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
+                interrupts.wait(POLL_INTERVAL_S)
+                continue
+            heard = time.monotonic()
+            noticed = notices[-1][0] if notices else noticed
+            on_news(status, [line for _, line in notices])
+            if status.ended:
+                return status
+            interrupts.wait(POLL_INTERVAL_S)
+
+
+def stop(controller: Any, token: str, by: str, graceful: bool) -> None:
+    """Ask a run to end. Raises PermissionError when the token is not the job's."""
+    try:
+        ray.get(controller.stop.remote(token, by, graceful), timeout=POLL_DEADLINE_S)
+    except ray.exceptions.RayTaskError as e:
+        if isinstance(e.cause, PermissionError):
+            raise e.cause from e
+        raise
+
+
+def write_token(spec: JobSpec) -> str:
+    """A fresh token for this run, kept where only this user can read it."""
+    path = token_path(spec.cluster.log_dir, spec.run.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(32)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+    return token
+
+
+def read_token(log_dir: str, run: str) -> str:
+    """The run's token: from SHEPHERD_TOKEN, else from where its driver keeps it.
+
+    Raises:
+        RunError: there is none here.
+    """
+    path = token_path(log_dir, run)
+    token = os.environ.get("SHEPHERD_TOKEN", "")
+    if not token and path.exists():
+        token = path.read_text()
+    if not token:
+        raise RunError(
+            f"the token of run {run!r} is not here: it is in {path} where the run was started; set SHEPHERD_TOKEN"
+        )
+    return token
+
+
+def token_path(log_dir: str, run: str) -> Path:
+    return Path(log_dir).expanduser() / run / "token"
+
+
+class _Interrupts:
+    def __init__(self) -> None:
+        self.count = 0
+        self._event = threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+        self._event.set()
+
+    def wait(self, seconds: float) -> None:
+        self._event.wait(seconds)
+        self._event.clear()
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    """Count SIGINT and SIGTERM instead of dying of them."""
+    interrupts = _Interrupts()
+    old = {number: signal.signal(number, interrupts) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def connect(address: str | None) -> None:
+    """Connect to the Ray cluster: the given one, RAY_ADDRESS, or the one on this machine.
+
+    Raises:
+        RunError: there is none.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as e:
+        raise RunError(
+            f"no Ray cluster answers: start one with `ray start --head`, or name one by --address or RAY_ADDRESS ({e})"
+        ) from e
+
+
+__all__ = ["RunError", "connect", "find", "follow", "poll", "read_token", "run_log_dir", "start", "stop"]

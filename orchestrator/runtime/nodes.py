@@ -1,0 +1,125 @@
+"""Nodes as Ray has them: which can serve, and an agent actor on each in a placement group of its own.
+
+One placement group per node, because a group with a bundle for every node could not lose or gain one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.runtime.agent import PREPARE_DEADLINE_S, ZYGOTE_DEADLINE_S, Agent, NodeInfo
+from orchestrator.spec import JobSpec
+
+PLACE_DEADLINE_S = 60.0
+"""For Ray to reserve the bundle on a node that has the resources free."""
+KILL_DEADLINE_S = 10.0
+
+
+@dataclass
+class AgentHandle:
+    """A node's agent as the controller holds it."""
+
+    node: str
+    ray_node: str
+    actor: Any
+    group: PlacementGroup | None
+    info: NodeInfo | None = None
+    heard_at: float = 0.0
+    """Monotonic seconds of its last report."""
+    line: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayNode:
+    id: str
+    domain: str
+
+
+def eligible(spec: JobSpec) -> list[RayNode]:
+    """The live nodes of the cluster whose total resources fit an agent, in a fixed order. Blocks for one RPC."""
+    bundle = bundle_of(spec)
+    return [
+        RayNode(id=node["NodeID"], domain=(node.get("Labels") or {}).get(spec.cluster.domain_label, ""))
+        for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))  # type: ignore[no-untyped-call]
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in bundle.items())
+    ]
+
+
+def bundle_of(spec: JobSpec) -> dict[str, float]:
+    """The resources that one agent reserves."""
+    slots = spec.cluster.slots_per_node
+    gpus = {"GPU": float(slots)} if spec.cluster.device == "cuda" else {}
+    return {"CPU": slots * spec.cluster.cpus_per_slot, **gpus}
+
+
+async def start_agent(
+    spec: JobSpec, namespace: str, node: str, ray_node: RayNode, token: str
+) -> tuple[AgentHandle, NodeInfo]:
+    """Reserve the node and bring an agent up on it, prepared.
+
+    Raises:
+        Exception: what went wrong; nothing of the agent is left.
+    """
+    bundle = bundle_of(spec)
+    group = await asyncio.to_thread(
+        placement_group,
+        [bundle],
+        name=f"{namespace}/{node}",
+        lifetime="detached",
+        bundle_label_selector=[{"ray.io/node-id": ray_node.id}],
+    )
+    handle = AgentHandle(node=node, ray_node=ray_node.id, actor=None, group=group)
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), PLACE_DEADLINE_S)
+        handle.actor = (
+            ray.remote(Agent)
+            .options(
+                name=agent_name(node),
+                namespace=namespace,
+                lifetime="detached",
+                max_restarts=0,
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            )
+            .remote(
+                run=spec.run.name,
+                node=node,
+                ray_node=ray_node.id,
+                namespace=namespace,
+                token=token,
+                spec_document=spec.document(),
+            )
+        )
+        info = await call(handle.actor.prepare.remote(), PREPARE_DEADLINE_S + ZYGOTE_DEADLINE_S)
+    except BaseException:
+        await release(handle)
+        raise
+    handle.info, handle.heard_at = info, time.monotonic()
+    return handle, info
+
+
+async def call(ref: Any, deadline_s: float) -> Any:
+    """The result of a Ray call, within a deadline."""
+    return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
+
+
+async def release(handle: AgentHandle) -> None:
+    """End an agent's actor and give its reservation back."""
+    if handle.line is not None:
+        handle.line.cancel()
+    if handle.actor is not None:
+        await asyncio.to_thread(ray.kill, handle.actor)
+    if handle.group is not None:
+        await asyncio.to_thread(remove_placement_group, handle.group)
+
+
+def agent_name(node: str) -> str:
+    return f"agent/{node}"

@@ -1,0 +1,300 @@
+"""What an agent tells the controller, and the two folds that turn many ranks' messages into few events.
+
+Ranks report each step; the agent folds its ranks into one `NodeStep`, the controller folds the nodes into `StepsDone`.
+The core sees only the latter. A report is sent again until the controller has acknowledged it, so both folds take
+every report as often as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.core import events as ev
+from orchestrator.core.events import Snapshot
+from trainer import contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeReady:
+    """All ranks of the node stand before their first step; durations of the slowest."""
+
+    generation: int
+    step: int
+    rendezvous_us: int
+    build_us: int
+    restore_us: int
+    versions: dict[str, str]
+    """The numeric class of the node's ranks, for the commit record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeStep:
+    """All ranks of the node have completed `step`; durations of the slowest since the step before."""
+
+    generation: int
+    step: int
+    step_us: int
+    data_us: int
+    checkpoint_us: int
+    validation_us: int
+    tokens: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFinished:
+    generation: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halted:
+    generation: int
+    snapshots: dict[int, tuple[Snapshot, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFailed:
+    generation: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exited:
+    generation: int
+    rank: int
+    exit_code: int | None
+    signal: int | None
+
+
+Report = (
+    NodeReady
+    | NodeStep
+    | NodeFinished
+    | Halted
+    | StartFailed
+    | Exited
+    | contract.Failed
+    | contract.ShardWritten
+    | contract.SaveFailed
+    | contract.Validated
+)
+
+# Steps whose details an agent keeps for a controller that comes back: at a step a second, a quarter of an hour.
+KEPT_STEPS = 1000
+
+
+@dataclass
+class NodeFold:
+    """One generation on one node: contract messages of its ranks in, reports out."""
+
+    generation: int
+    ranks: tuple[int, ...]
+    restored: dict[int, contract.Restored] = field(default_factory=dict)
+    finished: dict[int, contract.Finished] = field(default_factory=dict)
+    phases: dict[int, contract.Phase] = field(default_factory=dict)
+    """Where each rank is; the last one before a silence tells where it hangs."""
+    failed: set[int] = field(default_factory=set)
+    _steps: dict[int, dict[int, contract.StepDone]] = field(default_factory=dict)
+    _checkpoint_us: dict[int, int] = field(default_factory=dict)
+    _validation_us: dict[int, int] = field(default_factory=dict)
+
+    def feed(self, message: contract.FromWorker) -> list[Report]:
+        """The reports that this message completes."""
+        assert message.generation == self.generation, (message, self.generation)
+        match message:
+            case contract.Phase():
+                self.phases[message.rank] = message
+            case contract.Restored():
+                self.restored[message.rank] = message
+                return [self._ready()] if len(self.restored) == len(self.ranks) else []
+            case contract.StepDone():
+                ranks = self._steps.setdefault(message.step, {})
+                ranks[message.rank] = message
+                return [self._step(message.step)] if len(ranks) == len(self.ranks) else []
+            case contract.Finished():
+                self.finished[message.rank] = message
+                if len(self.finished) == len(self.ranks):
+                    return [NodeFinished(generation=self.generation, step=message.step, reason=message.reason)]
+            case contract.Failed():
+                self.failed.add(message.rank)
+                return [message]
+            case contract.ShardWritten() | contract.SaveFailed():
+                self._checkpoint_us[message.rank] = self._checkpoint_us.get(message.rank, 0) + message.write_us
+                return [message]
+            case contract.Validated():
+                self._validation_us[message.rank] = self._validation_us.get(message.rank, 0) + message.validate_us
+                return [message]
+        return []
+
+    def _ready(self) -> NodeReady:
+        ranks = self.restored.values()
+        return NodeReady(
+            generation=self.generation,
+            step=min(r.step for r in ranks),
+            rendezvous_us=max(r.rendezvous_us for r in ranks),
+            build_us=max(r.build_us for r in ranks),
+            restore_us=max(r.restore_us for r in ranks),
+            versions=next(iter(ranks)).versions,
+        )
+
+    def _step(self, step: int) -> NodeStep:
+        ranks = self._steps.pop(step).values()
+        saves = {r.rank: self._checkpoint_us.pop(r.rank, 0) for r in ranks}
+        validations = [self._validation_us.pop(r.rank, 0) for r in ranks]
+        teller = next((r for r in ranks if r.loss is not None), None)
+        return NodeStep(
+            generation=self.generation,
+            step=step,
+            step_us=max(r.step_us for r in ranks),
+            data_us=max(r.data_us for r in ranks),
+            checkpoint_us=max(saves[r.rank] + r.snapshot_us for r in ranks),
+            validation_us=max(validations),
+            tokens=max(r.tokens for r in ranks),
+            loss=teller.loss if teller else None,
+            grad_norm=teller.grad_norm if teller else None,
+            lr=teller.lr if teller else None,
+        )
+
+
+@dataclass
+class MeshFold:
+    """One generation over all its nodes: reports in, core events out."""
+
+    generation: int
+    nodes: tuple[str, ...]
+    ranks: int
+    done: int
+    """Steps told to the core so far."""
+    ready: dict[str, NodeReady] = field(default_factory=dict)
+    finished: dict[str, NodeFinished] = field(default_factory=dict)
+    parts: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    """Step to rank to that rank's part of the checkpoint."""
+    last: NodeStep | None = None
+    """The newest step of the node that tells loss and norm."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """The numeric class that all nodes share; what differs between them reads "mixed"."""
+    _newest: dict[str, int] = field(default_factory=dict)
+    _steps: dict[int, list[NodeStep]] = field(default_factory=dict)
+    _write_us: dict[int, int] = field(default_factory=dict)
+
+    def feed(self, at: int, node: str, report: Report) -> list[ev.Event]:
+        """The events that this report completes, at time `at`."""
+        if report.generation != self.generation or node not in self.nodes:
+            return []
+        match report:
+            case NodeReady():
+                self.ready[node] = report
+                return self._all_ready(at) if len(self.ready) == len(self.nodes) else []
+            case NodeStep():
+                return self._step(at, node, report)
+            case NodeFinished():
+                self.finished[node] = report
+                if len(self.finished) == len(self.nodes):
+                    step, reason = report.step, report.reason
+                    return [ev.GenerationFinished(at=at, generation=self.generation, step=step, reason=reason)]
+            case contract.ShardWritten():
+                return self._part(at, report)
+            case contract.SaveFailed():
+                return [ev.CheckpointFailed(at=at, step=report.step, error=f"rank {report.rank}: {report.error}")]
+            case contract.Validated():
+                loss = round(report.loss * 1_000_000)
+                return [ev.Validated(at=at, generation=self.generation, step=report.step, loss_millionths=loss)]
+            case contract.Failed():
+                return [
+                    ev.WorkerFailed(
+                        at=at,
+                        node=node,
+                        generation=report.generation,
+                        slot=report.rank,
+                        step=report.step,
+                        kind=report.kind,
+                        error=report.error,
+                    )
+                ]
+            case Exited():
+                return [
+                    ev.WorkerExited(
+                        at=at,
+                        node=node,
+                        generation=report.generation,
+                        slot=report.rank,
+                        exit_code=report.exit_code,
+                        signal=report.signal,
+                    )
+                ]
+            case Halted():
+                return [ev.NodeHalted(at=at, node=node, generation=self.generation, snapshots=report.snapshots)]
+            case StartFailed():
+                return [ev.GenerationFailed(at=at, generation=self.generation, node=node, error=report.error)]
+        return []
+
+    def _all_ready(self, at: int) -> list[ev.Event]:
+        nodes = self.ready.values()
+        assert len({n.step for n in nodes}) == 1, f"nodes restored different steps: {self.ready}"
+        first, *others = (n.versions for n in nodes)
+        self.versions = {k: v if all(o.get(k) == v for o in others) else "mixed" for k, v in first.items()}
+        return [
+            ev.GenerationReady(
+                at=at,
+                generation=self.generation,
+                step=min(n.step for n in nodes),
+                rendezvous_us=max(n.rendezvous_us for n in nodes),
+                build_us=max(n.build_us for n in nodes),
+                restore_us=max(n.restore_us for n in nodes),
+            )
+        ]
+
+    def _step(self, at: int, node: str, report: NodeStep) -> list[ev.Event]:
+        if report.step <= self._newest.get(node, 0):
+            return []
+        self._newest[node] = report.step
+        self._steps.setdefault(report.step, []).append(report)
+        if report.loss is not None:
+            self.last = report
+        last = min(self._newest.values()) if len(self._newest) == len(self.nodes) else 0
+        if last <= self.done:
+            return []
+        first, self.done = self.done + 1, last
+        # Details of a step may be missing after a controller's restart; the time is settled all the same.
+        steps = [self._steps.pop(step, []) for step in range(first, last + 1)]
+        losses = [n.loss for nodes in steps for n in nodes if n.loss is not None]
+        return [
+            ev.StepsDone(
+                at=at,
+                generation=self.generation,
+                first=first,
+                last=last,
+                data_wait_us=_slowest(steps, "data_us"),
+                checkpoint_us=_slowest(steps, "checkpoint_us"),
+                validation_us=_slowest(steps, "validation_us"),
+                tokens=sum(max((n.tokens for n in nodes), default=0) for nodes in steps),
+                loss_millionths=tuple(round(loss * 1_000_000) for loss in losses),
+            )
+        ]
+
+    def _part(self, at: int, report: contract.ShardWritten) -> list[ev.Event]:
+        parts = self.parts.setdefault(report.step, {})
+        parts[report.rank] = report.part
+        self._write_us[report.step] = max(self._write_us.get(report.step, 0), report.write_us)
+        if len(parts) < self.ranks:
+            return []
+        size = sum(int(part["data_bytes"]) for part in parts.values())
+        return [
+            ev.CheckpointWritten(
+                at=at,
+                generation=self.generation,
+                step=report.step,
+                bytes=size,
+                write_us=self._write_us[report.step],
+            )
+        ]
+
+
+def _slowest(steps: Iterable[list[NodeStep]], what: str) -> int:
+    return sum(max((getattr(n, what) for n in nodes), default=0) for nodes in steps)

@@ -1,0 +1,312 @@
+"""JobSpec: a whole training job as one validated document.
+
+TOML in; what comes out has every default filled in and every number checked against the others, before any resource
+is taken. An error names the field, its value and what would be valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.core.events import Layout, Limits
+from trainer.contract import (
+    AuditConfig,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    WorkerConfig,
+)
+
+PRESETS = Path(__file__).resolve().parent.parent / "trainer" / "presets"
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+
+
+class SpecError(ValueError):
+    """The document is not a job that can run. The message has one line for each thing to mend."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(_Section):
+    name: str = Field(description="Names the run in Ray, in shared memory and in metrics: a-z, 0-9 and -.")
+    url: str = Field(
+        default="",
+        description="Run directory: any fsspec URL; shared by all nodes. Empty: runs/<name> in the current folder.",
+    )
+    steps: int = Field(default=1000, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    deterministic: bool = Field(default=True, description="Bitwise reproducible kernels only.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of activations and of the communicated parameters; the state is float32."
+    )
+    validation_interval_steps: int = Field(default=100, ge=1)
+
+
+class ClusterSection(_Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+    slots_per_node: int = Field(default=1, ge=1, description="Ranks on each node; on CUDA, its GPUs.")
+    spares: int = Field(default=0, ge=0, description="Ready nodes beyond those of the mesh.")
+    cpus_per_slot: float = Field(default=1, gt=0, description="CPUs that Ray reserves for each rank.")
+    domain_label: str = Field(
+        default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
+    )
+    log_dir: str = Field(default="~/.local/state/shepherd", description="Node-local folder of logs and journal tails.")
+    ram_dir: str = Field(default="", description="Node-local folder of snapshots; empty: /dev/shm/shepherd-<user id>.")
+
+
+class RecoverySection(_Section):
+    """Bounds of patience. Each is an upper bound for the worst case, not a wait in the usual one."""
+
+    halt_deadline_s: float = Field(default=10, gt=0, description="A killed worker is gone in milliseconds.")
+    start_deadline_s: float = Field(
+        default=300, gt=0, description="Workers forked, rendezvous, model and state in place."
+    )
+    wait_deadline_s: float = Field(default=600, gt=0, description="For enough nodes; autoscalers take minutes.")
+    commit_deadline_s: float = Field(default=120, gt=0, description="For the last checkpoint's commit record.")
+    node_silence_s: float = Field(
+        default=10, gt=0, description="Agents report each second; a closed connection tells sooner."
+    )
+    collective_timeout_s: float = Field(
+        default=120, gt=0, description="Last resort of the process groups; must exceed the slowest step and save."
+    )
+    same_error_tries: int = Field(
+        default=2, ge=1, description="The same exception at the same step this many times is the program's own fault."
+    )
+    recoveries_without_progress: int = Field(default=8, ge=1, description="Crash-loop breaker.")
+    strikes: int = Field(default=3, ge=1, description="Incidents that quarantine a node when a spare can replace it.")
+    driver_lease_s: float = Field(
+        default=10, gt=0, description="The run ends this long after its driver's last sign of life (unless detached)."
+    )
+
+
+class MetricsSection(_Section):
+    bind: str = Field(default="127.0.0.1", description="Address of the Prometheus endpoint.")
+    port: int = Field(default=0, ge=0, lt=65536, description="0: a free one; `shepherd status` tells which.")
+
+
+class JobSpec(_Section):
+    run: RunSection
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoverySection = RecoverySection()
+    audit: AuditConfig = AuditConfig()
+    cluster: ClusterSection = ClusterSection()
+    metrics: MetricsSection = MetricsSection()
+
+    @property
+    def layout(self) -> Layout:
+        p = self.parallel
+        return Layout(
+            pp=p.pp,
+            dp_replicate=p.dp_replicate,
+            dp_shard=p.dp_shard,
+            tp=p.tp,
+            slots_per_node=self.cluster.slots_per_node,
+            nodes=p.world_size // self.cluster.slots_per_node,
+            spares=self.cluster.spares,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        r = self.recovery
+        return Limits(
+            halt_deadline_us=_us(r.halt_deadline_s),
+            start_deadline_us=_us(r.start_deadline_s),
+            wait_deadline_us=_us(r.wait_deadline_s),
+            commit_deadline_us=_us(r.commit_deadline_s),
+            same_error_tries=r.same_error_tries,
+            recoveries_without_progress=r.recoveries_without_progress,
+            strikes=r.strikes,
+        )
+
+    @property
+    def worker_config(self) -> WorkerConfig:
+        return WorkerConfig(
+            run=self.run.name,
+            url=self.run.url,
+            steps=self.run.steps,
+            seed=self.run.seed,
+            deterministic=self.run.deterministic,
+            device=self.cluster.device,
+            dtype=self.run.dtype,
+            validation_interval_steps=self.run.validation_interval_steps,
+            collective_timeout_s=self.recovery.collective_timeout_s,
+            model=self.model,
+            data=self.data,
+            parallel=self.parallel,
+            optimizer=self.optimizer,
+            checkpoint=self.checkpoint,
+            audit=self.audit,
+        )
+
+    def document(self) -> dict[str, Any]:
+        """The whole effective document."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Names this document: SHA-256 of its canonical JSON."""
+        return hashlib.sha256(json.dumps(self.document(), sort_keys=True).encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> JobSpec:
+    """The spec of a TOML file (a path or an fsspec URL), with ``section.key=value`` overrides applied.
+
+    Raises:
+        SpecError: the file cannot be read or what it says cannot run.
+    """
+    try:
+        with fsspec.open(str(path), "rb") as file:
+            document = tomllib.loads(file.read().decode())
+    except OSError as e:
+        raise SpecError(f"{path}: cannot be read: {e}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SpecError(f"{path}: is not TOML: {e}") from e
+    for override in overrides or []:
+        _override(document, override)
+    return parse(document)
+
+
+def parse(document: dict[str, Any]) -> JobSpec:
+    """The spec of a document as TOML gives it.
+
+    Raises:
+        SpecError: see `load`.
+    """
+    document = _with_preset(document)
+    try:
+        spec = JobSpec.model_validate(document)
+    except pydantic.ValidationError as e:
+        raise SpecError("\n".join(_line(error) for error in e.errors())) from e
+    if not spec.run.url:
+        spec = spec.model_copy(
+            update={"run": spec.run.model_copy(update={"url": str(Path("runs", spec.run.name).absolute())})}
+        )
+    problems = _problems(spec)
+    if problems:
+        raise SpecError("\n".join(problems))
+    return spec
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    section, dot, field = key.partition(".")
+    if not (equals and dot and section and field):
+        raise SpecError(f"--set {override}: write section.key=value, as in --set run.steps=200")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw  # a bare word is a string
+    target = document.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise SpecError(f"{section}: must be a table, not {target!r}")
+    target[field] = value
+
+
+def _with_preset(document: dict[str, Any]) -> dict[str, Any]:
+    model = document.get("model")
+    if not isinstance(model, dict) or not model.get("preset"):
+        return document
+    names = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    if model["preset"] not in names:
+        raise SpecError(
+            f"model.preset = {model['preset']!r}: there is no such preset; choose one of {', '.join(names)}"
+        )
+    preset = tomllib.loads((PRESETS / f"{model['preset']}.toml").read_text())["model"]
+    return document | {"model": preset | model}
+
+
+def _line(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        section = error["loc"][0] if len(error["loc"]) > 1 else None
+        return f"{field}: there is no such field; valid here: {', '.join(_fields(section))}"
+    if error["type"] == "missing":
+        return f"{field}: is required"
+    return f"{field} = {error['input']!r}: {error['msg']}"
+
+
+def _fields(section: str | int | None) -> list[str]:
+    if section is None:
+        return list(JobSpec.model_fields)
+    kind = JobSpec.model_fields[str(section)].annotation if section in JobSpec.model_fields else None
+    if kind is not None and dataclasses.is_dataclass(kind):
+        return [f.name for f in dataclasses.fields(kind)]
+    return list(getattr(kind, "model_fields", {}))
+
+
+# Smallest valid values of the sections that are plain dataclasses (trainer.contract keeps free of pydantic).
+_AT_LEAST: dict[str, dict[str, float]] = {
+    "model": {"dim": 2, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "ffn_dim": 1, "vocab_size": 260, "rope_theta": 1},
+    "data": {"seq_len": 1, "global_batch": 1, "validation_batches": 1},
+    "parallel": {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "tp": 1, "microbatches": 1},
+    "optimizer": {"lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_norm": 1e-12, "eps": 0, "final_lr_ratio": 0},
+    "checkpoint": {"interval_steps": 1, "snapshot_interval_steps": 1},
+}
+
+
+def _problems(spec: JobSpec) -> list[str]:
+    """What is wrong between fields; each line says what would be valid."""
+    problems = [
+        f"{section}.{field} = {getattr(getattr(spec, section), field)}: must be at least {least:g}"
+        for section, fields in _AT_LEAST.items()
+        for field, least in fields.items()
+        if not getattr(getattr(spec, section), field) >= least
+    ]
+    if problems:
+        return problems  # the checks below divide by these
+    m, d, p, c = spec.model, spec.data, spec.parallel, spec.cluster
+
+    def divides(small: int, small_name: str, big: int, big_name: str) -> None:
+        if big % small:
+            valid = ", ".join(str(n) for n in range(1, big + 1) if big % n == 0)
+            problems.append(f"{small_name} = {small}: must divide {big_name} = {big}; valid: {valid}")
+
+    if not _NAME.fullmatch(spec.run.name):
+        problems.append(f"run.name = {spec.run.name!r}: use 1 to 40 of a-z, 0-9 and -, not - at an end")
+    divides(m.n_heads, "model.n_heads", m.dim, "model.dim")
+    divides(m.n_kv_heads, "model.n_kv_heads", m.n_heads, "model.n_heads")
+    if m.dim % m.n_heads == 0 and m.head_dim % 2:
+        problems.append(f"model.dim / model.n_heads = {m.head_dim}: RoPE turns pairs, so it must be even")
+    divides(p.tp, "parallel.tp", m.n_kv_heads, "model.n_kv_heads")
+    divides(p.tp, "parallel.tp", m.ffn_dim, "model.ffn_dim")
+    divides(p.tp, "parallel.tp", m.vocab_size, "model.vocab_size")
+    divides(p.tp, "parallel.tp", d.seq_len, "data.seq_len")  # sequence parallel
+    if p.pp > m.n_layers:
+        problems.append(f"parallel.pp = {p.pp}: each stage needs a layer; at most model.n_layers = {m.n_layers}")
+    divides(
+        p.dp * p.microbatches, "parallel.dp_replicate x dp_shard x microbatches", d.global_batch, "data.global_batch"
+    )
+    if p.pp > 1 and p.microbatches < p.pp:
+        problems.append(f"parallel.microbatches = {p.microbatches}: 1F1B needs at least parallel.pp = {p.pp}")
+    divides(c.slots_per_node, "cluster.slots_per_node", p.world_size, "the mesh's slots")
+    divides(p.tp, "parallel.tp", c.slots_per_node, "cluster.slots_per_node")  # tp stays inside a node
+    if not 0 < d.validation_fraction < 1:
+        problems.append(f"data.validation_fraction = {d.validation_fraction}: must lie between 0 and 1")
+    if not 0 <= spec.optimizer.final_lr_ratio <= 1:
+        problems.append(f"optimizer.final_lr_ratio = {spec.optimizer.final_lr_ratio}: must lie between 0 and 1")
+    protocol = fsspec.core.split_protocol(spec.run.url)[0] or "file"
+    if protocol not in fsspec.available_protocols():
+        problems.append(f"run.url = {spec.run.url!r}: no file system for {protocol}://")
+    return problems
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1_000_000)
