@@ -1,149 +1,33 @@
-"""The parallel trainer against a single process, bit for bit against itself, and the agreements among its ranks."""
+"""The parallel trainer against a single process, and bit for bit against itself."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import tempfile
-import threading
-from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parallel_pool import run_ranks
+from rank_sessions import (
+    HYBRID_3D,
+    QUAD,
+    SHARDED_3D,
+    SINGLE,
+    config_of,
+    digests,
+    local,
+    make_session,
+    of_type,
+    on_ranks,
+    train_and_record,
+)
 from torch.distributed.tensor import DTensor
 
-from storage.manifest import RankPart
 from trainer import contract, optim
 from trainer.contract import ParallelConfig, WorkerConfig
-from trainer.llama import Llama, initialise, load_preset
-from trainer.loop import NonFiniteError, Session, train, train_step
-from trainer.numeric import set_numerics
-from trainer.parallel import build_mesh, build_stage, check_layout, stage_layers
-
-SINGLE = ParallelConfig()
-HYBRID_3D = ParallelConfig(pp=2, dp_replicate=2, tp=2, microbatches=2)
-SHARDED_3D = ParallelConfig(pp=2, dp_shard=2, tp=2, microbatches=2)
-QUAD = ParallelConfig(pp=2, dp_shard=2, microbatches=2)
-
-
-# --- what runs on each rank ------------------------------------------------------------------------------------------
-
-
-class SeededTokens:
-    """A data set whose batch is a pure function of its number: noisy counting, which a small model can learn."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self.config = config
-
-    def batch(self, step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        data, vocab_size = self.config.data, self.config.model.vocab_size
-        generator = torch.Generator().manual_seed(step)
-        start = torch.randint(vocab_size, (data.global_batch, 1), generator=generator)
-        stride = torch.randint(1, 4, (data.global_batch, data.seq_len + 1), generator=generator)
-        tokens = (start + stride.cumsum(1)) % vocab_size
-        return tokens[rows.start : rows.stop, :-1], tokens[rows.start : rows.stop, 1:]
-
-    def validation_batch(self, index: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.batch(1_000_000 + index, rows)
-
-
-class RecordingCheckpointer:
-    """Keeps the digests of what it is given to save, by step; fails where told to."""
-
-    def __init__(self, failing_step: int = -1) -> None:
-        self.newest_snapshot = 0
-        self.failing_step = failing_step
-        self.saved: dict[int, dict[str, str]] = {}
-
-    def snapshot(self, state: Any) -> None:
-        self.newest_snapshot = state.step
-
-    def save(self, state: Any) -> RankPart:
-        if state.step == self.failing_step:
-            raise OSError(28, "No space left on device")
-        self.saved[state.step] = digests(state)
-        return RankPart(rank=0, data="d", index="i", data_bytes=1, index_digest="0")
-
-
-def digests(state: Any) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(local(tensor).contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in {**state.tensors, **state.per_rank}.items()
-    }
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def config_of(parallel: ParallelConfig = SINGLE, n_layers: int = 4, **changes: Any) -> WorkerConfig:
-    config = WorkerConfig(
-        run="test",
-        url="memory://test",
-        steps=20,
-        seed=7,
-        deterministic=True,
-        device="cpu",
-        dtype="float32",
-        validation_interval_steps=10,
-        collective_timeout_s=30.0,
-        model=replace(load_preset("tiny"), n_layers=n_layers),
-        data=contract.DataConfig(seq_len=32, global_batch=8, validation_batches=2),
-        parallel=parallel,
-        optimizer=contract.OptimizerConfig(lr=1e-3, warmup_steps=5, clip_norm=0.5),
-        checkpoint=contract.CheckpointConfig(interval_steps=8),
-        audit=contract.AuditConfig(),
-    )
-    return replace(config, **changes)
-
-
-def make_session(config: WorkerConfig, messages: list[Any], *, initial: bool = True) -> Session:
-    set_numerics(config)
-    mesh = build_mesh(config.parallel, "cpu", timedelta(seconds=config.collective_timeout_s))
-    stage = build_stage(config, mesh, initial=initial)
-    optimizer = optim.build_optimizer(stage.module, config.optimizer)
-    return Session(
-        config=config,
-        generation=1,
-        rank=torch.distributed.get_rank(),
-        stage=stage,
-        optimizer=optimizer,
-        state=optim.train_state(stage.module, optimizer, 0),
-        dataset=SeededTokens(config),  # type: ignore[arg-type]
-        checkpointer=RecordingCheckpointer(),  # type: ignore[arg-type]
-        emit=messages.append,
-        stop=threading.Event(),
-    )
-
-
-def train_and_record(config: WorkerConfig, stop_at: int = -1) -> tuple[list[Any], dict[int, dict[str, str]]]:
-    """Train, each rank asking to stop when step `stop_at` is done; the messages, and digests of what was saved."""
-    messages: list[Any] = []
-    session = make_session(config, messages)
-
-    def emit(message: Any) -> None:
-        messages.append(message)
-        # Asked during the step before, since the ranks agree within a step.
-        if isinstance(message, contract.StepDone) and message.step == stop_at - 1:
-            session.stop.set()
-
-    session.emit = emit
-    train(session, saved_step=-1)
-    return messages, session.checkpointer.saved  # type: ignore[attr-defined]
-
-
-def on_ranks(function: Any, config: WorkerConfig, *arguments: Any) -> list[Any]:
-    """`function(config, ...)` on each rank of the config's mesh; the first rank's exception if any raised one."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = run_ranks(function, config.parallel.world_size, Path(folder), config, *arguments)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+from trainer.llama import Llama, initialise
+from trainer.loop import NonFiniteError, train, train_step
+from trainer.parallel import build_mesh, check_layout, stage_layers
 
 
 @functools.cache
@@ -154,10 +38,6 @@ def trained(parallel: ParallelConfig) -> list[tuple[list[Any], dict[int, dict[st
 def layers_of(parallel: ParallelConfig) -> int:
     """Four make a pipeline with stages in the middle; under tensor parallelism, which is slow here, two are enough."""
     return 2 if parallel.tp > 1 else 4
-
-
-def of_type(messages: list[Any], kind: type) -> list[Any]:
-    return [message for message in messages if isinstance(message, kind)]
 
 
 @functools.cache
@@ -295,117 +175,6 @@ def forget_one_parameter(config: WorkerConfig) -> None:
                 tensor.fill_(0.5)
     with pytest.raises(NonFiniteError):
         train_step(session)
-
-
-# --- agreements among ranks ------------------------------------------------------------------------------------------
-
-
-def test_not_a_number_on_one_rank_is_refused_by_all_before_the_optimizer() -> None:
-    for error, before, after, step in on_ranks(poison_rank_3, config_of(HYBRID_3D, n_layers=2)):
-        assert error.startswith("step 3: loss nan")
-        assert before == after
-        assert step == 2
-
-
-def poison_rank_3(config: WorkerConfig) -> tuple[str, dict[str, str], dict[str, str], int]:
-    session = make_session(config, [])
-    train_step(session)
-    train_step(session)
-    if session.rank == 3:
-        with torch.no_grad():
-            local(session.state.tensors["model/layers.0.attention.wo.weight"])[0, 0] = torch.nan
-    before = digests(session.state)
-    with pytest.raises(NonFiniteError) as caught:
-        train_step(session)
-    return str(caught.value), before, digests(session.state), session.state.step
-
-
-def test_the_finite_check_can_be_turned_off() -> None:
-    on_ranks(poison_without_check, config_of(audit=contract.AuditConfig(finite=False)))
-
-
-def poison_without_check(config: WorkerConfig) -> None:
-    session = make_session(config, [])
-    with torch.no_grad():
-        session.state.tensors["model/norm.weight"][0] = torch.nan
-    train_step(session)
-    assert session.state.step == 1
-
-
-def test_all_ranks_stop_at_the_step_after_one_was_asked_to() -> None:
-    for messages, saved in on_ranks(stop_rank_2_after_step_3, config_of(QUAD)):
-        finished = messages[-1]
-        assert (finished.step, finished.reason) == (4, "stopped")
-        assert [message.step for message in of_type(messages, contract.ShardWritten)] == [4]
-        assert list(saved) == [4]
-
-
-def stop_rank_2_after_step_3(config: WorkerConfig) -> tuple[list[Any], dict[int, dict[str, str]]]:
-    messages: list[Any] = []
-    session = make_session(config, messages)
-
-    def emit(message: Any) -> None:
-        messages.append(message)
-        if isinstance(message, contract.StepDone) and message.step == 3 and session.rank == 2:
-            session.stop.set()
-
-    session.emit = emit
-    train(session, saved_step=-1)
-    return messages, session.checkpointer.saved  # type: ignore[attr-defined]
-
-
-# --- the loop's calendar ---------------------------------------------------------------------------------------------
-
-CALENDAR = config_of(
-    steps=7,
-    validation_interval_steps=5,
-    checkpoint=contract.CheckpointConfig(interval_steps=3, snapshot_interval_steps=2),
-)
-
-
-def test_saves_validations_and_snapshots_come_when_due() -> None:
-    ((messages, saved),) = on_ranks(train_and_record, CALENDAR)
-    assert list(saved) == [3, 6, 7]
-    assert [message.step for message in of_type(messages, contract.ShardWritten)] == [3, 6, 7]
-    assert [message.step for message in of_type(messages, contract.Validated)] == [0, 5, 7]
-    steps = of_type(messages, contract.StepDone)
-    assert [message.step for message in steps] == [1, 2, 3, 4, 5, 6, 7]
-    assert [message.snapshot_step for message in steps] == [0, 2, 2, 4, 4, 6, 6]
-    assert all(0 <= m.data_us + m.snapshot_us <= m.step_us and m.tokens == 8 * 32 for m in steps)
-    assert messages[-1] == contract.Finished(generation=1, rank=0, step=7, reason="completed")
-
-
-def test_a_failed_save_costs_the_checkpoint_and_not_the_run() -> None:
-    ((messages, saved),) = on_ranks(train_with_full_disk_at_step_3, CALENDAR)
-    (failed,) = of_type(messages, contract.SaveFailed)
-    assert failed.step == 3
-    assert "No space left on device" in failed.error
-    assert list(saved) == [6, 7]
-    assert messages[-1].reason == "completed"
-
-
-def train_with_full_disk_at_step_3(config: WorkerConfig) -> tuple[list[Any], dict[int, dict[str, str]]]:
-    messages: list[Any] = []
-    session = make_session(config, messages)
-    session.checkpointer = RecordingCheckpointer(failing_step=3)  # type: ignore[assignment]
-    train(session, saved_step=-1)
-    return messages, session.checkpointer.saved  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("saved_step", [7, -1], ids=["durable", "snapshot"])
-def test_a_finished_state_is_saved_only_if_it_is_not_yet(saved_step: int) -> None:
-    ((messages, saved),) = on_ranks(train_from_the_end, CALENDAR, saved_step)
-    assert list(saved) == ([] if saved_step == 7 else [7])
-    assert of_type(messages, contract.StepDone) == []
-    assert messages[-1] == contract.Finished(generation=1, rank=0, step=7, reason="completed")
-
-
-def train_from_the_end(config: WorkerConfig, saved_step: int) -> tuple[list[Any], dict[int, dict[str, str]]]:
-    messages: list[Any] = []
-    session = make_session(config, messages)
-    session.state.step = config.steps
-    train(session, saved_step)
-    return messages, session.checkpointer.saved  # type: ignore[attr-defined]
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------

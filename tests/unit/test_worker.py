@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from parallel_pool import CONTEXT
-from test_parallel import SeededTokens, config_of
+from rank_sessions import SeededTokens, config_of
 from torch import distributed
 
 from storage.commits import create_commit

@@ -1,0 +1,145 @@
+"""What tests of the parallel trainer run on each rank: a session over seeded data that records what it is told."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import threading
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from parallel_pool import run_ranks
+from torch.distributed.tensor import DTensor
+
+from storage.manifest import RankPart
+from trainer import contract, optim
+from trainer.contract import ParallelConfig, WorkerConfig
+from trainer.llama import load_preset
+from trainer.loop import Session, train
+from trainer.numeric import set_numerics
+from trainer.parallel import build_mesh, build_stage
+
+SINGLE = ParallelConfig()
+HYBRID_3D = ParallelConfig(pp=2, dp_replicate=2, tp=2, microbatches=2)
+SHARDED_3D = ParallelConfig(pp=2, dp_shard=2, tp=2, microbatches=2)
+QUAD = ParallelConfig(pp=2, dp_shard=2, microbatches=2)
+
+
+class SeededTokens:
+    """A data set whose batch is a pure function of its number: noisy counting, which a small model can learn."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+
+    def batch(self, step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        data, vocab_size = self.config.data, self.config.model.vocab_size
+        generator = torch.Generator().manual_seed(step)
+        start = torch.randint(vocab_size, (data.global_batch, 1), generator=generator)
+        stride = torch.randint(1, 4, (data.global_batch, data.seq_len + 1), generator=generator)
+        tokens = (start + stride.cumsum(1)) % vocab_size
+        return tokens[rows.start : rows.stop, :-1], tokens[rows.start : rows.stop, 1:]
+
+    def validation_batch(self, index: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batch(1_000_000 + index, rows)
+
+
+class RecordingCheckpointer:
+    """Keeps the digests of what it is given to save, by step; fails where told to."""
+
+    def __init__(self, failing_step: int = -1) -> None:
+        self.newest_snapshot = 0
+        self.failing_step = failing_step
+        self.saved: dict[int, dict[str, str]] = {}
+
+    def snapshot(self, state: Any) -> None:
+        self.newest_snapshot = state.step
+
+    def save(self, state: Any) -> RankPart:
+        if state.step == self.failing_step:
+            raise OSError(28, "No space left on device")
+        self.saved[state.step] = digests(state)
+        return RankPart(rank=0, data="d", index="i", data_bytes=1, index_digest="0")
+
+
+def digests(state: Any) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(local(tensor).contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in {**state.tensors, **state.per_rank}.items()
+    }
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def config_of(parallel: ParallelConfig = SINGLE, n_layers: int = 4, **changes: Any) -> WorkerConfig:
+    config = WorkerConfig(
+        run="test",
+        url="memory://test",
+        steps=20,
+        seed=7,
+        deterministic=True,
+        device="cpu",
+        dtype="float32",
+        validation_interval_steps=10,
+        collective_timeout_s=30.0,
+        model=replace(load_preset("tiny"), n_layers=n_layers),
+        data=contract.DataConfig(seq_len=32, global_batch=8, validation_batches=2),
+        parallel=parallel,
+        optimizer=contract.OptimizerConfig(lr=1e-3, warmup_steps=5, clip_norm=0.5),
+        checkpoint=contract.CheckpointConfig(interval_steps=8),
+        audit=contract.AuditConfig(),
+    )
+    return replace(config, **changes)
+
+
+def make_session(config: WorkerConfig, messages: list[Any], *, initial: bool = True) -> Session:
+    set_numerics(config)
+    mesh = build_mesh(config.parallel, "cpu", timedelta(seconds=config.collective_timeout_s))
+    stage = build_stage(config, mesh, initial=initial)
+    optimizer = optim.build_optimizer(stage.module, config.optimizer)
+    return Session(
+        config=config,
+        generation=1,
+        rank=torch.distributed.get_rank(),
+        stage=stage,
+        optimizer=optimizer,
+        state=optim.train_state(stage.module, optimizer, 0),
+        dataset=SeededTokens(config),  # type: ignore[arg-type]
+        checkpointer=RecordingCheckpointer(),  # type: ignore[arg-type]
+        emit=messages.append,
+        stop=threading.Event(),
+    )
+
+
+def train_and_record(config: WorkerConfig, stop_at: int = -1) -> tuple[list[Any], dict[int, dict[str, str]]]:
+    """Train, each rank asking to stop when step `stop_at` is done; the messages, and digests of what was saved."""
+    messages: list[Any] = []
+    session = make_session(config, messages)
+
+    def emit(message: Any) -> None:
+        messages.append(message)
+        # Asked during the step before, since the ranks agree within a step.
+        if isinstance(message, contract.StepDone) and message.step == stop_at - 1:
+            session.stop.set()
+
+    session.emit = emit
+    train(session, saved_step=-1)
+    return messages, session.checkpointer.saved  # type: ignore[attr-defined]
+
+
+def on_ranks(function: Any, config: WorkerConfig, *arguments: Any) -> list[Any]:
+    """`function(config, ...)` on each rank of the config's mesh; the first rank's exception if any raised one."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_ranks(function, config.parallel.world_size, Path(folder), config, *arguments)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def of_type(messages: list[Any], kind: type) -> list[Any]:
+    return [message for message in messages if isinstance(message, kind)]
