@@ -34,10 +34,8 @@ class SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
             plan = super().create_local_plan()
-            # With more ranks than rows a shard is empty, and all empty shards have one offset: leave them out.
-            items = [i for i in plan.items if described(i).chunk.sizes.numel() or not described(i).size.numel()]
-            self.digests = {item.index: xxhash.xxh3_128_hexdigest(self.content(item)) for item in items}
-            return dataclasses.replace(plan, items=items, planner_data=self.digests)
+            self.digests = {item.index: xxhash.xxh3_128_hexdigest(self.content(item)) for item in plan.items}
+            return dataclasses.replace(plan, planner_data=self.digests)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         _check_replicas(all_plans)

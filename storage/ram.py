@@ -113,12 +113,7 @@ def parse_header(page: bytes) -> tuple[int, Header | None]:
 
 def inventory(ram_dir: str, run: str, node: str) -> dict[int, list[int]]:
     """Steps of the complete snapshots on a node, ascending, by slot. Reads headers only, not payloads."""
-    steps: dict[int, set[int]] = {}
-    for path in _files(ram_dir, run, node):
-        header = read_header(path)
-        if header is not None:
-            steps.setdefault(header.slot, set()).add(header.step)
-    return {slot: sorted(steps[slot]) for slot in sorted(steps)}
+    return {slot: sorted({h.step for h in headers}) for slot, headers in held(ram_dir, run, node).items()}
 
 
 def held(ram_dir: str, run: str, node: str) -> dict[int, list[Header]]:

@@ -203,6 +203,16 @@ def test_a_part_of_another_step_is_found(copy):
     assert_damage_is_found(*copy, commit.parts[0].index)
 
 
+def test_a_commit_that_names_whole_parts_of_another_checkpoint_is_refused(tmp_path):
+    commit = save(str(tmp_path), make_state())
+    wrong = commit_of(list(commit.parts), step=6)
+    with pytest.raises(ManifestError, match="belongs to another part"):
+        load(str(tmp_path), wrong, blank(make_state()))
+    assert len(verify(str(tmp_path), wrong)) == 1
+    with pytest.raises(ManifestError, match="not each rank once"):
+        load(str(tmp_path), commit_of(list(commit.parts) * 2), blank(make_state()))
+
+
 @pytest.mark.parametrize("kind", ["data", "index"])
 def test_a_missing_file_is_found(copy, kind):
     folder, commit = copy

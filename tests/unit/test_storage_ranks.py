@@ -28,6 +28,11 @@ MESHES = {4: [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (1, 1, 4)], 2: [(1, 2,
 SHAPES = {"even": (16, 8), "uneven": (10, 7), "few": (3, 5), "vector": (13,), "large": (1031, 600)}
 
 
+def make_model() -> nn.Module:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(12, 22), nn.Linear(22, 9), nn.Linear(9, 3))
+
+
 def full_tensors() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
     return {name: torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
@@ -44,10 +49,9 @@ def sharded_state(shape: tuple[int, int, int], *, zero: bool = False) -> TrainSt
         tensors[f"{name}/half"] = distribute_tensor(
             full.bfloat16(), mesh, [Replicate(), Shard(full.ndim - 1), Shard(0)]
         )
-    torch.manual_seed(4)
-    model = nn.Sequential(nn.Linear(12, 22), nn.Linear(22, 9))
+    model = make_model()
     if shape[2] > 1:
-        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": ColwiseParallel()})
     fully_shard(model, mesh=mesh["rep", "shard"] if shape[0] > 1 else mesh["shard"])
     tensors |= {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     tensors["plain"] = torch.arange(7.0)
@@ -60,8 +64,7 @@ def sharded_state(shape: tuple[int, int, int], *, zero: bool = False) -> TrainSt
 
 
 def expected_full() -> dict[str, torch.Tensor]:
-    torch.manual_seed(4)
-    model = nn.Sequential(nn.Linear(12, 22), nn.Linear(22, 9))
+    model = make_model()
     full = {name: tensor.detach() for name, tensor in full_tensors().items()}
     full |= {f"{name}/half": tensor.bfloat16() for name, tensor in full.items()}
     return {**full, **{f"model/{k}": v for k, v in model.state_dict().items()}, "plain": torch.arange(7.0)}
