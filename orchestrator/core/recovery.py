@@ -10,7 +10,7 @@ holds. It reads, top to bottom, as the ladder does:
     durable   shared memory does not hold one complete step: the newest committed checkpoint, or the very beginning
 
 A rung is taken only when the body has said that it can do it ("ram", "peer"), and a rung that has failed by itself in
-an incident is not taken again in it: the next one down is.
+an incident is not taken again in it: the next one down is, without the node on which it failed if there are others.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ def decide(state: State) -> Decision:
     assert incident is not None and limits is not None and layout is not None
     cause = root(incident)
 
-    seen = len(state.errors.get(signature(cause), ()))
+    struck = state.errors.get(signature(cause), [])
     evicted = follows_one_node(state, cause) and state.nodes[cause.node].state in ("quarantined", "lost")
-    if is_of_the_job(cause) and seen >= limits.same_error_tries and not evicted:
+    if is_of_the_job(cause) and len(struck) >= limits.same_error_tries and not evicted:
         return Decision(
             rung="fail",
             exit_code=EXIT_JOB_FAULT,
-            reason=f"the same failure came back {seen} times, so it follows the job and requeueing will not help: "
-            f"{signature(cause)}",
+            reason=f"the same failure came back, {len(struck)} times on {' and '.join(dict.fromkeys(struck))}, so it "
+            f"follows the job and requeueing will not help: {signature(cause)}",
         )
     if state.recoveries_without_progress >= limits.recoveries_without_progress:
         return Decision(
@@ -130,9 +130,12 @@ def decide(state: State) -> Decision:
             reason=f"{state.recoveries_without_progress} generations without one new step, last: {signature(cause)}",
         )
 
-    mesh = placement.place(layout, state.mesh, state.usable(), state.inventory)
+    usable = state.usable()
+    if incident.spent and is_of_a_node(cause) and len(usable) > layout.nodes:
+        usable = tuple(node for node in usable if node != cause.node)  # a recovery failed on it
+    mesh = placement.place(layout, state.mesh, usable, state.inventory)
     if mesh is None:
-        return Decision(rung="wait", reason=f"{state.n_usable} usable nodes, the mesh needs {layout.nodes}")
+        return Decision(rung="wait", reason=f"the mesh needs {layout.nodes} nodes, {len(usable)} are usable")
 
     rung = "replace" if mesh == state.mesh else "spare"
     if "durable" in incident.spent or any(r in incident.spent for r in _RAM_RUNGS[_RAM_RUNGS.index(rung) :]):

@@ -305,7 +305,7 @@ class Supervisor:
             return []
         if name == "wait" and s.job == "waiting":
             have, need = s.n_usable, self._layout.nodes
-            return self._end(EXIT_NO_NODES, f"{have} usable nodes when the wait ended, the mesh needs {need}")
+            return self._end(EXIT_NO_NODES, f"the mesh needs {need} nodes, {have} were usable when the wait ended")
         if name == "halt" and s.job == "halting":
             actions: list[Action] = []
             for node in tuple(s.awaiting):

@@ -1,0 +1,216 @@
+"""Scripted conversations with the supervisor, which a person can read: tests/golden/*.trace.
+
+A trace is made of blocks: events, one a line, then ``----``, then what the supervisor answered and where it stands.
+Each event comes one second after the one before, or after ``+Ns``. The notation is the table of `_EVENTS` below;
+``0:1@39,1@40`` reads "slot 0 has the snapshots of generation 1 at steps 39 and 40".
+
+After a change that is meant, write the answers anew with SHEPHERD_REWRITE_GOLDEN=1, and read the difference.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.core import actions as ac
+from orchestrator.core import events as ev
+from orchestrator.core.supervisor import Supervisor
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TRACES = sorted(GOLDEN.glob("*.trace"))
+SECOND = 1_000_000
+
+
+def _run(at: int, words: list[str]) -> ev.RunDeclared:
+    options = dict(word.split("=") for word in words)
+    pp, dp_replicate, dp_shard, tp = (int(n) for n in options.pop("mesh").split("x"))
+    per_node = int(options.pop("per-node", "1"))
+    nodes = pp * dp_replicate * dp_shard * tp // per_node
+    event = ev.RunDeclared(
+        at=at,
+        run="llama",
+        layout=ev.Layout(
+            pp=pp,
+            dp_replicate=dp_replicate,
+            dp_shard=dp_shard,
+            tp=tp,
+            slots_per_node=per_node,
+            nodes=nodes,
+            spares=int(options.pop("spares", "0")),
+        ),
+        limits=ev.Limits(
+            halt_deadline_us=10 * SECOND,
+            start_deadline_us=300 * SECOND,
+            wait_deadline_us=600 * SECOND,
+            commit_deadline_us=120 * SECOND,
+            same_error_tries=2,
+            recoveries_without_progress=int(options.pop("recoveries", "4")),
+            strikes=int(options.pop("strikes", "3")),
+        ),
+        total_steps=int(options.pop("steps")),
+        capabilities=tuple(filter(None, options.pop("can", "ram,peer").split(","))),
+    )
+    assert not options, options
+    return event
+
+
+def _snapshots(words: list[str]) -> dict[int, tuple[ev.Snapshot, ...]]:
+    held = {}
+    for word in words:
+        slot, _, names = word.partition(":")
+        pairs = [name.split("@") for name in names.split(",")]
+        held[int(slot)] = tuple(ev.Snapshot(generation=int(g), step=int(step)) for g, step in pairs)
+    return held
+
+
+def _failed(at: int, w: list[str]) -> ev.WorkerFailed:
+    node, slot = w[1].split(":")
+    kind, error = w[4], " ".join(w[5:])
+    return ev.WorkerFailed(
+        at=at, node=node, generation=_g(w[0]), slot=int(slot), step=int(w[3]), kind=kind, error=error
+    )
+
+
+def _exited(at: int, w: list[str]) -> ev.WorkerExited:
+    node, slot = w[1].split(":")
+    code, signal = (None, int(w[3])) if w[2] == "signal" else (int(w[3]), None)
+    return ev.WorkerExited(at=at, node=node, generation=_g(w[0]), slot=int(slot), exit_code=code, signal=signal)
+
+
+def _steps(at: int, w: list[str]) -> ev.StepsDone:
+    first, last = (int(n) for n in w[1].split("-"))
+    return ev.StepsDone(
+        at=at,
+        generation=_g(w[0]),
+        first=first,
+        last=last,
+        data_wait_us=0,
+        checkpoint_us=0,
+        validation_us=0,
+        tokens=0,
+        loss_millionths=(),
+    )
+
+
+def _g(word: str) -> int:
+    return int(word.removeprefix("g"))
+
+
+_EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
+    # run mesh=PPxREPLICATExSHARDxTP [per-node=N] [spares=N] steps=N [can=ram,peer] [strikes=N] [recoveries=N]
+    "run": _run,
+    # epoch N
+    "epoch": lambda at, w: ev.EpochBegan(at=at, epoch=int(w[0]), version="test"),
+    # found STEP ...
+    "found": lambda at, w: ev.CheckpointsFound(at=at, steps=tuple(int(step) for step in w)),
+    # join NODE [SLOT:SNAPSHOTS ...]
+    "join": lambda at, w: ev.NodeJoined(at=at, node=w[0], domain="", snapshots=_snapshots(w[1:])),
+    # lost NODE CAUSE
+    "lost": lambda at, w: ev.NodeLost(at=at, node=w[0], cause=" ".join(w[1:])),
+    # ready gN step STEP
+    "ready": lambda at, w: ev.GenerationReady(
+        at=at, generation=_g(w[0]), step=int(w[2]), rendezvous_us=0, build_us=0, restore_us=0
+    ),
+    # steps gN FIRST-LAST
+    "steps": _steps,
+    # failed gN NODE:SLOT step STEP KIND ERROR
+    "failed": _failed,
+    # exited gN NODE:SLOT signal|code N
+    "exited": _exited,
+    # refused gN NODE ERROR
+    "refused": lambda at, w: ev.GenerationFailed(at=at, generation=_g(w[0]), node=w[1], error=" ".join(w[2:])),
+    # halted gN NODE [SLOT:SNAPSHOTS ...]
+    "halted": lambda at, w: ev.NodeHalted(at=at, node=w[1], generation=_g(w[0]), snapshots=_snapshots(w[2:])),
+    # written gN STEP
+    "written": lambda at, w: ev.CheckpointWritten(at=at, generation=_g(w[0]), step=int(w[1]), bytes=0, write_us=0),
+    # committed gN STEP
+    "committed": lambda at, w: ev.CheckpointCommitted(at=at, step=int(w[1]), epoch=1, generation=_g(w[0])),
+    # unsaved STEP ERROR
+    "unsaved": lambda at, w: ev.CheckpointFailed(at=at, step=int(w[0]), error=" ".join(w[1:])),
+    # finished gN STEP completed|stopped
+    "finished": lambda at, w: ev.GenerationFinished(at=at, generation=_g(w[0]), step=int(w[1]), reason=w[2]),
+    # stop gracefully|now
+    "stop": lambda at, w: ev.StopRequested(at=at, by="the operator", graceful=w[0] == "gracefully"),
+    # timer NAME
+    "timer": lambda at, w: ev.TimerFired(at=at, timer=w[0]),
+}
+
+
+def _told(action: ac.Action, now: int) -> str:
+    match action:
+        case ac.OpenGeneration():
+            state = {"init": "from the beginning", "durable": f"checkpoint {action.step}"}.get(
+                action.source, f"shared memory, step {action.step} of g{action.snapshot_generation}"
+            )
+            copies = "".join(
+                f"\n    copy {t.from_node}:{t.from_slot} to {t.to_node}:{t.slot}" for t in action.transfers
+            )
+            return f"open g{action.generation} on {' '.join(action.nodes)}: {state}{copies}\n    {action.reason}"
+        case ac.HaltGeneration():
+            return f"halt g{action.generation} on {' '.join(action.nodes)}\n    {action.reason}"
+        case ac.AskStop():
+            return f"ask g{action.generation} to stop"
+        case ac.CommitCheckpoint():
+            damaged = ", replacing the damaged one" if action.replaces_damaged else ""
+            return f"commit step {action.step} of g{action.generation} in epoch {action.epoch}{damaged}"
+        case ac.ReleaseNode():
+            return f"release {action.node}\n    {action.reason}"
+        case ac.SetTimer():
+            return f"timer {action.timer} in {(action.at - now) // SECOND} s"
+        case ac.EndRun():
+            return f"end with {action.exit_code}\n    {action.reason}"
+
+
+def _standing(supervisor: Supervisor) -> str:
+    s = supervisor.state
+    by_state: dict[str, list[str]] = {}
+    for name, node in s.nodes.items():
+        by_state.setdefault(node.state, []).append(name)
+    nodes = "; ".join(f"{state} {' '.join(names)}" for state, names in by_state.items())
+    return f"= {s.job}, step {s.step}; {nodes or 'no nodes'}"
+
+
+def play(text: str) -> str:
+    """The trace with the answers as they are now."""
+    supervisor, at, blocks = Supervisor(), 0, []
+    for block in re.split(r"\n\n+", text.strip()):
+        asked = block.split("\n----")[0]
+        answers = []
+        for line in asked.splitlines():
+            if line.startswith("#"):
+                continue
+            words = line.split()
+            pause = re.fullmatch(r"\+(\d+)s", words[0])
+            at += SECOND * (int(pause.group(1)) if pause else 1)
+            name, *rest = words[1:] if pause else words
+            answers += [_told(action, at) for action in supervisor.handle(_EVENTS[name](at, rest))]
+        if all(line.startswith("#") for line in asked.splitlines()):
+            blocks.append(asked)
+        else:
+            blocks.append("\n".join([asked, "----", *answers, _standing(supervisor)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=lambda trace: trace.stem)
+def test_trace(trace: Path) -> None:
+    text = trace.read_text()
+    played = play(text)
+    if os.environ.get("SHEPHERD_REWRITE_GOLDEN") == "1":
+        trace.write_text(played)
+    else:
+        assert played.splitlines() == text.splitlines()
+
+
+def test_there_are_traces() -> None:
+    assert len(TRACES) >= 12
+
+
+def test_a_changed_answer_is_seen() -> None:
+    text = TRACES[0].read_text()
+    changed: Any = text.replace("open g1", "open g2", 1)
+    assert changed != text and play(changed) == text
