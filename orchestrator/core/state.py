@@ -17,8 +17,8 @@ NodeState = Literal["spare", "active", "quarantined", "lost"]
 NODE_STATES: dict[NodeState, str] = {
     "spare": "ready, holds no slot",
     "active": "fills a place of the mesh",
-    "quarantined": "alive, charged with too many strikes, never given a slot",
-    "lost": "gone; its name is never used again",
+    "quarantined": "alive, but it failed too often: never given a slot",
+    "lost": "gone, or sent away; its name is never used again",
 }
 
 JobState = Literal["waiting", "starting", "training", "halting", "committing", "ended"]

@@ -1,0 +1,127 @@
+"""What golden traces are too coarse for: the ledger's exact figures, the cost of an incident, and floods of reports."""
+
+from __future__ import annotations
+
+from core_watch import LIMITS
+
+from orchestrator.core import events as ev
+from orchestrator.core.actions import OpenGeneration
+from orchestrator.core.events import Layout, Snapshot
+from orchestrator.core.recovery import EVIDENCE_KEPT
+from orchestrator.core.supervisor import Supervisor
+
+
+def started(nodes: int, slots_per_node: int, spares: int) -> Supervisor:
+    """A run whose first generation trains, one second after its declaration; its nodes are n0, n1, ..."""
+    core = Supervisor()
+    mesh = Layout(
+        pp=1,
+        dp_replicate=nodes,
+        dp_shard=slots_per_node,
+        tp=1,
+        slots_per_node=slots_per_node,
+        nodes=nodes,
+        spares=spares,
+    )
+    core.handle(
+        ev.RunDeclared(at=0, run="run", layout=mesh, limits=LIMITS, total_steps=1000, capabilities=("ram", "peer"))
+    )
+    core.handle(ev.EpochBegan(at=0, epoch=1, version="test"))
+    for number in range(nodes + spares):
+        core.handle(ev.NodeJoined(at=400_000, node=f"n{number}", domain="", snapshots={}))
+    core.handle(ready(1_000_000, generation=1, step=0))
+    return core
+
+
+def ready(at: int, generation: int, step: int) -> ev.GenerationReady:
+    return ev.GenerationReady(at=at, generation=generation, step=step, rendezvous_us=0, build_us=0, restore_us=0)
+
+
+def steps(at: int, generation: int, first: int, last: int, data_wait_us: int = 0) -> ev.StepsDone:
+    return ev.StepsDone(
+        at=at,
+        generation=generation,
+        first=first,
+        last=last,
+        data_wait_us=data_wait_us,
+        checkpoint_us=0,
+        validation_us=0,
+        tokens=0,
+        loss_millionths=(),
+    )
+
+
+def test_each_label_of_an_incident_has_its_exact_time() -> None:
+    """Two nodes and a spare; in seconds: 0.4 joined, 1 ready, 11 ten steps, 13 a node dies, 14 its peer has halted,
+    20 ready again at step 6, 25 the lost steps are done again, 26 one new step."""
+    core = started(nodes=2, slots_per_node=1, spares=1)
+    core.handle(steps(11_000_000, generation=1, first=1, last=10, data_wait_us=1_000_000))
+    core.handle(ev.NodeLost(at=13_000_000, node="n0", cause="connection closed"))
+    held = {1: (Snapshot(generation=1, step=6),)}
+    (opened, _) = core.handle(ev.NodeHalted(at=14_000_000, node="n1", generation=1, snapshots=held))
+    assert isinstance(opened, OpenGeneration) and opened.step == 6
+    core.handle(ready(20_000_000, generation=2, step=6))
+    core.handle(steps(25_000_000, generation=2, first=7, last=10))
+    core.handle(steps(26_000_000, generation=2, first=11, last=11))
+
+    tenths = {label: us // 100_000 for label, us in core.state.ledger.totals.items() if us}
+    assert tenths == {
+        "provisioning": 3 * 4,
+        "start_up": 2 * 6,
+        "idle_spare": 6 + 120 + 10,  # to the halt's end, when the spare becomes one of the mesh
+        "productive": 2 * 90 + 2 * 10,
+        "data_wait": 2 * 10,
+        "detection": 2 * 20,
+        "recovery": 10 + 2 * 60,  # one node while the peer halts, two while they start
+        "degraded_capacity": 10 + 120,  # the lost node's place
+        "recomputed": 2 * 50,
+    }
+    (incident,) = core.state.incidents
+    assert incident.cost_us // 100_000 == 40 + 130 + 100, "detection, recovery and recomputation, each once"
+    assert (incident.cause, incident.culprit, incident.rungs, incident.steps_lost) == ("node", "n0", ["spare"], 4)
+
+
+def test_a_recovery_that_fails_after_it_was_ready_is_charged_once() -> None:
+    core = started(nodes=2, slots_per_node=1, spares=0)
+    core.handle(steps(11_000_000, generation=1, first=1, last=10))
+    for generation, at in ((1, 12_000_000), (2, 22_000_000)):
+        core.handle(ev.WorkerExited(at=at, node="n0", generation=generation, slot=0, exit_code=None, signal=9))
+        for node, slot in (("n0", 0), ("n1", 1)):
+            held = {slot: (Snapshot(generation=1, step=10),)}
+            core.handle(ev.NodeHalted(at=at + 1_000_000, node=node, generation=generation, snapshots=held))
+        core.handle(ready(at + 5_000_000, generation=generation + 1, step=core.state.step))
+    core.handle(steps(40_000_000, generation=3, first=1, last=11))
+    totals = core.state.ledger.totals
+    (incident,) = core.state.incidents
+    assert incident.rungs == ["replace", "durable"]
+    assert incident.cost_us == totals["detection"] + totals["recovery"] + totals["recomputed"]
+
+
+def test_ten_thousand_broken_connections_do_not_hide_the_one_cause() -> None:
+    core = started(nodes=1250, slots_per_node=8, spares=0)
+    core.handle(steps(11_000_000, generation=1, first=1, last=10))
+    at = 12_000_000
+    for slot in range(10_000):
+        if slot == 7000:
+            continue
+        node = f"n{slot // 8}"
+        core.handle(
+            ev.WorkerFailed(
+                at=at + slot,
+                node=node,
+                generation=1,
+                slot=slot,
+                step=10,
+                kind="collective",
+                error="Connection closed by peer",
+            )
+        )
+        core.handle(ev.WorkerExited(at=at + slot, node=node, generation=1, slot=slot, exit_code=1, signal=None))
+    core.handle(ev.WorkerExited(at=at + 10_000, node="n875", generation=1, slot=7000, exit_code=None, signal=11))
+    assert core.state.incident is not None
+    assert len(core.state.incident.evidence) == EVIDENCE_KEPT
+    for number in range(1250):
+        held = {slot: (Snapshot(generation=1, step=10),) for slot in range(8 * number, 8 * number + 8)}
+        core.handle(ev.NodeHalted(at=at + 20_000, node=f"n{number}", generation=1, snapshots=held))
+    assert core.state.job == "starting" and core.state.incident is not None
+    assert (core.state.incident.cause, core.state.incident.culprit) == ("signal", "n875")
