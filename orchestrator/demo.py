@@ -87,7 +87,7 @@ def run(steps: int, out: Path) -> Outcome:
     """Run both, and compare. Takes a few minutes."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    console = Console(highlight=False, soft_wrap=True)
+    console = live.new_console()
     untouched, fire = job("untouched", steps, out), job("under-fire", steps, out)
     for spec in (untouched, fire):
         preflight.check_local(spec, resume=False)
@@ -224,7 +224,7 @@ def show(outcome: Outcome) -> None:
     """Print what was found."""
     import plotext
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = live.new_console()
     console.rule("the outcome")
     if outcome.loss:
         steps, losses = zip(*outcome.loss, strict=True)

@@ -117,6 +117,8 @@ class Incident:
 @dataclass
 class State:
     run: str = ""
+    began_at: int = 0
+    """When the run was first declared: wall-clock counts from here."""
     layout: Layout | None = None
     limits: Limits | None = None
     capabilities: tuple[str, ...] = ()

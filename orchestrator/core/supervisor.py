@@ -81,6 +81,7 @@ class Supervisor:
         """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on."""
         s = self.state
         assert s.run in ("", event.run), (s.run, event.run)
+        s.began_at = s.began_at if s.run else event.at
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""

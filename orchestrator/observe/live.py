@@ -24,7 +24,7 @@ Show = Callable[[Status, list[str]], None]
 @contextmanager
 def view(spec: JobSpec) -> Iterator[Show]:
     """A function to call with each picture and its news, and the display around it."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console()
     console.print(f"run {spec.run.name}: {spec.run.steps} steps, state in {spec.run.url}", markup=False)
     if not sys.stdout.isatty():
         yield _plain(console)
@@ -77,7 +77,7 @@ def figures(status: Status) -> str:
 
 def print_status(status: Status) -> None:
     """A run on one screen."""
-    console = Console(highlight=False)
+    console = new_console()
     ready = sum(state in ("active", "spare") for state in status.nodes.values())
     console.print(
         f"run {status.run}: {status.job}, step {status.step} of {status.total_steps}, generation {status.generation}, "
@@ -93,7 +93,7 @@ def print_status(status: Status) -> None:
 
 def print_end(status: Status, log_dir: str) -> None:
     """What became of a run."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console()
     print_incidents(console, status)
     print_ledger(console, status)
     if status.exit_code not in (0, None) or status.failure:
@@ -131,6 +131,11 @@ def print_ledger(console: Console, status: Status) -> None:
     total = sum(status.ledger_us.values()) + status.pending_us
     table.add_row("sum", f"{total / 1e6:,.1f}", f"{total / status.owed_us:.1%}", f"{status.places} places x wall-clock")
     console.print(table)
+
+
+def new_console() -> Console:
+    """On a terminal as wide as that is; in a log, wide enough for the tables."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 130)
 
 
 def _clock(status: Status) -> str:

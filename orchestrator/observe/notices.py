@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from orchestrator.core import events as ev
 from orchestrator.core.actions import Action, EndRun, HaltGeneration, OpenGeneration
 from orchestrator.core.events import Event
@@ -14,7 +16,8 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
     for action in actions:
         match action:
             case HaltGeneration():
-                lines.append(f"generation {action.generation} halts: {action.reason}")
+                reason = textwrap.shorten(action.reason, 160)
+                lines.append(f"generation {action.generation} halts: {reason}")
             case OpenGeneration():
                 source = {"init": "new weights", "ram": "shared memory", "durable": "the checkpoint"}[action.source]
                 rung = state.incident.rungs[-1] if state.incident and state.incident.rungs else "start"

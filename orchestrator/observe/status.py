@@ -119,7 +119,7 @@ def status_of(
         grad_norm=newest.grad_norm if newest else None,
         lr=newest.lr if newest else None,
         tokens_per_s=_tokens_per_s(rates),
-        wall_clock_s=(ledger.mark if state.job == "ended" else at) / 1e6,
+        wall_clock_s=((ledger.mark if state.job == "ended" else at) - state.began_at) / 1e6,
         places=ledger.places,
         goodput=ledger.totals["productive"] / settled if settled else None,
         ledger_s={label: us / 1e6 for label, us in ledger.totals.items()},

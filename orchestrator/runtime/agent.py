@@ -177,6 +177,8 @@ class Agent:
         self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
         self._facts.clear()
         self._kept.clear()
+        # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
+        ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
         here = dataclasses.replace(plan, ram_dir=self._ram_dir)
         await asyncio.to_thread(self._workers.assign, here)
 
