@@ -8,9 +8,9 @@ Reports may come twice (an agent repeats what was not acknowledged) and late (fr
 harmless: the supervisor ignores what it already knows and what does not belong to the current generation.
 
 What a body owes: a controller tells EpochBegan, then CheckpointsFound, before anything else; a run that starts or
-resumes tells RunDeclared before both. Within a generation, GenerationReady comes before its steps, StepsDone leaves
-none out, and GenerationFinished comes after all of them and after what became of its last save. A lost node's name is
-not used again, and when an agent comes back under a new name, the old one's NodeLost comes first.
+resumes tells RunDeclared before both. Within a generation, GenerationReady comes before its steps, and
+GenerationFinished after what became of its last save. A lost node's name is not used again, and when an agent comes
+back under a new name, the old one's NodeLost comes first.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ class GenerationFailed:
     at: int
     generation: int
     node: str
+    """Who is to blame: it gets a strike. Empty when that is not known."""
     error: str
 
 

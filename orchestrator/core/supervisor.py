@@ -160,7 +160,9 @@ class Supervisor:
         s = self.state
         if s.job != "starting" or event.generation != s.generation:
             return []
-        assert event.step == s.restored_step, (event.step, s.restored_step)
+        if event.step != s.restored_step:
+            wrong = f"ready at step {event.step}, ordered was {s.restored_step}"
+            return self._fault(self._evidence(event.at, "", None, "start", wrong))
         s.job = "training"
         s.ledger.settle("other", then="recovery")
         s.ledger.train()
@@ -174,32 +176,36 @@ class Supervisor:
         s = self.state
         if s.job not in ("training", "halting") or event.generation != s.generation or event.last <= s.step:
             return []
-        assert event.first <= s.step + 1, f"steps {s.step + 1} to {event.first - 1} are missing"
-        steps, new_steps = event.last - s.step, max(0, event.last - s.high_water)
-        self._reach(event.last)
-        if s.job == "halting":  # done before the halt reached it; its time is settled as detection already
-            if s.incident is not None and not s.incident.rungs:
-                s.incident.step = s.step
-            return []
         stalls: dict[Label, int] = {
             "data_wait": event.data_wait_us,
             "checkpoint_stall": event.checkpoint_us,
             "validation": event.validation_us,
         }
+        self._complete(event.at, event.last, stalls)
+        return []
+
+    def _complete(self, at: int, step: int, stalls: dict[Label, int]) -> None:
+        """Every rank has completed `step`, and so all before it."""
+        s = self.state
+        steps, new_steps = step - s.step, max(0, step - s.high_water)
+        self._reach(step)
+        if s.job == "halting":  # done before the halt reached it; its time is settled as detection already
+            if s.incident is not None and not s.incident.rungs:
+                s.incident.step = step
+            return
         recomputed = s.ledger.settle_steps(steps, new_steps, stalls)
         if s.incident is not None:
-            self._close_incident(event.at)
+            self._close_incident(at)
         if s.incidents:
             s.incidents[-1].cost_us += recomputed
-        return []
 
     def _on_generation_finished(self, event: ev.GenerationFinished) -> list[Action]:
         """Every rank has saved and left: what happens to a worker or a node from here on changes nothing."""
         s = self.state
-        if s.job != "training" or event.generation != s.generation:
+        if s.job != "training" or event.generation != s.generation or event.step < s.step:
             return []
-        assert event.step == s.step, (event.step, s.step)
-        assert event.reason != "completed" or event.step == s.total_steps, (event.step, s.total_steps)
+        if event.step > s.step:  # the last report of steps was lost with the controller before
+            self._complete(event.at, event.step, {})
         last = s.checkpoints.get(s.step)
         if last is None or last.trust == "damaged":
             return self._fault(self._evidence(event.at, "", None, "save", "the last checkpoint could not be written"))
