@@ -9,16 +9,17 @@ Every event and order passes through `Watch`, which knows the rules that the sup
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 from core_watch import LIMITS, Watch
+from core_world import CAPABILITIES, LAYOUTS, Running, SimNode, Tape
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core import placement
 from orchestrator.core.codec import state_from_json, state_to_json
-from orchestrator.core.events import Layout, Snapshot
+from orchestrator.core.events import Snapshot
 from orchestrator.core.supervisor import Supervisor
 
 STEPS = 16
@@ -26,76 +27,6 @@ CHECKPOINT_INTERVAL_STEPS = 3
 SNAPSHOTS_KEPT = 3
 # Moves after the end of the tape in which a run must reach its end. The longest of 10,000 histories took 122.
 MOVES_TO_FINISH = 500
-
-
-def layout(pp: int, dp_replicate: int, dp_shard: int, tp: int, slots_per_node: int, spares: int) -> Layout:
-    slots = pp * dp_replicate * dp_shard * tp
-    return Layout(
-        pp=pp,
-        dp_replicate=dp_replicate,
-        dp_shard=dp_shard,
-        tp=tp,
-        slots_per_node=slots_per_node,
-        nodes=slots // slots_per_node,
-        spares=spares,
-    )
-
-
-LAYOUTS = (
-    layout(1, 2, 1, 1, 1, 1),
-    layout(1, 1, 1, 1, 1, 0),
-    layout(1, 1, 2, 2, 2, 2),
-    layout(2, 2, 1, 1, 2, 1),
-    layout(1, 2, 2, 1, 1, 0),
-)
-CAPABILITIES = (("ram", "peer"), ("ram",), ())
-
-
-class Tape:
-    """A finite source of choices; every choice is 0, the kindest, once it has run out."""
-
-    def __init__(self, choices: bytes) -> None:
-        self._choices: Iterator[int] = iter(choices)
-        self.ended = False
-
-    def below(self, n: int) -> int:
-        """A number in [0, n)."""
-        high, low = next(self._choices, None), next(self._choices, 0) if n > 16 else 0
-        if high is None:
-            self.ended, high = True, 0
-        return (256 * high + low) * n // 65536
-
-
-@dataclass
-class SimNode:
-    name: str
-    alive: bool = True
-    mute: bool = False
-    """Hung: it runs no orders and sends nothing."""
-    generation: int = 0
-    slots: dict[int, bool] = field(default_factory=dict)
-    """Slot to whether its worker lives, in `generation`."""
-    ram: dict[int, list[Snapshot]] = field(default_factory=dict)
-    """Slot to complete snapshots, the oldest first."""
-
-    @property
-    def well(self) -> bool:
-        return self.alive and not self.mute and bool(self.slots) and all(self.slots.values())
-
-    def snapshots(self) -> dict[int, tuple[Snapshot, ...]]:
-        return {slot: tuple(held) for slot, held in self.ram.items()}
-
-
-@dataclass
-class Running:
-    """The newest generation that was opened."""
-
-    order: ac.OpenGeneration
-    phase: str = "starting"
-    """Then "training", "finished"."""
-    step: int = 0
-    told: int = 0
-    stop: bool = False
 
 
 class Body:

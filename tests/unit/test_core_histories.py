@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from core_body import Body, Tape
+from core_body import Body
+from core_world import Tape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
