@@ -223,6 +223,7 @@ class _ElasticAgent(SimpleElasticAgent):
                 self._initialize_workers(self._worker_group)
                 self._update_state()  # a worker may have ended before its group was called healthy
             except RendezvousClosedError:
+                self._store = self._worker_group.store = None  # closes the last generation's
                 return
             except (RendezvousTimeoutError, RendezvousGracefulExitError):
                 continue  # nothing came; or the generation was ended before it had begun

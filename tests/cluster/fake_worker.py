@@ -41,6 +41,9 @@ def main(sock: socket.socket) -> int:
             print("unfinished line", end="")
             sys.stdout.flush()
             os.kill(os.getpid(), 9)
+        case ["chatter", count]:
+            for _ in range(int(count)):
+                say("compute")
         case ["garbage"]:
             sock.sendall(b"\xff" * 64)
         case ["descendant"]:

@@ -60,7 +60,7 @@ def stream(config: DataConfig, split: str) -> np.ndarray:
     """A split's tokens, read without any of the code under test but its place."""
     (manifest,) = Path(config.cache_dir).glob("*/manifest.json")
     files = sorted(manifest.parent.glob(f"{split}-*.tokens"))
-    return np.concatenate([np.fromfile(file, dtype="<u2") for file in files]).astype(np.int64)
+    return np.concatenate([np.zeros(0), *(np.fromfile(file, dtype="<u2") for file in files)]).astype(np.int64)
 
 
 def windows_of(tokens: np.ndarray, seq_len: int) -> list[tuple[int, ...]]:
@@ -147,7 +147,7 @@ def decoded(config: DataConfig, split: str) -> list[str]:
     (folder,) = (path.parent for path in Path(config.cache_dir).glob("*/manifest.json"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokens, starts = stream(config, split), np.fromfile(folder / f"{split}.starts", dtype="<u8").tolist()
-    documents = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+    documents = [tokens[a:b] for a, b in itertools.pairwise([*starts, len(tokens)])]
     marks = tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")
     assert all((document[0], document[-1]) == marks for document in documents)
     return [tokenizer.decode(document[1:-1].tolist(), skip_special_tokens=False) for document in documents]
@@ -179,6 +179,22 @@ def test_split_is_decided_by_a_documents_text_alone(tmp_path: Path) -> None:
         assert not validation & set(decoded(config, "train"))
         held_out.append(validation & set(base))
     assert held_out[0] == held_out[1] != set()
+
+
+@pytest.mark.parametrize(
+    ("documents", "fraction", "held_out"), [(2, 1e-9, 1), (2, 0.999999, 1), (5, 1e-9, 1), (1, 0.5, 0)]
+)
+def test_each_side_of_the_split_has_a_document(tmp_path: Path, documents: int, fraction: float, held_out: int) -> None:
+    corpus = write_corpus(tmp_path / "corpus", texts(documents))
+    config = DataConfig(
+        corpus=str(corpus),
+        seq_len=2,
+        validation_fraction=fraction,
+        validation_batches=held_out,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    prepare(config, VOCAB, SEED)
+    assert (len(decoded(config, "validation")), len(decoded(config, "train"))) == (held_out, documents - held_out)
 
 
 def test_marks_that_a_document_spells_out_are_not_marks(tmp_path: Path) -> None:
