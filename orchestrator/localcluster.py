@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Shepherd puts nothing into Ray's object store; this is near the smallest that Ray takes."""
@@ -33,10 +34,10 @@ def isolate() -> None:
 
 
 @contextmanager
-def local_cluster(nodes: int, cpus: int) -> Iterator[str]:
+def local_cluster(nodes: int, cpus: int) -> Iterator[Any]:
     """`nodes` raylets with `cpus` CPUs each and a head without any; this process is connected to them.
 
-    Needs `isolate`. Yields the cluster's address. At the end every process of the cluster is gone.
+    Needs `isolate`. Yields Ray's own `Cluster`. At the end every process of it is gone.
     """
     assert os.environ.get("RAY_AUTH_TOKEN"), "call isolate() first"
     import ray
@@ -49,7 +50,7 @@ def local_cluster(nodes: int, cpus: int) -> Iterator[str]:
             cluster.add_node(num_cpus=cpus, wait=False, **common)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
-        yield cluster.address
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()  # type: ignore[no-untyped-call]

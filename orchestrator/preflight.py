@@ -80,7 +80,8 @@ def _metrics_port(spec: JobSpec) -> list[str]:
     if port == 0:
         return []
     try:
-        with socket.create_server((bind, port)):
+        family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.create_server(address, family=family):
             return []
     except OSError as e:
         return [f"metrics.port = {port}: cannot be bound on {bind}: {e.strerror or e}; choose another, or 0 for any"]

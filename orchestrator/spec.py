@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -31,6 +32,9 @@ from trainer.contract import (
 
 PRESETS = Path(__file__).resolve().parent.parent / "trainer" / "presets"
 
+DIVISORS_SHOWN = 4096
+"""Of a number that a degree must divide, the divisors up to here stand in the message; no mesh is so long a line."""
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
@@ -39,7 +43,7 @@ class SpecError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class RunSection(_Section):
@@ -174,9 +178,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> JobSpec:
     """
     try:
         with fsspec.open(str(path), "rb") as file:
-            document = tomllib.loads(file.read().decode())
-    except OSError as e:
+            raw = file.read()
+    except Exception as e:  # each file system has its own
         raise SpecError(f"{path}: cannot be read: {e}") from e
+    try:
+        document = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SpecError(f"{path}: is not TOML: {e}") from e
     for override in overrides or []:
@@ -185,24 +191,40 @@ def load(path: str | Path, overrides: list[str] | None = None) -> JobSpec:
 
 
 def parse(document: dict[str, Any]) -> JobSpec:
-    """The spec of a document as TOML gives it.
+    """The spec of a document as TOML gives it. Local paths that are relative start from the current folder.
 
     Raises:
         SpecError: see `load`.
     """
     document = _with_preset(document)
     try:
-        spec = JobSpec.model_validate(document)
+        # As JSON, because there pydantic takes no string or truth value for a number. TOML's dates become strings.
+        spec = JobSpec.model_validate_json(json.dumps(document, default=str), strict=True)
     except pydantic.ValidationError as e:
         raise SpecError("\n".join(_line(error) for error in e.errors())) from e
-    if not spec.run.url:
-        spec = spec.model_copy(
-            update={"run": spec.run.model_copy(update={"url": str(Path("runs", spec.run.name).absolute())})}
-        )
     problems = _problems(spec)
     if problems:
         raise SpecError("\n".join(problems))
-    return spec
+    return _with_absolute_paths(spec)
+
+
+def _with_absolute_paths(spec: JobSpec) -> JobSpec:
+    """Agents and workers have other current folders. `~` is each node's own, but for the run directory, which is one."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path or path.startswith("~") else str(Path(path).absolute())
+
+    run, data, cluster = spec.run, spec.data, spec.cluster
+    url = run.url or str(Path("runs", run.name))
+    corpus = data.corpus if data.corpus == "python-stdlib" else absolute(data.corpus)
+    folders = {"log_dir": absolute(cluster.log_dir), "ram_dir": absolute(cluster.ram_dir)}
+    return spec.model_copy(
+        update={
+            "run": run.model_copy(update={"url": absolute(str(Path(url).expanduser()) if url[:1] == "~" else url)}),
+            "data": dataclasses.replace(data, corpus=corpus, cache_dir=absolute(data.cache_dir)),
+            "cluster": cluster.model_copy(update=folders),
+        }
+    )
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -240,6 +262,8 @@ def _line(error: Any) -> str:
         return f"{field}: there is no such field; valid here: {', '.join(_fields(section))}"
     if error["type"] == "missing":
         return f"{field}: is required"
+    if error["type"] in ("model_type", "dataclass_type"):
+        return f"{field} = {error['input']!r}: must be a table, [{field}], with {', '.join(_fields(error['loc'][0]))}"
     return f"{field} = {error['input']!r}: {error['msg']}"
 
 
@@ -254,7 +278,16 @@ def _fields(section: str | int | None) -> list[str]:
 
 # Smallest valid values of the sections that are plain dataclasses (trainer.contract keeps free of pydantic).
 _AT_LEAST: dict[str, dict[str, float]] = {
-    "model": {"dim": 2, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "ffn_dim": 1, "vocab_size": 260, "rope_theta": 1},
+    "model": {
+        "dim": 2,
+        "n_layers": 1,
+        "n_heads": 1,
+        "n_kv_heads": 1,
+        "ffn_dim": 1,
+        "vocab_size": 260,
+        "rope_theta": 1,
+        "norm_eps": 0,
+    },
     "data": {"seq_len": 1, "global_batch": 1, "validation_batches": 1},
     "parallel": {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "tp": 1, "microbatches": 1},
     "optimizer": {"lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_norm": 1e-12, "eps": 0, "final_lr_ratio": 0},
@@ -264,11 +297,18 @@ _AT_LEAST: dict[str, dict[str, float]] = {
 
 def _problems(spec: JobSpec) -> list[str]:
     """What is wrong between fields; each line says what would be valid."""
+    plain = {name: vars(getattr(spec, name)) for name in _AT_LEAST}
     problems = [
-        f"{section}.{field} = {getattr(getattr(spec, section), field)}: must be at least {least:g}"
+        f"{section}.{field} = {value}: must be finite"
+        for section, values in plain.items()
+        for field, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    problems += [
+        f"{section}.{field} = {plain[section][field]}: must be at least {least:g}"
         for section, fields in _AT_LEAST.items()
         for field, least in fields.items()
-        if not getattr(getattr(spec, section), field) >= least
+        if plain[section][field] < least
     ]
     if problems:
         return problems  # the checks below divide by these
@@ -276,7 +316,7 @@ def _problems(spec: JobSpec) -> list[str]:
 
     def divides(small: int, small_name: str, big: int, big_name: str) -> None:
         if big % small:
-            valid = ", ".join(str(n) for n in range(1, big + 1) if big % n == 0)
+            valid = ", ".join(str(n) for n in range(1, min(big, DIVISORS_SHOWN) + 1) if big % n == 0)
             problems.append(f"{small_name} = {small}: must divide {big_name} = {big}; valid: {valid}")
 
     if not _NAME.fullmatch(spec.run.name):
@@ -300,11 +340,14 @@ def _problems(spec: JobSpec) -> list[str]:
     divides(p.tp, "parallel.tp", c.slots_per_node, "cluster.slots_per_node")  # tp stays inside a node
     if not 0 < d.validation_fraction < 1:
         problems.append(f"data.validation_fraction = {d.validation_fraction}: must lie between 0 and 1")
+    for beta in ("beta1", "beta2"):
+        if not 0 <= getattr(spec.optimizer, beta) < 1:
+            problems.append(f"optimizer.{beta} = {getattr(spec.optimizer, beta)}: must be at least 0 and below 1")
     if not 0 <= spec.optimizer.final_lr_ratio <= 1:
         problems.append(f"optimizer.final_lr_ratio = {spec.optimizer.final_lr_ratio}: must lie between 0 and 1")
     protocol = fsspec.core.split_protocol(spec.run.url)[0] or "file"
     if protocol not in fsspec.available_protocols():
-        problems.append(f"run.url = {spec.run.url!r}: no file system for {protocol}://")
+        problems.append(f"run.url = {spec.run.url!r}: no file system for {protocol}://; use a path, s3:// or the like")
     return problems
 
 

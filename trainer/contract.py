@@ -146,6 +146,8 @@ class WorkerConfig:
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     audit: AuditConfig
+    data_digest: str = ""
+    """Of the tokens and their order, as all nodes have prepared them; a worker that finds others refuses to train."""
 
 
 # --- agent -> worker -------------------------------------------------------------------------------------------------

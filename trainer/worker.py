@@ -162,6 +162,11 @@ def start(assign: Assign, agent: Agent) -> Session:
 
     phase("build")
     dataset = open_dataset(config.data, config.model.vocab_size, config.seed)
+    if config.data_digest and dataset.digest != config.data_digest:
+        raise ValueError(
+            f"the prepared data of data.corpus = {config.data.corpus!r} has changed under the run: its digest is "
+            f"{dataset.digest}, the run's {config.data_digest}. Restore the corpus, or start a run of its own"
+        )
     stage = build_stage(config, mesh, initial=assign.restore.source == "init")
     optimizer = build_optimizer(stage.module, config.optimizer)
     state = train_state(stage.module, optimizer, step=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -82,6 +83,7 @@ class Status:
     exit_code: int | None
     verdict: str
     metrics_address: str
+    controller_pid: int
     tracebacks: dict[str, str] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def status_of(
         exit_code=state.exit_code,
         verdict=state.verdict,
         metrics_address=metrics_address,
+        controller_pid=os.getpid(),
         tracebacks=tracebacks,
     )
 

@@ -26,8 +26,7 @@ import ray
 
 from orchestrator.core.actions import Transfer
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime.elastic import NodeWorkers, WorkerExit
-from orchestrator.runtime.rendezvous import NodeAssignment
+from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.reports import (
     KEPT_STEPS,
     Exited,
@@ -90,6 +89,7 @@ class Agent:
         self._ram_dir = self._spec.cluster.ram_dir or f"/dev/shm/shepherd-{os.getuid()}"
         self._epoch = 0
         self._fold: NodeFold | None = None
+        self._store = (0, 0)
         self._outbox: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
         self._sent = 0
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
@@ -101,6 +101,9 @@ class Agent:
         self._token = token
         self._address = self._data_digest = ""
         slots = self._spec.cluster.slots_per_node
+        # Here, in the agent's own process: the controller and the command start seconds sooner without torch.
+        from orchestrator.runtime.elastic import NodeWorkers
+
         self._workers = NodeWorkers(
             run=run,
             node=ray_node,
@@ -150,9 +153,11 @@ class Agent:
                 self._push(report)
 
     async def open_store(self, epoch: int, generation: int) -> int:
-        """The port of the generation's fresh store on this node."""
+        """The port of the generation's fresh store on this node; the same one when asked again."""
         self._accept(epoch)
-        return await asyncio.to_thread(self._workers.open_store, generation)
+        if self._store[0] != generation:
+            self._store = (generation, await asyncio.to_thread(self._workers.open_store, generation))
+        return self._store[1]
 
     async def fetch(self, epoch: int, transfer: Transfer, step: int, address: str, source_node: str) -> None:
         """Copy a slot's snapshot from the node at `address` into this node's shared memory."""
@@ -170,9 +175,11 @@ class Agent:
         )
 
     async def open(self, epoch: int, plan: NodeAssignment) -> None:
-        """Start this generation's workers."""
+        """Start this generation's workers; an order that comes again changes nothing."""
         self._accept(epoch)
-        if self._fold is not None and plan.generation <= self._fold.generation:
+        if self._fold is not None and plan.generation == self._fold.generation:
+            return
+        if self._fold is not None and plan.generation < self._fold.generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, not before {plan.generation}")
         self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
         self._facts.clear()

@@ -6,6 +6,7 @@ It holds no judgement. Every action becomes a task with a deadline; what comes o
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -29,14 +30,14 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import nodes
+from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.journal import check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
-from orchestrator.runtime.rendezvous import NodeAssignment
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec
 from storage import peer
-from storage.commits import create_commit, delete_checkpoint
-from storage.manifest import Commit, RankPart, commit_name
+from storage.commits import CommitConflict, create_commit, delete_checkpoint, read_commit
+from storage.manifest import Commit, ManifestError, RankPart, commit_name
 from storage.urls import write_exclusive
 from trainer import contract
 
@@ -151,10 +152,9 @@ class Body:
 
     async def _open(self, action: OpenGeneration) -> None:
         """Copies first, then the store, then every node's assignment."""
-        node = action.nodes[0]
         try:
             await asyncio.gather(*(self._transfer(t, action.step) for t in action.transfers))
-            lead = self._agent(node)
+            lead = self._agent(action.nodes[0])
             port = await call(lead.actor.open_store.remote(self._epoch, action.generation), STORE_PORT_DEADLINE_S)
             assert lead.info is not None
             plans = self._plans(action, lead.info.host, port)
@@ -163,10 +163,12 @@ class Body:
         except Exception as e:
             logger.warning("generation %d does not open: %r", action.generation, e)
             error = f"{type(e).__name__}: {e}".splitlines()[0]
-            self._post(ev.GenerationFailed(at=0, generation=action.generation, node=node, error=error))
+            # Whose fault it is cannot be told from here; a node that is dead is reported by its line.
+            self._post(ev.GenerationFailed(at=0, generation=action.generation, node="", error=error))
 
     def _plans(self, action: OpenGeneration, host: str, port: int) -> list[tuple[str, NodeAssignment]]:
         spec = self._spec
+        config = dataclasses.replace(spec.worker_config, data_digest=self._data_digest)
         restore = contract.Restore(
             source=action.source,  # type: ignore[arg-type]
             step=action.step,
@@ -186,7 +188,7 @@ class Body:
                     store_host=host,
                     store_port=port,
                     restore=restore,
-                    config=spec.worker_config,
+                    config=config,
                     ram_dir="",  # each agent knows its own
                 ),
             )
@@ -228,8 +230,13 @@ class Body:
             )
             await asyncio.to_thread(check_not_replaced, self._spec.run.url, self._epoch)
             if action.replaces_damaged:
-                await asyncio.to_thread(delete_checkpoint, self._spec.run.url, step)
+                await asyncio.to_thread(_remove_damaged, self._spec.run.url, step, action.generation)
             await asyncio.wait_for(asyncio.to_thread(create_commit, self._spec.run.url, commit), COMMIT_DEADLINE_S)
+        except CommitConflict:
+            # The step was committed before, by a generation whose answer was lost: that one stands.
+            standing = await asyncio.to_thread(read_commit, self._spec.run.url, step)
+            self._post(ev.CheckpointCommitted(at=0, step=step, epoch=standing.epoch, generation=standing.generation))
+            return
         except Exception as e:
             self._notice(f"checkpoint of step {step} was not committed: {e}")
             self._post(ev.CheckpointFailed(at=0, step=step, error=f"{type(e).__name__}: {e}"))
@@ -266,6 +273,7 @@ class Body:
             handle = AgentHandle(node=node, ray_node="", actor=actor, group=None, heard_at=time.monotonic())
             handle.info = await call(actor.describe.remote(), ORDER_DEADLINE_S)
             handle.ray_node = handle.info.ray_node
+            self._data_digest = self._data_digest or handle.info.data_digest
             handle.group = await asyncio.to_thread(get_placement_group, f"{self._namespace}/{node}")
             self.agents[node] = handle
             await call(actor.attach.remote(self._epoch, done), ORDER_DEADLINE_S)
@@ -390,3 +398,15 @@ class Body:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a task of the controller failed", exc_info=task.exception())
+
+
+def _remove_damaged(url: str, step: int, generation: int) -> None:
+    """Make room for the checkpoint of `step` by `generation`: remove an older generation's, which was found damaged."""
+    try:
+        if read_commit(url, step).generation == generation:
+            return  # this order came before
+    except FileNotFoundError:
+        return
+    except ManifestError as e:
+        logger.warning("the damaged record of step %d is removed: %s", step, e)
+    delete_checkpoint(url, step)

@@ -38,7 +38,7 @@ def start(spec: JobSpec, detached: bool) -> Any:
     Raises:
         RunError: the run is active already.
     """
-    token = write_token(spec)
+    token = secrets.token_hex(32)
     options: dict[str, Any] = {
         "name": "controller",
         "namespace": namespace_of(spec.run.name),
@@ -51,12 +51,14 @@ def start(spec: JobSpec, detached: bool) -> Any:
     }
     try:
         actor = ray.remote(Controller).options(**options)
-        return actor.remote(spec_document=spec.document(), token=token, detached=detached)
+        controller = actor.remote(spec_document=spec.document(), token=token, detached=detached)
     except ValueError as e:
         raise RunError(
             f"run {spec.run.name!r} is active on this cluster: follow it with `shepherd status {spec.run.name}`, "
             f"end it with `shepherd stop {spec.run.name}`, or give run.name another value"
         ) from e
+    write_token(spec, token)
+    return controller
 
 
 def find(run: str) -> Any:
@@ -116,15 +118,13 @@ def stop(controller: Any, token: str, by: str, graceful: bool) -> None:
         raise
 
 
-def write_token(spec: JobSpec) -> str:
-    """A fresh token for this run, kept where only this user can read it."""
+def write_token(spec: JobSpec, token: str) -> None:
+    """Keep the run's token where only this user can read it."""
     path = token_path(spec.cluster.log_dir, spec.run.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(32)
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(token)
-    return token
 
 
 def read_token(log_dir: str, run: str) -> str:

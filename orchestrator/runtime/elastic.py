@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from orchestrator.runtime.rendezvous import BACKEND, ControllerRendezvous, NodeAssignment
+from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
+from orchestrator.runtime.rendezvous import BACKEND, ControllerRendezvous
 from orchestrator.runtime.worker_log import LogFile
 from orchestrator.runtime.worker_process import ExitStatus, Worker
 from orchestrator.runtime.workers import Workers
@@ -49,18 +49,6 @@ ROLE = "trainer"
 FORK_DEADLINE_S = 60.0
 # A killed process is gone in milliseconds, unless a driver holds it; used where torch elastic gives no deadline.
 KILL_DEADLINE_S = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerExit:
-    """A worker ended by itself or was killed by somebody else, or (pid 0, `error` set) could not be started."""
-
-    generation: int
-    rank: int
-    pid: int
-    exit_code: int | None
-    signal: int | None
-    error: str = ""
 
 
 class NodeWorkers:

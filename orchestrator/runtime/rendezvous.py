@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 
 from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -26,7 +25,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from trainer import contract
+from orchestrator.runtime.assignment import NodeAssignment
 
 BACKEND = "shepherd"
 
@@ -40,34 +39,6 @@ STORE_DEADLINE_S = 120.0
 STORE_CONNECT_S = 2.0
 # How often the store is asked for a key that is not there yet: far below the cost of a generation's start (0.4 s).
 STORE_POLL_S = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeAssignment:
-    """One node's part in a generation, as the controller planned it."""
-
-    epoch: int
-    generation: int
-    group_rank: int
-    """Number of this node among the nodes of the generation; 0 holds the store."""
-    group_world_size: int
-    ranks: tuple[int, ...]
-    """The slots that this node fills: contiguous, ascending, none of them another node's."""
-    world_size: int
-    store_host: str
-    store_port: int
-    restore: contract.Restore
-    config: contract.WorkerConfig
-    ram_dir: str
-
-    def check(self, slots: int) -> None:
-        """Raises ValueError when this cannot be an assignment of a node with so many slots."""
-        if self.ranks != tuple(range(self.ranks[0], self.ranks[0] + len(self.ranks))) if self.ranks else True:
-            raise ValueError(f"ranks {self.ranks} of generation {self.generation} must be contiguous and not empty")
-        if len(self.ranks) > slots or self.ranks[-1] >= self.world_size or self.ranks[0] < 0:
-            raise ValueError(f"ranks {self.ranks} do not fit {slots} slots and world_size {self.world_size}")
-        if not 0 <= self.group_rank < self.group_world_size:
-            raise ValueError(f"group_rank {self.group_rank} is not below group_world_size {self.group_world_size}")
 
 
 class ControllerRendezvous(RendezvousHandler):

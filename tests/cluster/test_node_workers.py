@@ -20,8 +20,8 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from orchestrator.runtime import workers as workers_module
-from orchestrator.runtime.elastic import NodeWorkers, WorkerExit
-from orchestrator.runtime.rendezvous import NodeAssignment
+from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
+from orchestrator.runtime.elastic import NodeWorkers
 from orchestrator.runtime.workers import ZygoteError
 from trainer import contract
 

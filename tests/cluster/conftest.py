@@ -1,0 +1,31 @@
+"""One real Ray cluster for all tests of this folder: a head and four raylets, each its own processes."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.localcluster import local_cluster
+
+NODES = 4
+CPUS = 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    ray: Any
+    """Ray's own ray.cluster_utils.Cluster."""
+    faults: Path
+    """Folder in which `<run>.py` is a fault for that run's workers."""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    faults = tmp_path_factory.mktemp("faults")
+    os.environ["SHEPHERD_TEST_FAULTS"] = str(faults)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    with local_cluster(NODES, CPUS) as ray_cluster:
+        yield Cluster(ray=ray_cluster, faults=faults)

@@ -1,0 +1,161 @@
+"""Runs on the test cluster: a small job, started as the command starts it, watched and hurt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator import preflight
+from orchestrator.chaos import faults
+from orchestrator.observe.status import Status
+from orchestrator.runtime import driver
+from orchestrator.runtime.controller import namespace_of
+from orchestrator.spec import JobSpec, parse
+from storage.commits import read_commit, state_digest, verify
+
+# The longest that a small run or a wait may take on a loaded machine before the test has failed.
+RUN_S = 180.0
+# The promise: after a stop no process of the run is left on any node.
+GONE_WITHIN_S = 30.0
+
+
+def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A document: four ranks (pp 2 x dp_replicate 2) on two nodes, one spare, and a model of 0.3 M parameters."""
+    document: dict[str, dict[str, Any]] = {
+        "run": {"name": name, "url": str(folder / name), "steps": 24, "validation_interval_steps": 24},
+        "model": {"preset": "tiny"},
+        "data": {"seq_len": 32, "global_batch": 8, "validation_batches": 1, "cache_dir": str(cache_dir(folder))},
+        "parallel": {"pp": 2, "dp_replicate": 2, "microbatches": 2},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 4},
+        "checkpoint": {"interval_steps": 10},
+        "cluster": {"slots_per_node": 2, "spares": 1, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
+    }
+    for section, fields in sections.items():
+        document.setdefault(section, {}).update(fields)
+    corpus = folder / "corpus"
+    if not corpus.exists():
+        write_corpus(corpus)
+    document["data"].setdefault("corpus", str(corpus))
+    return document
+
+
+def cache_dir(folder: Path) -> Path:
+    """Shared by all tests of a session, so that data is prepared once."""
+    return folder.parent / "data-cache"
+
+
+def write_corpus(folder: Path) -> None:
+    """Text that can be learned, the same for every test."""
+    folder.mkdir()
+    for document in range(40):
+        pairs = (((document * 7 + n) % 31, (document * 7 + n + 1) % 31) for n in range(120))
+        (folder / f"{document:02d}.txt").write_text(" ".join(f"Sheep {a} follows sheep {b}." for a, b in pairs))
+
+
+def train(spec: JobSpec, on_status: Callable[[Status], None] = lambda status: None) -> tuple[Status, list[str]]:
+    """Run a job to its end as `shepherd train` does; its last status and everything that it told."""
+    preflight.check_local(spec, resume=False)
+    preflight.check_cluster(spec)
+    controller = driver.start(spec, detached=False)
+    told: list[str] = []
+    deadline = time.monotonic() + RUN_S
+
+    def news(status: Status, lines: list[str]) -> None:
+        told.extend(lines)
+        assert time.monotonic() < deadline, f"the run does not end: {status.job} at step {status.step}: {told}"
+        on_status(status)
+
+    status = driver.follow(controller, driver.read_token(spec.cluster.log_dir, spec.run.name), news)
+    await_gone(spec.run.name)
+    return status, told
+
+
+def final_digest(spec: JobSpec) -> str:
+    """Names the final state of a run, after reading it back."""
+    commit = read_commit(spec.run.url, spec.run.steps)
+    assert verify(spec.run.url, commit) == []
+    return state_digest(spec.run.url, commit)
+
+
+def await_gone(run: str) -> None:
+    """Until the run's controller has ended."""
+
+    def gone() -> bool:
+        try:
+            driver.find(run)
+        except driver.RunError:
+            return True
+        return False
+
+    wait_for(gone, 40.0, f"the controller of {run} to end")
+
+
+def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited {deadline_s:g} s for {what}"
+        time.sleep(0.05)
+
+
+def kill_worker(spec: JobSpec, status: Status, rank: int) -> None:
+    node = status.mesh[rank // spec.cluster.slots_per_node]
+    faults.kill_worker(namespace_of(spec.run.name), node, rank, status.step)
+
+
+@contextmanager
+def command(*arguments: str, **environment: str) -> Any:
+    """`python -m orchestrator ...` as a process of its own; killed at the end if it is still there."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "orchestrator", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def leftovers(ram_dir: Path) -> list[str]:
+    """What a run has left behind on this machine: worker processes, actors and snapshots."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if "orchestrator.runtime.zygote" in command or command.startswith(("ray::Agent", "ray::Controller")):
+            found.append(f"{process.pid} {command}")
+    return found + [str(path) for path in ram_dir.rglob("*") if path.is_file()]
+
+
+def await_nothing_left(ram_dir: Path) -> None:
+    wait_for(lambda: not leftovers(ram_dir), GONE_WITHIN_S, f"nothing to be left, but there is {leftovers(ram_dir)}")
+
+
+def spec_file(document: dict[str, Any], path: Path) -> Path:
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(document))
+    return path
+
+
+def spec_of(document: dict[str, Any]) -> JobSpec:
+    return parse(document)

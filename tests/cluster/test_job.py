@@ -1,0 +1,202 @@
+"""The run as people start and end it: the command, `ray job submit`, Ctrl-C, a lost driver, and a job that is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Cluster
+from herd import await_nothing_left, command, job, spec_file, spec_of, train, wait_for
+
+from orchestrator.runtime import driver
+from storage.commits import list_commits
+
+pytestmark = pytest.mark.timeout(300)
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def await_step(run: str, step: int) -> None:
+    def reached() -> bool:
+        try:
+            return driver.poll(driver.find(run))[0].step >= step
+        except driver.RunError:
+            return False
+
+    wait_for(reached, 120, f"step {step} of {run}")
+
+
+def test_interrupt_checkpoints_and_resume_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    document = job("interrupted", tmp_path, run={"steps": 3000}, checkpoint={"interval_steps": 1000})
+    file = str(spec_file(document, tmp_path / "spec.toml"))
+    with command("train", file, RAY_ADDRESS=cluster.ray.address) as process:
+        await_step("interrupted", 3)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 96, out
+    await_nothing_left(tmp_path / "ram")
+    (stopped_at,) = list_commits(document["run"]["url"])
+    assert stopped_at >= 3
+
+    with command("train", file, RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--resume" in out
+
+    more = ("--resume", "--set", f"run.steps={stopped_at + 5}")
+    with command("train", file, *more, RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert f"opens at step {stopped_at} from the checkpoint" in out
+    assert list_commits(document["run"]["url"])[-1] == stopped_at + 5
+
+
+def test_a_lost_driver_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
+    document = job("orphan", tmp_path, run={"steps": 3000}, recovery={"driver_lease_s": 4})
+    with command("train", str(spec_file(document, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
+        await_step("orphan", 2)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=10)
+    await_nothing_left(tmp_path / "ram")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def plain_ray(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A cluster as `ray start --head` makes it: its address, and its dashboard's."""
+    port, dashboard = free_port(), free_port()
+    options = (f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0", "--num-cpus=2")
+    # As from an activated environment: jobs find `python` there.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--ray-client-server-port=0", *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    family = psutil.Process(process.pid)
+    try:
+        wait_for(lambda: listens(dashboard), 60, "Ray's dashboard")
+        yield f"{ray_address(family)}:{port}", f"http://127.0.0.1:{dashboard}"
+    finally:
+        members = [family, *family.children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(members, timeout=20)
+        for member in alive:
+            member.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def ray_address(family: psutil.Process) -> str:
+    """The node's address, from the raylet's own command line."""
+    raylet = wait_for(
+        lambda: next((p for p in family.children(recursive=True) if "raylet" in p.name()), None), 30, "the raylet"
+    )
+    return next(part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--node_ip_address="))
+
+
+def test_ray_job_submit_and_ray_job_stop(plain_ray: tuple[str, str], tmp_path: Path) -> None:
+    address, dashboard = plain_ray
+    # What is submitted is the source tree alone, as from a fresh checkout.
+    tree = tmp_path / "tree"
+    for package in ("orchestrator", "trainer", "storage"):
+        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    one_node = {"cluster": {"spares": 0}, "parallel": {"dp_replicate": 1}, "checkpoint": {"interval_steps": 20}}
+    document = job("submitted", tmp_path, run={"steps": 3000}, **one_node)
+    file = spec_file(document, tmp_path / "spec.toml")
+
+    def ray_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+        ray_command = [Path(sys.executable).with_name("ray"), "job", *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(ray_command, text=True, capture_output=True, timeout=120, check=False, env=environment)
+
+    def step() -> int:
+        with command("status", "submitted", "--json", RAY_ADDRESS=address) as process:
+            out, _ = process.communicate(timeout=60)
+        return int(json.loads(out)["step"]) if process.returncode == 0 else 0
+
+    entry = ("--", "python", "-m", "orchestrator", "train", str(file))
+    start = ("submit", "--address", dashboard, "--working-dir", str(tree))
+    submitted = ray_job(*start, "--no-wait", "--submission-id", "j", *entry)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_for(lambda: step() >= 25, 120, "step 25")
+    stopped = ray_job("stop", "--address", dashboard, "j")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    await_nothing_left(tmp_path / "ram")
+    newest = list_commits(document["run"]["url"])[-1]
+    assert newest >= 20
+
+    resumed = ray_job(*start, "--submission-id", "j2", *entry, "--resume", "--set", f"run.steps={newest + 3}")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"opens at step {newest} from the checkpoint" in resumed.stdout
+    assert f"all {newest + 3} steps done" in resumed.stdout
+
+
+def test_an_exception_of_the_program_ends_the_run_with_its_traceback(cluster: Cluster, tmp_path: Path) -> None:
+    document = job("wrong-shape", tmp_path)
+    fault = """
+import torch
+if session.rank == 1 and session.state.step == 2:
+    torch.ones(4, 8) @ torch.ones(16, 4)
+"""
+    (cluster.faults / "wrong-shape.py").write_text(fault)
+    with command("train", str(spec_file(document, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 93, out
+    assert "mat1 and mat2 shapes cannot be multiplied (4x8 and 16x4)" in out
+    assert "Traceback (most recent call last)" in out
+    assert 'File "' in out
+    assert "requeueing will not help" in out
+    assert (tmp_path / "wrong-shape" / "evidence").exists()
+    await_nothing_left(tmp_path / "ram")
+
+
+def test_an_exception_that_does_not_come_back_is_survived(cluster: Cluster, tmp_path: Path) -> None:
+    spec = spec_of(job("hiccup", tmp_path))
+    once = tmp_path / "once"
+    fault = f"""
+import pathlib
+if session.rank == 2 and session.state.step == 3 and not pathlib.Path({str(once)!r}).exists():
+    pathlib.Path({str(once)!r}).touch()
+    raise OSError("a hiccup")
+"""
+    (cluster.faults / "hiccup.py").write_text(fault)
+    status, told = train(spec)
+    assert status.exit_code == 0, told
+    assert [(i.cause, i.rung, i.steps_lost) for i in status.incidents] == [("exception", "replace", 0)]
+    assert "OSError: a hiccup" in next(iter(status.tracebacks.values()))
+
+
+def test_out_of_memory_ends_with_the_workers_own_words(cluster: Cluster, tmp_path: Path) -> None:
+    document = job("too-big", tmp_path, model={"ffn_dim": 2**40})
+    with command("train", str(spec_file(document, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=180)
+    assert process.returncode == 93, out
+    assert "memory" in out
+    assert "Traceback (most recent call last)" in out
+    await_nothing_left(tmp_path / "ram")
+
+
+def test_too_few_nodes_are_refused_before_anything_starts(cluster: Cluster, tmp_path: Path) -> None:
+    mesh = {"pp": 1, "dp_replicate": 16, "microbatches": 1}
+    document = job("too-wide", tmp_path, parallel=mesh, data={"global_batch": 16})
+    with command("train", str(spec_file(document, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "not enough nodes" in out
+    assert "needs 8 live Ray nodes" in out
+    assert not list((tmp_path / "too-wide").glob("epochs/*"))
