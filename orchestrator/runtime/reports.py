@@ -1,19 +1,23 @@
 """What an agent tells the controller, and the two folds that turn many ranks' messages into few events.
 
 Ranks report each step; the agent folds its ranks into one `NodeStep`, the controller folds the nodes into `StepsDone`.
-The core sees only the latter. A report is sent again until the controller has acknowledged it, so both folds take
-every report as often as it comes.
+The core sees only the latter. A report is sent again until the controller has acknowledged it, so the folds take
+every report as often as it comes, and tell what it completes once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.core import events as ev
 from orchestrator.core.events import Snapshot
 from trainer import contract
+
+_Teller = TypeVar("_Teller")
+_Report = TypeVar("_Report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,8 @@ Report = (
 
 # Steps whose details an agent keeps for a controller that comes back: at a step a second, a quarter of an hour.
 KEPT_STEPS = 1000
+# Checkpoints whose parts wait for the order to commit them; that order comes within seconds, the next checkpoint later.
+KEPT_CHECKPOINTS = 4
 
 
 @dataclass
@@ -100,9 +106,12 @@ class NodeFold:
     phases: dict[int, contract.Phase] = field(default_factory=dict)
     """Where each rank is; the last one before a silence tells where it hangs."""
     failed: set[int] = field(default_factory=set)
+    _done: int = 0
+    """Newest step that was reported."""
     _steps: dict[int, dict[int, contract.StepDone]] = field(default_factory=dict)
-    _checkpoint_us: dict[int, int] = field(default_factory=dict)
-    _validation_us: dict[int, int] = field(default_factory=dict)
+    _checkpoint_us: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Step to rank to the time of the save after that step: a part of the next one's."""
+    _validation_us: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def feed(self, message: contract.FromWorker) -> list[Report]:
         """The reports that this message completes."""
@@ -111,50 +120,51 @@ class NodeFold:
             case contract.Phase():
                 self.phases[message.rank] = message
             case contract.Restored():
-                self.restored[message.rank] = message
-                return [self._ready()] if len(self.restored) == len(self.ranks) else []
-            case contract.StepDone():
-                ranks = self._steps.setdefault(message.step, {})
-                ranks[message.rank] = message
-                return [self._step(message.step)] if len(ranks) == len(self.ranks) else []
+                if _completes(self.restored, message.rank, message, len(self.ranks)):
+                    return [self._ready()]
+            case contract.StepDone() if message.step > self._done:
+                if _completes(self._steps.setdefault(message.step, {}), message.rank, message, len(self.ranks)):
+                    return [self._step(message.step)]
             case contract.Finished():
-                self.finished[message.rank] = message
-                if len(self.finished) == len(self.ranks):
+                if _completes(self.finished, message.rank, message, len(self.ranks)):
                     return [NodeFinished(generation=self.generation, step=message.step, reason=message.reason)]
             case contract.Failed():
                 self.failed.add(message.rank)
                 return [message]
             case contract.ShardWritten() | contract.SaveFailed():
-                self._checkpoint_us[message.rank] = self._checkpoint_us.get(message.rank, 0) + message.write_us
+                self._checkpoint_us.setdefault(message.step, {})[message.rank] = message.write_us
                 return [message]
             case contract.Validated():
-                self._validation_us[message.rank] = self._validation_us.get(message.rank, 0) + message.validate_us
+                self._validation_us.setdefault(message.step, {})[message.rank] = message.validate_us
                 return [message]
         return []
 
-    def _ready(self) -> NodeReady:
+    def _ready(self) -> NodeReady | StartFailed:
         ranks = self.restored.values()
+        if len({r.step for r in ranks}) > 1:
+            steps = {rank: self.restored[rank].step for rank in self.ranks}
+            return StartFailed(generation=self.generation, error=f"ranks restored different steps: {steps}")
         return NodeReady(
             generation=self.generation,
-            step=min(r.step for r in ranks),
+            step=next(iter(ranks)).step,
             rendezvous_us=max(r.rendezvous_us for r in ranks),
             build_us=max(r.build_us for r in ranks),
             restore_us=max(r.restore_us for r in ranks),
-            versions=next(iter(ranks)).versions,
+            versions=_shared([r.versions for r in ranks]),
         )
 
     def _step(self, step: int) -> NodeStep:
         ranks = self._steps.pop(step).values()
-        saves = {r.rank: self._checkpoint_us.pop(r.rank, 0) for r in ranks}
-        validations = [self._validation_us.pop(r.rank, 0) for r in ranks]
+        self._done = step
+        saves, validations = _before(step, self._checkpoint_us), _before(step, self._validation_us)
         teller = next((r for r in ranks if r.loss is not None), None)
         return NodeStep(
             generation=self.generation,
             step=step,
             step_us=max(r.step_us for r in ranks),
             data_us=max(r.data_us for r in ranks),
-            checkpoint_us=max(saves[r.rank] + r.snapshot_us for r in ranks),
-            validation_us=max(validations),
+            checkpoint_us=max(saves.get(r.rank, 0) + r.snapshot_us for r in ranks),
+            validation_us=max(validations.values(), default=0),
             tokens=max(r.tokens for r in ranks),
             loss=teller.loss if teller else None,
             grad_norm=teller.grad_norm if teller else None,
@@ -174,14 +184,18 @@ class MeshFold:
     ready: dict[str, NodeReady] = field(default_factory=dict)
     finished: dict[str, NodeFinished] = field(default_factory=dict)
     parts: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    """Step to rank to that rank's part of the checkpoint."""
+    """Step to rank to that rank's part of the checkpoint, of the newest KEPT_CHECKPOINTS steps."""
     last: NodeStep | None = None
     """The newest step of the node that tells loss and norm."""
     versions: dict[str, str] = field(default_factory=dict)
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
     _newest: dict[str, int] = field(default_factory=dict)
-    _steps: dict[int, list[NodeStep]] = field(default_factory=dict)
+    _steps: dict[int, dict[str, NodeStep]] = field(default_factory=dict)
     _write_us: dict[int, int] = field(default_factory=dict)
+    _validated: int = -1
+    """Newest step whose validation was told to the core; new weights are validated as step 0."""
+    _save_failed: int = -1
+    """Newest step of which a failed save was told to the core."""
 
     def feed(self, at: int, node: str, report: Report) -> list[ev.Event]:
         """The events that this report completes, at time `at`."""
@@ -189,20 +203,20 @@ class MeshFold:
             return []
         match report:
             case NodeReady():
-                self.ready[node] = report
-                return self._all_ready(at) if len(self.ready) == len(self.nodes) else []
+                return self._all_ready(at) if _completes(self.ready, node, report, len(self.nodes)) else []
             case NodeStep():
                 return self._step(at, node, report)
             case NodeFinished():
-                self.finished[node] = report
-                if len(self.finished) == len(self.nodes):
+                if _completes(self.finished, node, report, len(self.nodes)):
                     step, reason = report.step, report.reason
                     return [ev.GenerationFinished(at=at, generation=self.generation, step=step, reason=reason)]
             case contract.ShardWritten():
                 return self._part(at, report)
-            case contract.SaveFailed():
+            case contract.SaveFailed() if report.step > self._save_failed:
+                self._save_failed = report.step
                 return [ev.CheckpointFailed(at=at, step=report.step, error=f"rank {report.rank}: {report.error}")]
-            case contract.Validated():
+            case contract.Validated() if report.step > self._validated and math.isfinite(report.loss):
+                self._validated = report.step
                 loss = round(report.loss * 1_000_000)
                 return [ev.Validated(at=at, generation=self.generation, step=report.step, loss_millionths=loss)]
             case contract.Failed():
@@ -236,14 +250,16 @@ class MeshFold:
 
     def _all_ready(self, at: int) -> list[ev.Event]:
         nodes = self.ready.values()
-        assert len({n.step for n in nodes}) == 1, f"nodes restored different steps: {self.ready}"
-        first, *others = (n.versions for n in nodes)
-        self.versions = {k: v if all(o.get(k) == v for o in others) else "mixed" for k, v in first.items()}
+        if len({n.step for n in nodes}) > 1:
+            steps = {node: self.ready[node].step for node in self.nodes}
+            error = f"nodes restored different steps: {steps}"
+            return [ev.GenerationFailed(at=at, generation=self.generation, node="", error=error)]
+        self.versions = _shared([n.versions for n in nodes])
         return [
             ev.GenerationReady(
                 at=at,
                 generation=self.generation,
-                step=min(n.step for n in nodes),
+                step=next(iter(nodes)).step,
                 rendezvous_us=max(n.rendezvous_us for n in nodes),
                 build_us=max(n.build_us for n in nodes),
                 restore_us=max(n.restore_us for n in nodes),
@@ -251,19 +267,21 @@ class MeshFold:
         ]
 
     def _step(self, at: int, node: str, report: NodeStep) -> list[ev.Event]:
-        if report.step <= self._newest.get(node, 0):
+        self._newest[node] = max(report.step, self._newest.get(node, 0))
+        if report.step <= self.done:
             return []
-        self._newest[node] = report.step
-        self._steps.setdefault(report.step, []).append(report)
-        if report.loss is not None:
+        self._steps.setdefault(report.step, {})[node] = report
+        if report.loss is not None and (self.last is None or report.step >= self.last.step):
             self.last = report
         last = min(self._newest.values()) if len(self._newest) == len(self.nodes) else 0
         if last <= self.done:
             return []
         first, self.done = self.done + 1, last
         # Details of a step may be missing after a controller's restart; the time is settled all the same.
-        steps = [self._steps.pop(step, []) for step in range(first, last + 1)]
-        losses = [n.loss for nodes in steps for n in nodes if n.loss is not None]
+        steps = [self._steps.pop(step, {}).values() for step in range(first, last + 1)]
+        losses = [n.loss for nodes in steps for n in nodes if n.loss is not None and math.isfinite(n.loss)]
+        if len(losses) != len(steps):
+            losses = []  # which is whose could not be told any more
         return [
             ev.StepsDone(
                 at=at,
@@ -280,9 +298,12 @@ class MeshFold:
 
     def _part(self, at: int, report: contract.ShardWritten) -> list[ev.Event]:
         parts = self.parts.setdefault(report.step, {})
-        parts[report.rank] = report.part
         self._write_us[report.step] = max(self._write_us.get(report.step, 0), report.write_us)
-        if len(parts) < self.ranks:
+        complete = _completes(parts, report.rank, report.part, self.ranks)
+        while len(self.parts) > KEPT_CHECKPOINTS:
+            oldest = min(self.parts)
+            del self.parts[oldest], self._write_us[oldest]
+        if not complete or report.step not in self.parts:
             return []
         size = sum(int(part["data_bytes"]) for part in parts.values())
         return [
@@ -296,5 +317,29 @@ class MeshFold:
         ]
 
 
-def _slowest(steps: Iterable[list[NodeStep]], what: str) -> int:
+def _before(step: int, spent: dict[int, dict[int, int]]) -> dict[int, int]:
+    """Take out the time that each rank has spent after earlier steps than `step`."""
+    taken: dict[int, int] = {}
+    for earlier in [s for s in spent if s < step]:
+        for rank, us in spent.pop(earlier).items():
+            taken[rank] = taken.get(rank, 0) + us
+    return taken
+
+
+def _completes(told: dict[_Teller, _Report], teller: _Teller, report: _Report, tellers: int) -> bool:
+    """Note what `teller` reports, unless it has done so before; whether now all have, for the first time."""
+    if teller in told:
+        return False
+    told[teller] = report
+    return len(told) == tellers
+
+
+def _shared(versions: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Each entry that all have alike; "mixed" where they differ."""
+    first = versions[0]
+    names = dict.fromkeys(name for each in versions for name in each)
+    return {n: first[n] if all(each.get(n) == first.get(n) for each in versions) else "mixed" for n in names}
+
+
+def _slowest(steps: Iterable[Iterable[NodeStep]], what: str) -> int:
     return sum(max((getattr(n, what) for n in nodes), default=0) for nodes in steps)
