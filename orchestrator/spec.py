@@ -209,7 +209,7 @@ def parse(document: dict[str, Any]) -> JobSpec:
 
 
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:
-    """Agents and workers have other current folders. `~` is each node's own, but for the run directory, which is one."""
+    """Agents and workers have other current folders. `~` stays each node's own, but in run.url, which all share."""
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path or path.startswith("~") else str(Path(path).absolute())
