@@ -102,7 +102,8 @@ def families(s: Status) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
 
     closed = [i for i in s.incidents if i.total_s is not None]
     incidents = CounterMetricFamily("shepherd_incidents", "Interruptions by cause.", labels=["run", "cause"])
-    many(incidents, {(cause,): n for cause, n in Counter(i.cause for i in s.incidents).items()})
+    judged = [i for i in s.incidents if i.teardown_s is not None]  # until then, the cause may still change
+    many(incidents, {(cause,): n for cause, n in Counter(i.cause for i in judged).items()})
     yield incidents
 
     recoveries = CounterMetricFamily("shepherd_recoveries", "Interruptions recovered, by rung.", labels=["run", "rung"])

@@ -1,0 +1,313 @@
+"""The run as people see it: metrics over a real port, by Prometheus' own parser; pictures of hostile histories."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from core_body import Body
+from core_world import Tape
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from orchestrator.core.goodput import LABELS
+from orchestrator.core.state import JOB_STATES, NODE_STATES
+from orchestrator.core.supervisor import Supervisor
+from orchestrator.observe import exporter
+from orchestrator.observe.exporter import families, serve_metrics
+from orchestrator.observe.notices import notices
+from orchestrator.observe.status import IncidentStatus, Status, status_of
+from orchestrator.spec import JobSpec, parse
+
+INCIDENT = IncidentStatus(
+    number=1,
+    cause="signal",
+    culprit="n2",
+    detail="signal 9",
+    rung="replace",
+    rungs=("replace",),
+    reason="the worker died",
+    step=40,
+    steps_lost=2,
+    at_s=100.0,
+    teardown_s=0.25,
+    restart_s=1.5,
+    restore_s=0.5,
+    first_step_s=0.75,
+    total_s=3.0,
+    cost_node_s=9.0,
+)
+PICTURE = Status(
+    run="llama",
+    job="training",
+    epoch=2,
+    generation=3,
+    step=41,
+    total_steps=100,
+    high_water=43,
+    loss=3.25,
+    grad_norm=0.5,
+    lr=3e-4,
+    tokens_per_s=1234.5,
+    wall_clock_s=200.0,
+    places=5,
+    goodput=0.75,
+    ledger_s={label: float(n) for n, label in enumerate(LABELS)},
+    ledger_us={label: n * 1_000_000 for n, label in enumerate(LABELS)},
+    owed_us=1_000_000_000,
+    pending_us=1,
+    incidents=(
+        INCIDENT,
+        replace(INCIDENT, number=2, steps_lost=3),
+        replace(INCIDENT, number=3, cause="node", rung="spare", total_s=None, first_step_s=None),
+        replace(INCIDENT, number=4, cause="collective", rung="", teardown_s=None, restart_s=None, total_s=None),
+    ),
+    nodes={"n1": "active", "n2": "active", "n3": "spare", "n4": "lost"},
+    mesh=("n1", "n2"),
+    checkpoints=(20, 40),
+    newest_checkpoint_age_s=12.0,
+    hold="",
+    failure="",
+    ended=False,
+    exit_code=None,
+    verdict="",
+    metrics_address="127.0.0.1:1",
+    controller_pid=1,
+)
+NOTHING_YET = replace(
+    PICTURE, loss=None, grad_norm=None, lr=None, tokens_per_s=None, goodput=None, checkpoints=(), incidents=()
+)
+NOTHING_YET = replace(NOTHING_YET, newest_checkpoint_age_s=None, hold="disk full", job="waiting", nodes={})
+
+
+def spec(port: int = 0, bind: str = "127.0.0.1") -> JobSpec:
+    return parse({"run": {"name": "llama", "url": "/runs/llama"}, "metrics": {"bind": bind, "port": port}})
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """A controller's loop, running."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def scrape(port: int, host: str = "127.0.0.1") -> str:
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        return str(answer.read().decode())
+
+
+def samples(text: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """Name to the values of its labels (in the order of their names, without the run's) to value."""
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("run") == "llama", sample
+            found.setdefault(sample.name, {})[tuple(labels[name] for name in sorted(labels))] = sample.value
+    return found
+
+
+def test_a_scrape_shows_the_whole_picture(loop):
+    found = samples(scrape(serve_metrics(spec(), lambda: PICTURE, loop)))
+    assert {name: values[()] for name, values in found.items() if () in values} == {
+        "shepherd_step": 41,
+        "shepherd_steps_target": 100,
+        "shepherd_steps_high_water": 43,
+        "shepherd_loss": 3.25,
+        "shepherd_gradient_norm": 0.5,
+        "shepherd_learning_rate": 3e-4,
+        "shepherd_tokens_per_second": 1234.5,
+        "shepherd_goodput_ratio": 0.75,
+        "shepherd_places": 5,
+        "shepherd_epoch": 2,
+        "shepherd_generation": 3,
+        "shepherd_hold": 0,
+        "shepherd_checkpoint_age_seconds": 12,
+        "shepherd_checkpoint_step": 40,
+        "shepherd_steps_lost_total": 5,
+    }
+    assert found["shepherd_node_seconds_total"] == {(label,): n for n, label in enumerate(LABELS)}
+    assert found["shepherd_nodes"] == {("active",): 2, ("spare",): 1, ("quarantined",): 0, ("lost",): 1}
+    assert set(NODE_STATES) == {state for (state,) in found["shepherd_nodes"]}
+    assert found["shepherd_job_state"] == {(state,): float(state == "training") for state in JOB_STATES}
+    assert found["shepherd_incidents_total"] == {("signal",): 2, ("node",): 1}, "the cause of the fourth may change"
+    assert found["shepherd_recoveries_total"] == {("replace",): 2}
+    assert found["shepherd_recovery_seconds_total"] == {
+        ("teardown", "replace"): 0.5,
+        ("restart", "replace"): 3.0,
+        ("restore", "replace"): 1.0,
+        ("first_step", "replace"): 1.5,
+    }
+
+
+def test_what_is_not_known_yet_is_left_out(loop):
+    found = samples(scrape(serve_metrics(spec(), lambda: NOTHING_YET, loop)))
+    absent = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "goodput_ratio", "checkpoint_step")
+    assert not {f"shepherd_{name}" for name in (*absent, "checkpoint_age_seconds")} & set(found)
+    assert found["shepherd_hold"] == {(): 1}
+    assert found["shepherd_steps_lost_total"] == {(): 0}
+    assert set(found["shepherd_nodes"].values()) == {0}
+
+
+def test_each_scrape_is_a_new_picture_taken_on_the_controllers_loop(loop):
+    threads: list[threading.Thread] = []
+
+    def status() -> Status:
+        threads.append(threading.current_thread())
+        return replace(PICTURE, step=len(threads))
+
+    port = serve_metrics(spec(), status, loop)
+    steps = [samples(scrape(port))["shepherd_step"][()] for _ in range(3)]
+    assert steps == [1, 2, 3]
+    assert len(set(threads)) == 1 and threads[0] is not threading.current_thread()
+
+
+def test_names_types_and_help_follow_the_conventions_of_prometheus(loop):
+    text = scrape(serve_metrics(spec(), lambda: PICTURE, loop))
+    for family in text_string_to_metric_families(text):
+        assert family.name.startswith("shepherd_"), family
+        assert family.documentation.endswith("."), family
+        assert family.type in ("counter", "gauge"), family
+        for sample in family.samples:
+            assert sample.name.endswith("_total") == (family.type == "counter"), sample
+            assert not any(unit in sample.name for unit in ("_ms", "_us", "_minutes", "_percent")), sample
+    times = [f.name for f in text_string_to_metric_families(text) if "seconds" in f.documentation.lower()]
+    assert all("seconds" in name or name.endswith("_ratio") for name in times), times
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_has_nothing_to_say(loop):
+    text = scrape(serve_metrics(spec(), lambda: PICTURE, loop))
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, timeout=60)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_the_port_of_the_spec_is_used_and_a_taken_one_refused(loop):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            serve_metrics(spec(port), lambda: PICTURE, loop)
+    assert serve_metrics(spec(port), lambda: PICTURE, loop) == port
+    assert "shepherd_step" in scrape(port)
+    with pytest.raises(OSError, match="in use"):
+        serve_metrics(spec(port), lambda: PICTURE, loop)
+
+
+def test_only_the_address_of_the_spec_is_served(loop):
+    port = serve_metrics(spec(bind="127.0.0.2"), lambda: PICTURE, loop)
+    assert "shepherd_step" in scrape(port, "127.0.0.2")
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        scrape(port)
+
+
+def test_a_controller_that_cannot_answer_fails_the_scrape(loop, monkeypatch):
+    def broken() -> Status:
+        raise RuntimeError("no picture")
+
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        scrape(serve_metrics(spec(), broken, loop))
+    monkeypatch.setattr(exporter, "SCRAPE_DEADLINE_S", 0.05)
+    port = serve_metrics(spec(), lambda: PICTURE, loop)
+    release = threading.Event()
+    loop.call_soon_threadsafe(release.wait, 20)
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        scrape(port)
+    release.set()
+
+
+# --- pictures of hostile histories ---
+
+
+def pictures(seed: int) -> Iterator[tuple[Status, list[str]]]:
+    """The run as people see it after each event of a random history, and what they are told."""
+    body = Body(Tape(random.Random(seed).randbytes(300)))
+    body.run()
+    supervisor = Supervisor()
+    for event, _ in body.watch.log:
+        actions = supervisor.handle(event)
+        yield picture_of(supervisor, event.at), notices(event, actions, supervisor.state)
+
+
+def picture_of(supervisor: Supervisor, at: int) -> Status:
+    return status_of(
+        supervisor.state,
+        at=at,
+        hold="",
+        failure="",
+        ended=False,
+        metrics_address="",
+        newest=None,
+        rates=[],
+        tracebacks={},
+    )
+
+
+def counters(status: Status) -> dict[tuple[str, ...], float]:
+    metrics: list[Metric] = [family for family in families(status) if family.type == "counter"]
+    return {(s.name, *s.labels.values()): s.value for family in metrics for s in family.samples}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_counters_never_fall_whatever_happens_to_the_run(seed):
+    last: dict[tuple[str, ...], float] = {}
+    for status, _ in pictures(seed):
+        now = counters(status)
+        assert set(last) <= set(now), "a counter is gone"
+        assert all(now[name] >= value for name, value in last.items())
+        last = now
+    assert last["shepherd_node_seconds_total", "run", "productive"] > 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_picture_is_true_and_can_be_sent(seed):
+    told = []
+    for status, lines in pictures(seed):
+        assert json.loads(json.dumps(status.document()))["step"] == status.step
+        assert sum(status.ledger_us.values()) + status.pending_us == status.owed_us
+        assert list(status.checkpoints) == sorted(status.checkpoints)
+        assert [i.number for i in status.incidents] == list(range(1, len(status.incidents) + 1))
+        for i in status.incidents:
+            durations = [i.teardown_s, i.restart_s, i.restore_s, i.first_step_s, i.total_s]
+            assert all(d is None or d >= 0 for d in durations), i
+            assert i.cause and i.steps_lost >= 0
+        assert all(line and "\n" not in line for line in lines)
+        told += lines
+    assert any("generation 1 opens at step 0 from new weights" in line for line in told)
+    assert any(line.startswith("the run ends: all") and line.endswith("(exit code 0)") for line in told)
+
+
+def test_throughput_is_that_of_the_newest_steps():
+    def rate(rates: list[tuple[float, int, int]]) -> float | None:
+        state = Supervisor().state
+        return status_of(
+            state,
+            at=0,
+            hold="",
+            failure="",
+            ended=False,
+            metrics_address="",
+            newest=None,
+            rates=rates,
+            tracebacks={},
+        ).tokens_per_s
+
+    assert rate([]) is None
+    assert rate([(1.0, 1, 64)]) is None
+    assert rate([(1.0, 1, 64), (1.0, 2, 64)]) is None
+    assert rate([(10.0, 1, 999), (10.5, 2, 64), (11.0, 3, 64), (12.0, 4, 64)]) == 96.0
