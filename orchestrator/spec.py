@@ -47,22 +47,30 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
+    """What is trained, how long, and where its state is kept."""
+
     name: str = Field(description="Names the run in Ray, in shared memory and in metrics: a-z, 0-9 and -.")
     url: str = Field(
         default="",
         description="Run directory: any fsspec URL; shared by all nodes. Empty: runs/<name> in the current folder.",
     )
-    steps: int = Field(default=1000, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(default=1000, ge=1, description="Training steps; the learning rate ends its cosine here.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Of the weights and of the order of samples.")
     deterministic: bool = Field(default=True, description="Bitwise reproducible kernels only.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of activations and of the communicated parameters; the state is float32."
     )
-    validation_interval_steps: int = Field(default=100, ge=1)
+    validation_interval_steps: int = Field(
+        default=100,
+        ge=1,
+        description="Steps between passes over held-out text; also before the first and after the last.",
+    )
 
 
 class ClusterSection(_Section):
-    device: Literal["cpu", "cuda"] = "cpu"
+    """The nodes that the run takes."""
+
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="gloo on CPUs, NCCL on CUDA.")
     slots_per_node: int = Field(default=1, ge=1, description="Ranks on each node; on CUDA, its GPUs.")
     spares: int = Field(default=0, ge=0, description="Ready nodes beyond those of the mesh.")
     cpus_per_slot: float = Field(default=1, gt=0, description="CPUs that Ray reserves for each rank.")
@@ -99,6 +107,8 @@ class RecoverySection(_Section):
 
 
 class MetricsSection(_Section):
+    """The Prometheus endpoint, on the head node."""
+
     bind: str = Field(default="127.0.0.1", description="Address of the Prometheus endpoint.")
     port: int = Field(default=0, ge=0, lt=65536, description="0: a free one; `shepherd status` tells which.")
 

@@ -36,8 +36,11 @@ class ModelConfig:
     preset: str = ""
     """Name of a file in trainer/presets that gives every field that is not set here."""
     dim: int = 256
+    """Width of the residual stream."""
     n_layers: int = 4
+    """Transformer blocks."""
     n_heads: int = 8
+    """Query heads."""
     n_kv_heads: int = 4
     """Key and value heads; fewer than n_heads is grouped-query attention (Ainslie et al. 2023)."""
     ffn_dim: int = 704
@@ -45,7 +48,9 @@ class ModelConfig:
     vocab_size: int = 4096
     """Size of the embedding; the byte-level BPE tokenizer is trained to this size."""
     rope_theta: float = 500_000.0
+    """Base of the rotary angles."""
     norm_eps: float = 1e-5
+    """Added to the mean square under RMSNorm's root."""
 
     @property
     def head_dim(self) -> int:
@@ -54,6 +59,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The corpus, and how it is cut into samples and batches."""
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     corpus: str = "python-stdlib"
@@ -77,9 +84,13 @@ class ParallelConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     pp: int = 1
+    """Pipeline stages."""
     dp_replicate: int = 1
+    """Replicas of the sharded state; each is a live copy from which a lost slot of another can be restored."""
     dp_shard: int = 1
+    """Ranks over which parameters and optimizer state are sharded (FSDP2)."""
     tp: int = 1
+    """Ranks that split each matrix and the sequence between matrices; they share a node."""
     microbatches: int = 1
     """Microbatches that one step's local batch is cut into (1F1B wants at least pp)."""
 
@@ -99,18 +110,27 @@ class OptimizerConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     lr: float = 3e-4
+    """Peak of the learning rate."""
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Decoupled; of matrices only."""
     warmup_steps: int = 2000
+    """Steps of linear warm-up to the peak."""
     final_lr_ratio: float = 0.1
     """The cosine ends at this share of the peak, at the run's last step."""
     clip_norm: float = 1.0
+    """Largest norm of the gradient over the whole mesh."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When state is saved."""
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     interval_steps: int = 100
@@ -121,6 +141,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
+    """Checks of the numbers in each step."""
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     finite: bool = True
