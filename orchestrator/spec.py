@@ -73,7 +73,9 @@ class ClusterSection(_Section):
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="gloo on CPUs, NCCL on CUDA.")
     slots_per_node: int = Field(default=1, ge=1, description="Ranks on each node; on CUDA, its GPUs.")
     spares: int = Field(default=0, ge=0, description="Ready nodes beyond those of the mesh.")
-    cpus_per_slot: float = Field(default=1, gt=0, description="CPUs that Ray reserves for each rank.")
+    cpus_per_slot: float = Field(
+        default=1, gt=0, description="CPUs that Ray reserves for each rank, and its threads; at least one thread."
+    )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
     )
@@ -84,22 +86,38 @@ class ClusterSection(_Section):
 class RecoverySection(_Section):
     """Bounds of patience. Each is an upper bound for the worst case, not a wait in the usual one."""
 
-    halt_deadline_s: float = Field(default=10, gt=0, description="A killed worker is gone in milliseconds.")
-    start_deadline_s: float = Field(
-        default=300, gt=0, description="Workers forked, rendezvous, model and state in place."
+    halt_deadline_s: float = Field(
+        default=10,
+        gt=0,
+        description="For a node to end its workers; past it the node is lost. A kill takes milliseconds.",
     )
-    wait_deadline_s: float = Field(default=600, gt=0, description="For enough nodes; autoscalers take minutes.")
-    commit_deadline_s: float = Field(default=120, gt=0, description="For the last checkpoint's commit record.")
+    start_deadline_s: float = Field(
+        default=300,
+        gt=0,
+        description="For a generation to come up: workers forked, rendezvous, model and state in place.",
+    )
+    wait_deadline_s: float = Field(
+        default=600, gt=0, description="For enough nodes, at the start and after losses; autoscalers take minutes."
+    )
+    commit_deadline_s: float = Field(
+        default=120, gt=0, description="For the last checkpoint's commit record; then the run fails."
+    )
     node_silence_s: float = Field(
-        default=10, gt=0, description="Agents report each second; a closed connection tells sooner."
+        default=10,
+        gt=0,
+        description="A node silent for so long is lost. Agents report each second; a closed connection tells sooner.",
     )
     collective_timeout_s: float = Field(
-        default=120, gt=0, description="Last resort of the process groups; must exceed the slowest step and save."
+        default=120,
+        gt=0,
+        description="Last resort against a rank that hangs; must exceed the slowest step, validation and save.",
     )
     same_error_tries: int = Field(
         default=2, ge=1, description="The same exception at the same step this many times is the program's own fault."
     )
-    recoveries_without_progress: int = Field(default=8, ge=1, description="Crash-loop breaker.")
+    recoveries_without_progress: int = Field(
+        default=8, ge=1, description="Crash-loop breaker: this many generations without one new step end the run."
+    )
     strikes: int = Field(default=3, ge=1, description="Incidents that quarantine a node when a spare can replace it.")
     driver_lease_s: float = Field(
         default=10, gt=0, description="The run ends this long after its driver's last sign of life (unless detached)."
