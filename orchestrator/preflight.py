@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import socket
+import time
 from pathlib import Path
 
 import fsspec
@@ -12,6 +13,9 @@ from orchestrator.runtime import journal
 from orchestrator.runtime.nodes import bundle_of, eligible
 from orchestrator.spec import JobSpec
 from storage.urls import StoreError, probe
+
+RELEASE_DEADLINE_S = 10.0
+"""For nodes that another run holds: one that is ending gives them back within seconds."""
 
 
 class PreflightError(RuntimeError):
@@ -35,14 +39,21 @@ def check_cluster(spec: JobSpec) -> None:
     Raises:
         PreflightError: it has not.
     """
-    found, layout = len(eligible(spec)), spec.layout
-    if found < layout.nodes:
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle_of(spec).items())
-        raise PreflightError(
-            f"not enough nodes: the mesh of {layout.slots} slots needs {layout.nodes} live Ray nodes with {needs} each "
-            f"(cluster.slots_per_node = {layout.slots_per_node}), the cluster has {found}. Add nodes with `ray start`, "
-            "or make the mesh smaller ([parallel]) or the nodes fuller (cluster.slots_per_node)"
-        )
+    layout, deadline = spec.layout, time.monotonic() + RELEASE_DEADLINE_S
+    while True:
+        found = eligible(spec)
+        free = sum(node.free for node in found)
+        if free >= layout.nodes:
+            return
+        if len(found) < layout.nodes or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)  # what another run has just released is on its way to Ray's view
+    needs = ", ".join(f"{amount:g} {name}" for name, amount in bundle_of(spec).items())
+    raise PreflightError(
+        f"not enough nodes: the mesh of {layout.slots} slots needs {layout.nodes} live Ray nodes with {needs} each "
+        f"(cluster.slots_per_node = {layout.slots_per_node}), the cluster has {len(found)}, of which {free} are free. "
+        "Add nodes with `ray start`, or make the mesh smaller ([parallel]) or the nodes fuller (cluster.slots_per_node)"
+    )
 
 
 def _run_directory(spec: JobSpec, resume: bool) -> list[str]:

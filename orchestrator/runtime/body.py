@@ -291,7 +291,7 @@ class Body:
                 logger.warning("Ray does not list its nodes: %r", e)
                 found = []
             taken = {handle.ray_node for handle in self.agents.values()} | self._starting
-            free = [node for node in found if node.id not in taken and self._tries_left(node.id)]
+            free = [n for n in found if n.free and n.id not in taken and self._tries_left(n.id)]
             for node in free[: max(0, self._places - len(taken))]:
                 self._starting.add(node.id)
                 self._spawn(self._join(node))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray._private.state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -40,15 +41,27 @@ class AgentHandle:
 class RayNode:
     id: str
     domain: str
+    free: bool
+    """Whether nobody else has taken what an agent needs there. Ray's view of this is up to a second old."""
 
 
 def eligible(spec: JobSpec) -> list[RayNode]:
-    """The live nodes of the cluster whose total resources fit an agent, in a fixed order. Blocks for one RPC."""
+    """The live nodes of the cluster whose resources fit an agent, in a fixed order. Blocks for two RPCs."""
     bundle = bundle_of(spec)
+    # Ray has no public call for what is free on each node; its own `ray status` reads this one.
+    available = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+
+    def fits(resources: dict[str, float]) -> bool:
+        return all(resources.get(name, 0) >= amount for name, amount in bundle.items())
+
     return [
-        RayNode(id=node["NodeID"], domain=(node.get("Labels") or {}).get(spec.cluster.domain_label, ""))
+        RayNode(
+            id=node["NodeID"],
+            domain=(node.get("Labels") or {}).get(spec.cluster.domain_label, ""),
+            free=fits(available.get(node["NodeID"], {})),
+        )
         for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))  # type: ignore[no-untyped-call]
-        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in bundle.items())
+        if node["Alive"] and fits(node["Resources"])
     ]
 
 

@@ -76,10 +76,18 @@ def plain_ray(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A cluster as `ray start --head` makes it: its address, and its dashboard's."""
     port, dashboard = free_port(), free_port()
     options = (f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0", "--num-cpus=2")
+    options = (*options, f"--ray-client-server-port={free_port()}")
     # As from an activated environment: jobs find `python` there.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--ray-client-server-port=0", *options],
+        [
+            Path(sys.executable).with_name("ray"),
+            "start",
+            "--head",
+            "--block",
+            f"--ray-client-server-port={free_port()}",
+            *options,
+        ],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

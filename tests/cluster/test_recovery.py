@@ -111,7 +111,9 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
 
 
 def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
-    spec = spec_of(job("controller-dies", tmp_path, run={"steps": 24}))
+    spec = spec_of(job("controller-dies", tmp_path))
+    # Slow steps, so that the controller is back before the run is over.
+    (cluster.faults / "controller-dies.py").write_text("import time; time.sleep(0.4)")
     seen: dict[str, int] = {}
 
     def chaos(status: Status) -> None:
@@ -160,7 +162,7 @@ def test_two_runs_do_not_touch_each_other(cluster: Cluster, untouched: str, tmp_
     from orchestrator.runtime import driver
 
     one_node = {"parallel": {"pp": 2, "dp_replicate": 1, "microbatches": 2}, "cluster": {"spares": 0}}
-    other = spec_of(job("other", tmp_path, run={"steps": 2000}, **one_node))
+    other = spec_of(job("other", tmp_path, run={"steps": 100_000}, **one_node))
     controller = driver.start(other, detached=True)
     token = driver.read_token(other.cluster.log_dir, "other")
     wait_for(lambda: driver.poll(controller)[0].step >= 2, 120, "the other run to train")
