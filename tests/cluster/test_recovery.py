@@ -58,7 +58,10 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
     assert sum(status.ledger_us.values()) == status.owed_us == round(status.wall_clock_s * 1e6) * status.places
     assert status.ledger_us["other"] <= status.owed_us // 100
     records = journal.read(spec.run.url)
-    assert journal.replay(records).state.exit_code == 0
+    for cut in range(len(records) + 1):
+        state = journal.replay(records[:cut]).state  # checks every decision, and the invariants after each event
+        state.check()
+    assert (state.exit_code, state.step) == (0, spec.run.steps)
     await_nothing_left(tmp_path / "ram")
 
 
