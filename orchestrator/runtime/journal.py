@@ -115,7 +115,7 @@ def _read_lines(url: str, tail: Path | None) -> tuple[list[_Line], int]:
     lines = _history(url, head, candidates) if head is not None else []
     in_segments = len(lines)
     for line in _tail_lines(tail):
-        if line.seq == len(lines) + 1 and line.follows(lines[-1] if lines else None):
+        if line.follows(lines[-1] if lines else None):
             lines.append(line)
     return lines, in_segments
 

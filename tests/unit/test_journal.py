@@ -277,6 +277,21 @@ def test_a_segment_that_is_cut_off_is_refused_and_named(tmp_path_factory, data):
         read(url)
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_newest_segment_that_is_empty_or_ends_within_a_line_is_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("torn")
+    url = str(folder / "run")
+    published_in_three(url, folder / "tail", recorded(2))
+    name = segments(url)[-1]
+    path = Path(url, "journal", name)
+    raw = path.read_bytes()
+    within = [at for at in range(1, len(raw)) if raw[at - 1 : at] != b"\n"]
+    path.write_bytes(raw[: data.draw(st.one_of(st.just(0), st.sampled_from(within)))])
+    with pytest.raises(JournalError, match=name):
+        read(url)
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_segment_is_refused(tmp_path, missing):
     url = str(tmp_path / "run")
@@ -367,6 +382,10 @@ def test_controllers_that_begin_at_once_take_different_epochs(url):
         claims = race(f"{url}/{trial}", 8)
         assert sorted(claim.epoch for claim in claims) == list(range(1, 9))
         assert len({claim.began_unix_us for claim in claims}) == 1, "one run has one beginning"
+
+
+def test_controllers_that_begin_in_the_same_microsecond_take_different_epochs(tmp_path, clock):
+    assert sorted(claim.epoch for claim in race(str(tmp_path), 8)) == list(range(1, 9))
 
 
 def test_a_later_epoch_keeps_the_clock_of_the_first(tmp_path, clock):
