@@ -29,7 +29,7 @@ GONE_WITHIN_S = 30.0
 
 
 def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A document: four ranks (pp 2 x dp_replicate 2) on two nodes, one spare, and a model of 0.3 M parameters."""
+    """A document: four ranks (pp 2 x dp_replicate 2) on two nodes, and a model of 0.3 M parameters."""
     document: dict[str, dict[str, Any]] = {
         "run": {"name": name, "url": str(folder / name), "steps": 24, "validation_interval_steps": 24},
         "model": {"preset": "tiny"},
@@ -37,7 +37,7 @@ def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "parallel": {"pp": 2, "dp_replicate": 2, "microbatches": 2},
         "optimizer": {"lr": 3e-3, "warmup_steps": 4},
         "checkpoint": {"interval_steps": 10},
-        "cluster": {"slots_per_node": 2, "spares": 1, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
+        "cluster": {"slots_per_node": 2, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
     }
     for section, fields in sections.items():
         document.setdefault(section, {}).update(fields)

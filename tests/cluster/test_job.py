@@ -123,7 +123,7 @@ def test_ray_job_submit_and_ray_job_stop(plain_ray: tuple[str, str], tmp_path: P
     tree = tmp_path / "tree"
     for package in ("orchestrator", "trainer", "storage"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    one_node = {"cluster": {"spares": 0}, "parallel": {"dp_replicate": 1}, "checkpoint": {"interval_steps": 20}}
+    one_node = {"parallel": {"dp_replicate": 1}, "checkpoint": {"interval_steps": 20}}
     document = job("submitted", tmp_path, run={"steps": 3000}, **one_node)
     file = spec_file(document, tmp_path / "spec.toml")
 

@@ -3,10 +3,10 @@
 import os
 import signal
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 from conftest import CPUS, Cluster
 from herd import (
     await_gone,
@@ -22,23 +22,40 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.chaos import faults
 from orchestrator.observe.status import Status
-from orchestrator.runtime import journal
+from orchestrator.runtime import driver, journal
 from orchestrator.runtime.controller import namespace_of
 
 pytestmark = pytest.mark.timeout(300)
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """The job when nothing happens to it."""
+
+    digest: str
+    status: Status
+    metrics: str
+    """Its metrics page at some step."""
+
+
 @pytest.fixture(scope="module")
-def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The final state of the job when nothing happens to it."""
+def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Untouched:
     spec = spec_of(job("untouched", tmp_path_factory.mktemp("untouched")))
-    status, told = train(spec)
+    (cluster.faults / "untouched.py").write_text("import time; time.sleep(0.1)")
+    pages: list[str] = []
+
+    def scrape(status: Status) -> None:
+        if status.step >= 4 and not status.ended:
+            with urllib.request.urlopen(f"http://{status.metrics_address}/metrics", timeout=10) as page:
+                pages.append(page.read().decode())
+
+    status, told = train(spec, scrape)
     assert status.exit_code == 0, told
     assert status.incidents == ()
-    return final_digest(spec)
+    return Untouched(digest=final_digest(spec), status=status, metrics=pages[-1])
 
 
-def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
+def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     spec = spec_of(job("worker-dies", tmp_path))
     killed: list[int] = []
 
@@ -54,7 +71,7 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
     assert incident.culprit == status.mesh[1]
     assert incident.steps_lost <= 1
     assert incident.total_s is not None
-    assert final_digest(spec) == untouched
+    assert final_digest(spec) == untouched.digest
     assert sum(status.ledger_us.values()) == status.owed_us == round(status.wall_clock_s * 1e6) * status.places
     assert status.ledger_us["other"] <= status.owed_us // 100
     records = journal.read(spec.run.url)
@@ -65,8 +82,10 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
     await_nothing_left(tmp_path / "ram")
 
 
-def test_killed_node_is_replaced_by_the_spare_and_its_replica(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
-    spec = spec_of(job("node-dies", tmp_path))
+def test_killed_node_without_replicas_restarts_from_the_checkpoint(
+    cluster: Cluster, untouched: Untouched, tmp_path: Path
+) -> None:
+    spec = spec_of(job("node-dies", tmp_path, cluster={"spares": 1}))
     killed: list[str] = []
 
     def chaos(status: Status) -> None:
@@ -86,13 +105,14 @@ def test_killed_node_is_replaced_by_the_spare_and_its_replica(cluster: Cluster, 
     assert killed[0] not in status.mesh
     # pp 2 x dp_replicate 2 on two nodes: a node holds one whole stage, so its replicas die with it.
     assert incident.rung == "durable"
-    assert final_digest(spec) == untouched
+    assert final_digest(spec) == untouched.digest
     await_nothing_left(tmp_path / "ram")
 
 
 def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Path) -> None:
     mesh = {"parallel": {"pp": 1, "dp_replicate": 4, "microbatches": 1}, "checkpoint": {"interval_steps": 100}}
-    calm, hurt = spec_of(job("calm", tmp_path, **mesh)), spec_of(job("hurt", tmp_path, **mesh))
+    calm = spec_of(job("calm", tmp_path, **mesh))
+    hurt = spec_of(job("hurt", tmp_path, **mesh, cluster={"spares": 1}))
     killed: list[str] = []
 
     def chaos(status: Status) -> None:
@@ -113,7 +133,7 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     assert final_digest(hurt) == final_digest(calm)
 
 
-def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
+def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     spec = spec_of(job("controller-dies", tmp_path))
     # Slow steps, so that the controller is back before the run is over.
     (cluster.faults / "controller-dies.py").write_text("import time; time.sleep(0.4)")
@@ -135,52 +155,35 @@ def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: str, 
     # Nobody's workers were touched by the controller's death: the only incident is the worker that was killed later.
     assert [(i.cause, i.rung) for i in status.incidents] == [("signal", "replace")]
     assert seen["worker"] == 1
-    assert final_digest(spec) == untouched
+    assert final_digest(spec) == untouched.digest
     assert sum(status.ledger_us.values()) == status.owed_us
     await_nothing_left(tmp_path / "ram")
 
 
-def test_metrics_tell_what_the_ledger_tells(cluster: Cluster, tmp_path: Path) -> None:
-    spec = spec_of(job("measured", tmp_path, run={"steps": 12}))
-    pages: list[str] = []
-
-    def scrape(status: Status) -> None:
-        if status.step >= 4 and not status.ended:
-            with urllib.request.urlopen(f"http://{status.metrics_address}/metrics", timeout=10) as page:
-                pages.append(page.read().decode())
-
-    status, told = train(spec, scrape)
-    assert status.exit_code == 0, told
-    samples = [s for family in text_string_to_metric_families(pages[-1]) for s in family.samples]
+def test_metrics_tell_what_the_ledger_tells(untouched: Untouched) -> None:
+    samples = [s for family in text_string_to_metric_families(untouched.metrics) for s in family.samples]
     values = {(s.name, tuple(sorted(s.labels.items()))): s.value for s in samples}
-    run = ("run", "measured")
-    assert 4 <= values["shepherd_step", (run,)] <= 12
+    run = ("run", "untouched")
+    assert 4 <= values["shepherd_step", (run,)] <= 24
     assert values["shepherd_nodes", (run, ("state", "active"))] == 2
     productive = values["shepherd_node_seconds_total", (("label", "productive"), run)]
-    assert 0 < productive <= status.ledger_s["productive"]
+    assert 0 < productive <= untouched.status.ledger_s["productive"]
     assert values["shepherd_loss", (run,)] > 0
 
 
-def test_two_runs_do_not_touch_each_other(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
-    from orchestrator.runtime import driver
-
-    one_node = {"parallel": {"pp": 2, "dp_replicate": 1, "microbatches": 2}, "cluster": {"spares": 0}}
-    other = spec_of(job("other", tmp_path, run={"steps": 100_000}, **one_node))
-    controller = driver.start(other, detached=True)
-    token = driver.read_token(other.cluster.log_dir, "other")
-    wait_for(lambda: driver.poll(controller)[0].step >= 2, 120, "the other run to train")
+def test_a_run_is_its_owners_alone(cluster: Cluster, tmp_path: Path) -> None:
+    one_node = {"parallel": {"dp_replicate": 1}}
+    spec = spec_of(job("mine", tmp_path, run={"steps": 100_000}, **one_node))
+    controller = driver.start(spec, detached=True)
+    token = driver.read_token(spec.cluster.log_dir, "mine")
+    wait_for(lambda: driver.poll(controller)[0].step >= 2, 120, "the run to train")
     with pytest.raises(driver.RunError, match="is active on this cluster"):
-        driver.start(other, detached=True)
-    token_now = driver.read_token(other.cluster.log_dir, "other")
-    assert token == token_now
-    spec = spec_of(job("first", tmp_path, cluster={"spares": 0}))
-    status, told = train(spec)
-    assert status.exit_code == 0, told
-    assert final_digest(spec) == untouched
+        driver.start(spec, detached=True)
+    assert driver.read_token(spec.cluster.log_dir, "mine") == token
     with pytest.raises(PermissionError):
-        driver.stop(driver.find("other"), "not the token", by="nobody", graceful=False)
-    assert driver.poll(driver.find("other"))[0].job == "training"
-    driver.stop(driver.find("other"), token, by="the test", graceful=False)
-    wait_for(lambda: driver.poll(controller, lease=True)[0].ended, 60, "the other run to end")
-    await_gone("other")
-    assert ray.is_initialized()
+        driver.stop(driver.find("mine"), "not the token", by="nobody", graceful=False)
+    assert driver.poll(driver.find("mine"))[0].job == "training"
+    driver.stop(driver.find("mine"), token, by="the test", graceful=False)
+    wait_for(lambda: driver.poll(controller, lease=True)[0].ended, 60, "the run to end")
+    await_gone("mine")
+    await_nothing_left(tmp_path / "ram")
