@@ -156,7 +156,7 @@ class NodeFold:
     def _step(self, step: int) -> NodeStep:
         ranks = self._steps.pop(step).values()
         self._done = step
-        saves, validations = _before(step, self._checkpoint_us), _before(step, self._validation_us)
+        saves, validations = self._checkpoint_us.pop(step - 1, {}), self._validation_us.pop(step - 1, {})
         teller = next((r for r in ranks if r.loss is not None), None)
         return NodeStep(
             generation=self.generation,
@@ -315,15 +315,6 @@ class MeshFold:
                 write_us=self._write_us[report.step],
             )
         ]
-
-
-def _before(step: int, spent: dict[int, dict[int, int]]) -> dict[int, int]:
-    """Take out the time that each rank has spent after earlier steps than `step`."""
-    taken: dict[int, int] = {}
-    for earlier in [s for s in spent if s < step]:
-        for rank, us in spent.pop(earlier).items():
-            taken[rank] = taken.get(rank, 0) + us
-    return taken
 
 
 def _completes(told: dict[_Teller, _Report], teller: _Teller, report: _Report, tellers: int) -> bool:
