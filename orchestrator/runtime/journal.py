@@ -179,8 +179,12 @@ class Journal:
         self._unkept, self._tail_bytes = b"", 0
         make_folder(str(tail.parent))
         self._tail = os.open(tail, os.O_RDWR | os.O_CREAT, 0o644)
-        sync_folder(str(tail.parent))
-        self.publish()
+        try:
+            sync_folder(str(tail.parent))
+            self.publish()
+        except BaseException:
+            os.close(self._tail)  # it is tried again for as long as the store is away
+            raise
 
     @property
     def next_seq(self) -> int:

@@ -220,8 +220,10 @@ def test_a_store_that_is_away_when_a_controller_begins_keeps_the_tail(tmp_path, 
     epoch = claim_epoch(url, "test").epoch
     with monkeypatch.context() as patch:
         failing(patch, takes_effect=False)
+        open_files = os.listdir("/proc/self/fd")
         with pytest.raises(StoreError):
             Journal(url, tail, epoch)
+        assert len(os.listdir("/proc/self/fd")) == len(open_files)
     assert as_log(Journal(url, tail, epoch).records) == as_json(log[:5])
 
 
