@@ -71,13 +71,16 @@ def train(
         preflight.check_local(spec, resume)
         driver.connect(address)
         preflight.check_cluster(spec)
-        controller = driver.start(spec, detached=detach)
-    token = driver.read_token(spec.cluster.log_dir, spec.run.name)
+        controller, token = driver.start(spec, detached=detach)
     if detach:
         print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
         return
-    with live.view(spec) as show, _refusals():
-        status = driver.follow(controller, token, show)
+    try:
+        with live.view(spec) as show:
+            status = driver.follow(controller, token, show)
+    except driver.ControllerLost as e:
+        Console(stderr=True, highlight=False, soft_wrap=True).print("error:", str(e), style="red", markup=False)
+        raise typer.Exit(1) from e
     live.print_end(status, str(driver.run_log_dir(spec)))
     raise typer.Exit(1 if status.failure or status.exit_code is None else status.exit_code)
 

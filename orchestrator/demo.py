@@ -85,8 +85,9 @@ def job(name: str, steps: int, out: Path) -> JobSpec:
 
 def run(steps: int, out: Path) -> Outcome:
     """Run both, and compare. Takes a few minutes."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    for mine in ("untouched", "under-fire", "logs"):
+        shutil.rmtree(out / mine, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
     console = live.new_console()
     untouched, fire = job("untouched", steps, out), job("under-fire", steps, out)
     for spec in (untouched, fire):
@@ -95,6 +96,8 @@ def run(steps: int, out: Path) -> Outcome:
     with local_cluster(NODES + SPARES, SLOTS_PER_NODE):
         console.rule("first, the run that nobody touches")
         reference = _train(untouched, lambda status: None)
+        if reference.exit_code != 0:
+            raise driver.RunError(f"the untouched run did not reach its end: {reference.failure or reference.verdict}")
         console.rule("now the same run under fire")
         chaos = Chaos(fire, console)
         status = _train(fire, chaos)
@@ -129,8 +132,7 @@ class Chaos:
 
 def _train(spec: JobSpec, on_status: Callable[[Status], None]) -> Status:
     preflight.check_cluster(spec)
-    controller = driver.start(spec, detached=False)
-    token = driver.read_token(spec.cluster.log_dir, spec.run.name)
+    controller, token = driver.start(spec, detached=False)
     with live.view(spec) as show:
 
         def news(status: Status, lines: list[str]) -> None:

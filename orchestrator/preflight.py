@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import socket
+import tempfile
 import time
 from pathlib import Path
 
 import fsspec
 
 from orchestrator.runtime import journal
+from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.nodes import bundle_of, eligible
 from orchestrator.spec import JobSpec
 from storage.urls import StoreError, probe
@@ -28,7 +30,7 @@ def check_local(spec: JobSpec, resume: bool) -> None:
     Raises:
         PreflightError: with all problems that were found.
     """
-    problems = [*_run_directory(spec, resume), *_corpus(spec), *_metrics_port(spec)]
+    problems = [*_run_directory(spec, resume), *_log_directory(spec), *_corpus(spec), *_metrics_port(spec)]
     if problems:
         raise PreflightError("\n".join(problems))
 
@@ -70,6 +72,16 @@ def _run_directory(spec: JobSpec, resume: bool) -> list[str]:
     if resume and not started:
         return [f"run.url = {url!r}: there is no run to resume; start it without --resume"]
     return []
+
+
+def _log_directory(spec: JobSpec) -> list[str]:
+    folder = run_log_dir(spec)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as e:
+        return [f"cluster.log_dir = {spec.cluster.log_dir!r}: cannot be written here: {e}"]
 
 
 def _corpus(spec: JobSpec) -> list[str]:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage.durable_read import LoadPlanner, Reader
 from storage.durable_write import SavePlanner, Writer
-from storage.manifest import Commit, ManifestError, RankPart
+from storage.manifest import Commit, ManifestError, RankPart, StateMismatch
 from storage.state import TrainState
 from storage.urls import locate
 
@@ -55,8 +55,9 @@ def load(url: str, commit: Commit, state: TrainState) -> None:
     restored when the world size is the one that saved them, and left alone otherwise.
 
     Raises:
-        ManifestError: a file is missing or damaged (named with its block), or the checkpoint does not hold exactly the
-            tensors that the ranks ask for, each in its shape and dtype. No tensor has changed.
+        StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
+            dtype. No tensor has changed.
+        ManifestError: a file is missing or damaged (named with its block). No tensor has changed.
         CheckpointFailed: a rank could not read. No tensor has changed.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -92,9 +93,9 @@ def _dcp_errors() -> Iterator[None]:
             yield
     except CheckpointException as e:
         errors = {rank: wrapped[0] for rank, wrapped in sorted(e.failures.items())}
-        damaged = any(isinstance(error, ManifestError) for error in errors.values())
+        kinds = (StateMismatch, ManifestError)
+        ours = next((k for k in kinds if any(isinstance(error, k) for error in errors.values())), CheckpointFailed)
         text = "; ".join(
-            f"rank {rank}: {error if isinstance(error, ManifestError) else repr(error)}"
-            for rank, error in errors.items()
+            f"rank {rank}: {error if isinstance(error, kinds) else repr(error)}" for rank, error in errors.items()
         )
-        raise (ManifestError if damaged else CheckpointFailed)(text) from e
+        raise ours(text) from e

@@ -25,7 +25,7 @@ from torch.futures import Future
 from storage.blocks import READ_BLOCKS, VerifiedFile
 from storage.commits import read_indices
 from storage.index import BLOCK_BYTES, ITEM_BYTES, Chunk, Index
-from storage.manifest import Commit, ManifestError
+from storage.manifest import Commit, StateMismatch
 from storage.state import dtype_name
 from storage.urls import locate, portable_errors
 
@@ -44,11 +44,11 @@ class LoadPlanner(DefaultLoadPlanner):
         saved = self.metadata.state_dict_metadata
         for fqn, tensor in self.state_dict.items():
             if fqn not in saved:
-                raise ManifestError(f"{fqn}: not in the checkpoint")
+                raise StateMismatch(f"{fqn}: not in the checkpoint")
             kind, wanted = saved[fqn], (tuple(tensor.size()), tensor.dtype)
             assert isinstance(kind, TensorStorageMetadata)
             if (tuple(kind.size), kind.properties.dtype) != wanted:
-                raise ManifestError(
+                raise StateMismatch(
                     f"{fqn}: the checkpoint holds {kind.properties.dtype} of shape {tuple(kind.size)}, "
                     f"the run wants {wanted[1]} of shape {wanted[0]}"
                 )
@@ -59,7 +59,7 @@ class LoadPlanner(DefaultLoadPlanner):
         asked = {fqn for plan in global_plan for fqn in plan.planner_data}
         unread = sorted(set(self.metadata.state_dict_metadata) - asked)
         if unread:
-            raise ManifestError(f"the checkpoint holds tensors that no rank asks for: {unread[:10]} ({len(unread)})")
+            raise StateMismatch(f"the checkpoint holds tensors that no rank asks for: {unread[:10]} ({len(unread)})")
         return super().create_global_plan(global_plan)
 
 

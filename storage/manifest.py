@@ -102,6 +102,10 @@ class Commit:
         return Commit(parts=parts, **document)
 
 
+class StateMismatch(ValueError):
+    """A checkpoint is sound, but holds other tensors than the run has: it is the run's configuration that is wrong."""
+
+
 class ManifestError(ValueError):
     """A commit record, an index or a block is not what it must be."""
 

@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.manifest import ManifestError
+from storage.manifest import ManifestError, StateMismatch
 
 # A record is sent as one PUT: s3fs turns to multipart at 100 MiB. The largest, a commit of 16,384 ranks, has 5 MB.
 MAX_RECORD_BYTES = 64 * 1024 * 1024
@@ -202,7 +202,7 @@ def portable_errors() -> Iterator[None]:
     """Turn a store's own exception types into StoreError, which can be pickled between the ranks of a collective."""
     try:
         yield
-    except (ManifestError, StoreError, FileExistsError):
+    except (ManifestError, StateMismatch, StoreError, FileExistsError):
         raise
     except Exception as e:
         raise StoreError(f"{type(e).__name__}: {e}") from e

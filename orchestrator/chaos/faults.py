@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,16 @@ def kill_node(namespace: str, node: str, run: str, step: int) -> Injected:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(victims, timeout=CALL_DEADLINE_S)
+    deadline = time.monotonic() + CALL_DEADLINE_S
+    while any(_runs(process) for process in victims) and time.monotonic() < deadline:
+        time.sleep(0.02)
     ram.delete(info.ram_dir, run, info.ray_node)
     return Injected(fault="node-kill", node=node, rank=None, step=step)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is still there; a zombie that nobody has reaped yet is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -244,6 +244,15 @@ class StopRequested:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodesRefused:
+    """On too many nodes no agent comes up, however often it is tried, so that the mesh cannot be filled any more."""
+
+    at: int
+    error: str
+    """Why, in the words of the first of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimerFired:
     at: int
     timer: str
@@ -267,5 +276,6 @@ Event = (
     | CheckpointsFound
     | GenerationFinished
     | StopRequested
+    | NodesRefused
     | TimerFired
 )

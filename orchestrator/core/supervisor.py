@@ -125,6 +125,10 @@ class Supervisor:
             return []
         return self._end(EXIT_STOPPED, f"stopped by {event.by}")
 
+    def _on_nodes_refused(self, event: ev.NodesRefused) -> list[Action]:
+        """Waiting would not help. A mesh that runs goes on."""
+        return self._end(EXIT_FAILED, event.error) if self.state.job == "waiting" else []
+
     # --- nodes come and go ------------------------------------------------------------------------------------------
 
     def _on_node_joined(self, event: ev.NodeJoined) -> list[Action]:
@@ -552,6 +556,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.RunDeclared: Supervisor._on_run_declared,
     ev.EpochBegan: Supervisor._on_epoch_began,
     ev.StopRequested: Supervisor._on_stop_requested,
+    ev.NodesRefused: Supervisor._on_nodes_refused,
     ev.NodeJoined: Supervisor._on_node_joined,
     ev.NodeLost: Supervisor._on_node_lost,
     ev.GenerationReady: Supervisor._on_generation_ready,

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from orchestrator.core.goodput import LABELS
+from orchestrator.core.state import EXIT_STOPPED
 from orchestrator.observe.status import Status
 from orchestrator.spec import JobSpec
 
@@ -97,7 +98,10 @@ def print_end(status: Status, log_dir: str) -> None:
     print_incidents(console, status)
     print_ledger(console, status)
     if status.exit_code not in (0, None) or status.failure:
-        for who, text in list(status.tracebacks.items())[-1:] if status.exit_code != 96 else []:
+        last = next(reversed(status.tracebacks), "").partition("-")[0]
+        who = next((key for key in status.tracebacks if key.startswith(f"{last}-")), None)
+        if who is not None and status.exit_code != EXIT_STOPPED:
+            text = status.tracebacks[who]
             console.print(f"the worker's own traceback ({who}):\n{text}", markup=False)
         console.print(f"logs of this node: {log_dir}", markup=False)
     style = "green" if status.exit_code == 0 and not status.failure else "red"

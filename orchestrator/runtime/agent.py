@@ -31,6 +31,7 @@ from orchestrator.runtime.reports import (
     KEPT_STEPS,
     Exited,
     Halted,
+    NodeFinished,
     NodeFold,
     NodeStep,
     Report,
@@ -49,8 +50,11 @@ REPORT_TIMEOUT_S = 10.0
 REPORT_RETRY_S = 0.3
 ORPHAN_GRACE_S = 60.0
 """How long a controller's name may be unknown to Ray before its agents end: longer than an actor's restart."""
+DISOWNED_GRACE_S = 300.0
+"""How long a controller may refuse reports: far longer than it takes to read its journal and to adopt its agents."""
 OUTBOX_REPORTS = 20_000
-"""Beyond this the oldest step reports are dropped; a thousand a minute fill it in 20 minutes without a controller."""
+"""Beyond this the oldest are dropped; a thousand a minute fill it in 20 minutes without a controller."""
+KEPT_SAVES = 3
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -90,6 +94,7 @@ class Agent:
         self._epoch = 0
         self._fold: NodeFold | None = None
         self._store = (0, 0)
+        self._ended_generation = 0
         self._outbox: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
         self._sent = 0
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
@@ -125,10 +130,10 @@ class Agent:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
             ZygoteError: the worker's module cannot be imported.
         """
+        self._tasks = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._watch_parent())]
         self._data_digest = await self._prepare_data()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
-        self._tasks = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._watch_parent())]
         return await self.describe()
 
     async def describe(self) -> NodeInfo:
@@ -146,7 +151,9 @@ class Agent:
     async def attach(self, epoch: int, done: int) -> None:
         """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""
         self._accept(epoch)
-        again = [*self._facts, *(step for step in self._kept if step.step > done)]
+        ends = [fact for fact in self._facts if isinstance(fact, NodeFinished)]
+        facts = [fact for fact in self._facts if not isinstance(fact, NodeFinished)]
+        again = [*facts, *(step for step in self._kept if step.step > done), *ends]
         waiting = {id(report) for _, report in self._outbox}
         for report in again:
             if id(report) not in waiting:
@@ -155,13 +162,22 @@ class Agent:
     async def open_store(self, epoch: int, generation: int) -> int:
         """The port of the generation's fresh store on this node; the same one when asked again."""
         self._accept(epoch)
+        self._refuse_ended(generation)
         if self._store[0] != generation:
             self._store = (generation, await asyncio.to_thread(self._workers.open_store, generation))
         return self._store[1]
 
-    async def fetch(self, epoch: int, transfer: Transfer, step: int, address: str, source_node: str) -> None:
-        """Copy a slot's snapshot from the node at `address` into this node's shared memory."""
+    async def fetch(
+        self, epoch: int, generation: int, transfer: Transfer, step: int, address: str, source_node: str
+    ) -> None:
+        """Copy a slot's snapshot from the node at `address` into this node's shared memory, before `generation` opens.
+
+        Nothing is copied under the feet of a generation that has opened: then the order has come again.
+        """
         self._accept(epoch)
+        self._refuse_ended(generation)
+        if self._fold is not None and generation <= self._fold.generation:
+            return
         await peer.fetch_snapshot(
             address,
             self._token,
@@ -177,6 +193,7 @@ class Agent:
     async def open(self, epoch: int, plan: NodeAssignment) -> None:
         """Start this generation's workers; an order that comes again changes nothing."""
         self._accept(epoch)
+        self._refuse_ended(plan.generation)
         if self._fold is not None and plan.generation == self._fold.generation:
             return
         if self._fold is not None and plan.generation < self._fold.generation:
@@ -194,6 +211,7 @@ class Agent:
         self._accept(epoch)
         if self._fold is not None and self._fold.generation > generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
+        self._ended_generation = max(self._ended_generation, generation)
         await asyncio.to_thread(self._workers.halt, self._spec.recovery.halt_deadline_s)
         self._fact(Halted(generation=generation, snapshots=self._inventory()))
 
@@ -216,9 +234,15 @@ class Agent:
         self._accept(epoch)
         for task in self._tasks:
             task.cancel()
-        await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
-        ram.delete(self._ram_dir, self._run, self._ray_node)
-        await self._peer.close()
+        try:
+            await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
+        finally:
+            ram.delete(self._ram_dir, self._run, self._ray_node)
+            await self._peer.close()
+
+    def _refuse_ended(self, generation: int) -> None:
+        if generation <= self._ended_generation:
+            raise StaleOrder(f"{self._node} has halted generation {self._ended_generation}, {generation} is over")
 
     def _accept(self, epoch: int) -> None:
         if epoch < self._epoch:
@@ -252,7 +276,11 @@ class Agent:
             )
 
     def _fact(self, report: Report) -> None:
-        """A report that a controller which comes back is told again."""
+        """A report that a controller which comes back is told again; of saves and validations the newest are enough."""
+        if isinstance(report, (contract.ShardWritten, contract.SaveFailed, contract.Validated)):
+            steps = {r.step for r in self._facts if isinstance(r, type(report))} | {report.step}
+            oldest = sorted(steps)[-KEPT_SAVES:][0]
+            self._facts = [r for r in self._facts if not isinstance(r, type(report)) or r.step >= oldest]
         self._facts.append(report)
         self._push(report)
 
@@ -271,7 +299,8 @@ class Agent:
     # --- reporting ------------------------------------------------------------------------------------------------
 
     async def _report_forever(self) -> None:
-        unknown_since: float | None = None
+        """Send the outbox until it is taken. A controller that is gone, or disowns this agent, for too long ends it."""
+        taken_at = time.monotonic()
         controller: Any = None
         while True:
             if not self._outbox:
@@ -280,20 +309,26 @@ class Agent:
             batch = list(self._outbox)[:500]
             try:
                 controller = controller or await asyncio.to_thread(ray.get_actor, "controller", self._namespace)
-                reports = [report for _, report in batch]
-                await asyncio.wait_for(
-                    asyncio.wrap_future(controller.report.remote(self._node, reports).future()), REPORT_TIMEOUT_S
-                )
-            except Exception as e:
-                controller = None
-                now = time.monotonic()
-                if isinstance(e, ValueError):  # Ray knows no actor of that name
-                    unknown_since = unknown_since or now
-                    if now - unknown_since > ORPHAN_GRACE_S:
-                        await self._die("the controller is gone for good")
+            except ValueError:
+                if time.monotonic() - taken_at > ORPHAN_GRACE_S:
+                    await self._die("the controller is gone for good")
                 await asyncio.sleep(REPORT_RETRY_S)
                 continue
-            unknown_since = None
+            except Exception:  # Ray's head is away; training goes on
+                await asyncio.sleep(REPORT_RETRY_S)
+                continue
+            try:
+                reports = [report for _, report in batch]
+                answer = asyncio.wrap_future(controller.report.remote(self._node, reports).future())
+                await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
+            except Exception as e:
+                controller = None
+                disowned = isinstance(e, ray.exceptions.RayTaskError) and self._epoch > 0
+                if disowned and time.monotonic() - taken_at > DISOWNED_GRACE_S:
+                    await self._die(f"the controller does not want it: {e}")
+                await asyncio.sleep(REPORT_RETRY_S)
+                continue
+            taken_at = time.monotonic()
             while batch and self._outbox and self._outbox[0][0] <= batch[-1][0]:
                 self._outbox.popleft()
 

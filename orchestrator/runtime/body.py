@@ -52,8 +52,16 @@ COMMIT_DEADLINE_S = 60.0
 START_TRIES = 3
 """Agents that may fail on one Ray node before that node is left alone."""
 LINE_RETRIES = 2
-"""A line that breaks is taken up again this often before its node counts as lost."""
+"""A line that breaks is taken up again this often in a row before its node counts as lost."""
+LINE_SOUND_S = 60.0
+"""A line that has held for this long breaks anew, not again."""
 TRACEBACKS = 16
+TRACEBACKS_OF_ONE = 4
+"""Of one generation; a program's fault raises on every rank."""
+PARTS_DEADLINE_S = 30.0
+"""For agents to tell a controller that came back which parts of a checkpoint they have written."""
+STALL_S = 5.0
+"""A gap in this controller's own attention after which nobody's silence means anything."""
 
 
 class Body:
@@ -73,14 +81,20 @@ class Body:
         self.fold: MeshFold | None = None
         self.rates: list[tuple[float, int, int]] = []
         """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
+        self._consequences: set[str] = set()
+        self._opening: asyncio.Task[Any] | None = None
         self.tracebacks: dict[str, str] = {}
         """The last words of failed workers, newest last."""
         self._places = spec.layout.nodes + spec.layout.spares
         self._starting: set[str] = set()
         self._failed_starts: dict[str, int] = {}
+        self._given_up: dict[str, str] = {}
+        """Ray nodes on which no agent comes up, and why."""
         self._used_names: set[str] = set()
         self._data_digest = ""
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._joins: set[asyncio.Task[Any]] = set()
+        self._looked_at = time.monotonic()
         self._closing = False
 
     def start(self) -> None:
@@ -101,25 +115,32 @@ class Body:
         for report in reports:
             if isinstance(report, contract.Failed):
                 self._keep_traceback(node, report)
-            if self.fold is not None:
-                events += self.fold.feed(0, node, report)
+            try:
+                events += self.fold.feed(0, node, report) if self.fold is not None else []
+            except Exception:  # one report that contradicts others must not keep the agent from sending the rest
+                logger.exception("%s sent what cannot be: %r", node, report)
             if isinstance(report, NodeStep) and report.loss is not None:
                 self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
         return events
 
     def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
+        """Of each generation the first few, and a peer's broken exchange only when nothing else was said."""
         key = f"g{failed.generation}-r{failed.rank}"
-        if key in self.tracebacks:
+        prefix = f"g{failed.generation}-"
+        if failed.kind != "collective":
+            for other in [k for k in self._consequences if k.startswith(prefix)]:
+                self.tracebacks.pop(other, None)
+        told = [k for k in self.tracebacks if k.startswith(prefix)]
+        if key in told or len(told) >= TRACEBACKS_OF_ONE or (failed.kind == "collective" and told):
             return
         self.tracebacks[key] = failed.traceback
+        if failed.kind == "collective":
+            self._consequences.add(key)
         while len(self.tracebacks) > TRACEBACKS:
             self.tracebacks.pop(next(iter(self.tracebacks)))
         text = f"node {node}, rank {failed.rank}, generation {failed.generation}, step {failed.step}\n"
-        self._spawn(
-            asyncio.to_thread(
-                write_exclusive, self._spec.run.url, f"evidence/{key}.txt", (text + failed.traceback).encode()
-            )
-        )
+        evidence = (text + failed.traceback).encode()
+        self._spawn(asyncio.to_thread(write_exclusive, self._spec.run.url, f"evidence/{key}.txt", evidence))
 
     # --- what the supervisor orders -------------------------------------------------------------------------------
 
@@ -127,15 +148,18 @@ class Body:
         """Begin to carry an action out."""
         match action:
             case OpenGeneration():
-                self.fold = MeshFold(
-                    generation=action.generation,
-                    nodes=action.nodes,
-                    ranks=self._spec.parallel.world_size,
-                    done=action.step,
-                )
+                if self.fold is None or self.fold.generation != action.generation:
+                    self.fold = MeshFold(
+                        generation=action.generation,
+                        nodes=action.nodes,
+                        ranks=self._spec.parallel.world_size,
+                        done=action.step,
+                    )
                 self.rates = []
-                self._spawn(self._open(action))
+                self._stop_opening()
+                self._opening = self._spawn(self._open(action))
             case HaltGeneration():
+                self._stop_opening()
                 for node in action.nodes:
                     self._spawn(self._order(node, "halt", self._epoch, action.generation))
             case AskStop():
@@ -150,10 +174,15 @@ class Body:
             case EndRun():
                 raise AssertionError("the controller ends the run")
 
+    def _stop_opening(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+
     async def _open(self, action: OpenGeneration) -> None:
         """Copies first, then the store, then every node's assignment."""
         try:
-            await asyncio.gather(*(self._transfer(t, action.step) for t in action.transfers))
+            copies = (self._transfer(action.generation, t, action.step) for t in action.transfers)
+            await asyncio.gather(*copies)
             lead = self._agent(action.nodes[0])
             port = await call(lead.actor.open_store.remote(self._epoch, action.generation), STORE_PORT_DEADLINE_S)
             assert lead.info is not None
@@ -195,10 +224,11 @@ class Body:
             for index, node in enumerate(action.nodes)
         ]
 
-    async def _transfer(self, transfer: Transfer, step: int) -> None:
+    async def _transfer(self, generation: int, transfer: Transfer, step: int) -> None:
         source, target = self._agent(transfer.from_node), self._agent(transfer.to_node)
         assert source.info is not None
-        fetched = target.actor.fetch.remote(self._epoch, transfer, step, source.info.address, source.ray_node)
+        place = (source.info.address, source.ray_node)
+        fetched = target.actor.fetch.remote(self._epoch, generation, transfer, step, *place)
         await call(fetched, TRANSFER_DEADLINE_S)
 
     async def _order(self, node: str, method: str, *args: Any) -> None:
@@ -212,36 +242,42 @@ class Body:
 
     async def _commit(self, action: CommitCheckpoint) -> None:
         """The checkpoint exists when its record does; only the newest controller may make it."""
-        step = action.step
-        fold = self.fold if self.fold and self.fold.generation == action.generation else None
-        parts = fold.parts.get(step, {}) if fold else {}
+        step, generation = action.step, action.generation
         try:
-            if fold is None or len(parts) != self._spec.parallel.world_size:
-                raise RuntimeError("this controller came after its parts were reported")
+            fold, parts = await self._parts(action)
             p = self._spec.parallel
             commit = Commit(
                 run=self._spec.run.name,
                 step=step,
                 epoch=action.epoch,
-                generation=action.generation,
+                generation=generation,
                 mesh={"pp": p.pp, "dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, "tp": p.tp},
                 parts=tuple(RankPart(**parts[rank]) for rank in sorted(parts)),
                 versions=fold.versions | {"data": self._data_digest},
             )
-            await asyncio.to_thread(check_not_replaced, self._spec.run.url, self._epoch)
-            if action.replaces_damaged:
-                await asyncio.to_thread(_remove_damaged, self._spec.run.url, step, action.generation)
-            await asyncio.wait_for(asyncio.to_thread(create_commit, self._spec.run.url, commit), COMMIT_DEADLINE_S)
-        except CommitConflict:
-            # The step was committed before, by a generation whose answer was lost: that one stands.
-            standing = await asyncio.to_thread(read_commit, self._spec.run.url, step)
-            self._post(ev.CheckpointCommitted(at=0, step=step, epoch=standing.epoch, generation=standing.generation))
-            return
+            generation = await asyncio.wait_for(
+                asyncio.to_thread(_create, self._spec.run.url, commit, self._epoch, action.replaces_damaged),
+                COMMIT_DEADLINE_S,
+            )
         except Exception as e:
-            self._notice(f"checkpoint of step {step} was not committed: {e}")
+            self._notice(f"checkpoint of step {step} was not committed: {e or repr(e)}")
             self._post(ev.CheckpointFailed(at=0, step=step, error=f"{type(e).__name__}: {e}"))
             return
-        self._post(ev.CheckpointCommitted(at=0, step=step, epoch=action.epoch, generation=action.generation))
+        self._post(ev.CheckpointCommitted(at=0, step=step, epoch=action.epoch, generation=generation))
+
+    async def _parts(self, action: CommitCheckpoint) -> tuple[MeshFold, dict[int, dict[str, Any]]]:
+        """Every rank's part; after a controller's restart the agents tell them again, a moment later."""
+        deadline = time.monotonic() + PARTS_DEADLINE_S
+        while True:
+            fold = self.fold
+            if fold is None or fold.generation != action.generation:
+                raise RuntimeError("its generation is over, and this controller came after its parts were told")
+            parts = fold.parts.get(action.step, {})
+            if len(parts) == self._spec.parallel.world_size:
+                return fold, dict(parts)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"only {len(parts)} of its parts were told")
+            await asyncio.sleep(0.2)
 
     async def _release(self, action: ReleaseNode) -> None:
         handle = self.agents.pop(action.node, None)
@@ -269,13 +305,13 @@ class Body:
 
     async def _adopt(self, node: str, done: int) -> None:
         try:
-            actor = await asyncio.to_thread(ray.get_actor, agent_name(node), self._namespace)
-            handle = AgentHandle(node=node, ray_node="", actor=actor, group=None, heard_at=time.monotonic())
+            group = await asyncio.to_thread(get_placement_group, f"{self._namespace}/{node}")
+            handle = AgentHandle(node=node, ray_node="", actor=None, group=group, heard_at=time.monotonic())
+            self.agents[node] = handle  # so that it is released, should it be lost
+            handle.actor = actor = await asyncio.to_thread(ray.get_actor, agent_name(node), self._namespace)
             handle.info = await call(actor.describe.remote(), ORDER_DEADLINE_S)
             handle.ray_node = handle.info.ray_node
             self._data_digest = self._data_digest or handle.info.data_digest
-            handle.group = await asyncio.to_thread(get_placement_group, f"{self._namespace}/{node}")
-            self.agents[node] = handle
             await call(actor.attach.remote(self._epoch, done), ORDER_DEADLINE_S)
         except Exception as e:
             self._lost(node, f"not found after the controller's restart ({type(e).__name__})")
@@ -294,8 +330,13 @@ class Body:
             free = [n for n in found if n.free and n.id not in taken and self._tries_left(n.id)]
             for node in free[: max(0, self._places - len(taken))]:
                 self._starting.add(node.id)
-                self._spawn(self._join(node))
+                join = self._spawn(self._join(node))
+                self._joins.add(join)
+                join.add_done_callback(self._joins.discard)
             self._check_silence()
+            hopeful = sum(node.id not in self._given_up for node in found)
+            if self._given_up and not self._starting and hopeful < self._spec.layout.nodes:
+                self._post(ev.NodesRefused(at=0, error=next(iter(self._given_up.values()))))
             await asyncio.sleep(DISCOVER_INTERVAL_S)
 
     def _tries_left(self, ray_node: str) -> bool:
@@ -303,31 +344,33 @@ class Body:
 
     async def _join(self, node: RayNode) -> None:
         name = self._fresh_name(node.id)
+        handle: AgentHandle | None = None
         try:
             handle, info = await start_agent(self._spec, self._namespace, name, node, self._token)
             self._data_digest = self._data_digest or info.data_digest
             if info.data_digest != self._data_digest:
-                await release(handle)
                 raise RuntimeError(
                     f"its data has digest {info.data_digest}, the others' {self._data_digest}: give every node the "
                     "same corpus (data.corpus) and the same versions"
                 )
-            if self._closing:
-                await release(handle)
-                return
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
-        except Exception as e:
+        except BaseException as e:
             self.agents.pop(name, None)
+            if handle is not None:
+                await release(handle)
+            if not isinstance(e, Exception):
+                raise
             self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + 1
-            self._notice(
-                f"node {name} did not come up: {type(e).__name__}: {str(e).splitlines()[-1] if str(e) else e!r}"
-            )
+            reason = f"node {name} did not come up: {type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"
+            self._notice(reason)
             if not self._tries_left(node.id):
                 self._notice(f"Ray node {node.id[:8]} is left alone after {START_TRIES} tries")
+                self._given_up[node.id] = reason
             return
         finally:
             self._starting.discard(node.id)
+        self._failed_starts.pop(node.id, None)
         handle.line = self._spawn(self._hold_line(handle))
         self._post(ev.NodeJoined(at=0, node=name, domain=node.domain, snapshots=info.snapshots))
 
@@ -342,18 +385,25 @@ class Body:
     async def _hold_line(self, handle: AgentHandle) -> None:
         """A connection that nobody uses: its end tells within milliseconds that the agent's process is gone."""
         assert handle.info is not None
-        for _ in range(1 + LINE_RETRIES):
+        broken = 0
+        while broken <= LINE_RETRIES:
+            began = time.monotonic()
             try:
                 await peer.hold_line(handle.info.address, self._token)
             except peer.PeerError:
                 break
+            broken = 1 if time.monotonic() - began > LINE_SOUND_S else broken + 1
         if not self._closing and handle.node in self.agents:
             self._lost(handle.node, "its connection closed")
 
     def _check_silence(self) -> None:
-        silence_s = self._spec.recovery.node_silence_s
+        silence_s, now = self._spec.recovery.node_silence_s, time.monotonic()
+        if now - self._looked_at > STALL_S:  # this process stood still: what they sent waits to be read
+            for handle in self.agents.values():
+                handle.heard_at = now
+        self._looked_at = now
         for handle in list(self.agents.values()):
-            if time.monotonic() - handle.heard_at > silence_s:
+            if now - handle.heard_at > silence_s:
                 self._lost(handle.node, f"silent for {silence_s:g} s")
 
     def _lost(self, node: str, cause: str) -> None:
@@ -369,10 +419,12 @@ class Body:
     async def end(self) -> None:
         """Release every node: workers ended, snapshots deleted, actors killed, reservations given back."""
         self._closing = True
-        deadline = time.monotonic() + ORDER_DEADLINE_S
-        while self._starting and time.monotonic() < deadline:  # an agent that is coming up releases itself
-            await asyncio.sleep(0.1)
-        await asyncio.gather(*(self._end_agent(handle) for handle in self.agents.values()))
+        joins = list(self._joins)
+        for task in (*joins, *([self._opening] if self._opening else [])):
+            task.cancel()  # an agent that is coming up is released on the way out
+        await asyncio.gather(
+            *(self._end_agent(handle) for handle in self.agents.values()), *joins, return_exceptions=True
+        )
         self.agents.clear()
         for task in self._tasks:
             if task is not asyncio.current_task():
@@ -398,6 +450,19 @@ class Body:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a task of the controller failed", exc_info=task.exception())
+
+
+def _create(url: str, commit: Commit, epoch: int, replaces_damaged: bool) -> int:
+    """Create the record of `commit`; returns the generation of the record that stands then. Blocks."""
+    check_not_replaced(url, epoch)
+    if replaces_damaged:
+        _remove_damaged(url, commit.step, commit.generation)
+    try:
+        create_commit(url, commit)
+    except CommitConflict:
+        # The step was committed before, by a generation whose answer was lost: that one stands.
+        return read_commit(url, commit.step).generation
+    return commit.generation
 
 
 def _remove_damaged(url: str, step: int, generation: int) -> None:

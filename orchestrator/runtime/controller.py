@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import hmac
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -32,11 +35,13 @@ from orchestrator.observe.status import Status, status_of
 from orchestrator.runtime import journal as journals
 from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.body import Body
+from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
 from orchestrator.spec import JobSpec, parse
 from storage.commits import list_commits
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INBOX_EVENTS = 100_000
 """Far more than a controller falls behind by; beyond it agents are refused and send again."""
@@ -44,6 +49,10 @@ BATCH_EVENTS = 256
 """Events that share one journal write."""
 HOLD_RETRY_S = 2.0
 """Between tries to write a journal whose store has failed; training goes on meanwhile."""
+RELEASE_DEADLINE_S = 20.0
+"""For the end of all agents, and for the journal's last segment."""
+THREADS = 32
+"""For what blocks: a failure of many ranks writes its evidence beside the journal."""
 END_LINGER_S = 20.0
 """How long an ended controller waits for its driver to read the verdict."""
 NOTICES = 500
@@ -68,10 +77,13 @@ class Controller:
         self._leased_at = time.monotonic()
         self._hold = ""
         self._failure = ""
+        self._poison = ""
+        self._over = False
+        self._stop_asked = asyncio.Event()
         self._ended = asyncio.Event()
         self._verdict_read = asyncio.Event()
         self._metrics_port = 0
-        self._clock: tuple[float, int] = (0.0, 0)
+        self._clock: tuple[float, int] | None = None
         self._last_at = 0
         self._body: Body | None = None
         self._epoch = 0
@@ -84,6 +96,8 @@ class Controller:
         """An agent's outbox. Acknowledged when it has been taken in; an agent repeats what was not."""
         if self._body is None:
             raise RuntimeError("the controller is still reading its journal")
+        if self._inbox.qsize() > INBOX_EVENTS // 2:
+            raise RuntimeError("the controller is behind; send again")
         for event in self._body.hear(node, reports):
             self._post(event)
 
@@ -96,6 +110,10 @@ class Controller:
             self._verdict_read.set()
         return status, [(number, line) for number, line in self._notices if number > noticed]
 
+    async def renew(self) -> None:
+        """The driver lives."""
+        self._leased_at = time.monotonic()
+
     async def stop(self, token: str, by: str, graceful: bool) -> None:
         """End the run: gracefully with a checkpoint at the next step boundary, else at once.
 
@@ -104,21 +122,23 @@ class Controller:
         """
         if not hmac.compare_digest(token, self._token):
             raise PermissionError("stopping a run needs its token")
+        self._stop_asked.set()
         self._post(ev.StopRequested(at=0, by=by, graceful=graceful))
 
     # --- the one loop ---------------------------------------------------------------------------------------------
 
     async def _live(self, restarted: bool) -> None:
+        lease = asyncio.create_task(self._watch_lease())
         try:
             await self._begin(restarted)
-            lease = asyncio.create_task(self._watch_lease())
-            await self._decide_forever()
-            lease.cancel()
+            await self._decide_until_over()
         except Exception as e:
             logger.exception("the controller cannot go on")
             self._failure = f"{type(e).__name__}: {e}"
             self.notice(f"the controller cannot go on: {self._failure}")
-            self._ended.set()
+        lease.cancel()
+        await self._release()
+        self._ended.set()
         try:
             await asyncio.wait_for(self._verdict_read.wait(), END_LINGER_S)
             await asyncio.sleep(1.0)  # the answer that carries the verdict is still on its way
@@ -128,28 +148,31 @@ class Controller:
 
     async def _begin(self, restarted: bool) -> None:
         """Take the epoch, fold the journal, and find or start the agents."""
-        spec, url = self._spec, self._spec.run.url
+        spec, url, namespace = self._spec, self._spec.run.url, namespace_of(self._spec.run.name)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         version = metadata_version()
-        claim = await asyncio.to_thread(journals.claim_epoch, url, version)
+        claim = await self._until_stored(lambda: journals.claim_epoch(url, version))
         self._epoch = claim.epoch
-        tail = run_log_dir(spec) / "journal-tail.jsonl"
-        self._journal = await asyncio.to_thread(journals.Journal, url, tail, claim.epoch)
+        tail = run_log_dir(spec) / f"journal-tail-{hashlib.sha256(url.encode()).hexdigest()[:16]}.jsonl"
+        if claim.epoch == 1:
+            tail.unlink(missing_ok=True)  # of a run whose directory has been deleted
+        self._journal = await self._until_stored(lambda: journals.Journal(url, tail, claim.epoch))
         records = self._journal.records
         self._supervisor = await asyncio.to_thread(journals.replay, records)
         self._last_at = records[-1].event.at if records else 0
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
-        self._metrics_port = serve_metrics(spec, self._status, asyncio.get_running_loop())
-        self._body = Body(
-            spec, namespace_of(spec.run.name), self._token, claim.epoch, self._now, self._post, self.notice
-        )
-        found = await asyncio.to_thread(list_commits, url)
+        self._metrics_port = self._serve_metrics(restarted)
+        self._body = Body(spec, namespace, self._token, claim.epoch, self._now, self._post, self.notice)
+        found = await self._until_stored(lambda: list_commits(url))
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
-        again: list[Action] = []
         if restarted and records:
             self.notice(f"controller back in epoch {claim.epoch}, {len(records)} records replayed")
             again = await self._decide([began])
+            known = {name for name, node in self._supervisor.state.nodes.items() if node.state != "lost"}
+            await sweep(namespace, known)
             await self._body.adopt(self._supervisor.state)
         else:
+            await sweep(namespace, set())
             declared = ev.RunDeclared(
                 at=0,
                 run=spec.run.name,
@@ -164,9 +187,20 @@ class Controller:
             self._perform(action)
         self._body.start()
 
-    async def _decide_forever(self) -> None:
+    def _serve_metrics(self, restarted: bool) -> int:
+        loop = asyncio.get_running_loop()
+        try:
+            return serve_metrics(self._spec, self._status, loop)
+        except OSError:
+            if not restarted:
+                raise
+        self.notice(f"metrics.port = {self._spec.metrics.port} is taken, metrics move to another; see shepherd status")
+        anywhere = self._spec.metrics.model_copy(update={"port": 0})
+        return serve_metrics(self._spec.model_copy(update={"metrics": anywhere}), self._status, loop)
+
+    async def _decide_until_over(self) -> None:
         keep_at = time.monotonic()
-        while not self._ended.is_set():
+        while not self._over:
             try:
                 events = [await asyncio.wait_for(self._inbox.get(), 0.5)]
             except TimeoutError:
@@ -177,57 +211,90 @@ class Controller:
                 self._perform(action)
             if time.monotonic() - keep_at > 0.5:
                 keep_at = time.monotonic()
-                await self._write(self._journal.keep)
+                await self._until_stored(self._journal.keep)
 
     async def _decide(self, events: list[ev.Event]) -> list[Action]:
         """What is to be done about these events; durable, where it must be, when this returns."""
         actions: list[Action] = []
         must_publish = False
         for event in events:
+            if self._poison:
+                self._check_stop_in_hold(self._poison)
+                continue  # nothing is decided any more; the event is set aside
             event = dataclasses.replace(event, at=self._now())
-            decided = self._supervisor.handle(event)
+            try:
+                decided = self._supervisor.handle(event)
+            except Exception as e:
+                logger.exception("poison: %r", event)
+                self._poison = self._hold = f"the supervisor failed on {event!r}: {e!r}"
+                self.notice(f"HOLD: nothing is decided from here on, training goes on: {self._poison}")
+                continue
             must_publish |= self._journal.append(event, decided)
             actions += decided
             for line in notices(event, decided, self._supervisor.state):
                 self.notice(line)
         if must_publish:
-            await self._write(self._journal.publish)
+            await self._until_stored(self._journal.publish)
         return actions
 
-    async def _write(self, write: Any) -> None:
-        """Do a journal write; while the store fails, hold: nothing is decided or done, and training goes on."""
+    async def _until_stored(self, work: Callable[[], T]) -> T:
+        """The result of work on the store; while the store fails, hold: nothing is decided, and training goes on.
+
+        Raises:
+            JournalError: the journal is damaged, or a newer controller has taken over.
+            RuntimeError: somebody asked to stop during the hold.
+        """
         while True:
             try:
-                await asyncio.to_thread(write)
-            except (OSError, journals.StoreError) as e:
+                result = await asyncio.to_thread(work)
+            except journals.JournalError:
+                raise
+            except Exception as e:  # every store has its own exceptions
                 if not self._hold:
-                    self.notice(f"HOLD: the journal cannot be written, nothing is decided until it can: {e}")
-                self._hold = str(e)
+                    self.notice(f"HOLD: the journal cannot be written, nothing is decided until it can: {e!r}")
+                self._hold = repr(e)
+                self._check_stop_in_hold(self._hold)
                 await asyncio.sleep(HOLD_RETRY_S)
                 continue
-            if self._hold:
+            if self._hold and not self._poison:
                 self.notice("the journal is written again, the hold is over")
                 self._hold = ""
-            return
+            return result
+
+    def _check_stop_in_hold(self, why: str) -> None:
+        if self._stop_asked.is_set():
+            raise RuntimeError(f"stopped while nothing could be decided: {why}")
 
     def _perform(self, action: Action) -> None:
         assert self._body is not None
         if isinstance(action, EndRun):
-            asyncio.create_task(self._end())  # noqa: RUF006  (the loop ends only after it)
+            self._over = True
         else:
             self._body.perform(action)
 
-    async def _end(self) -> None:
-        assert self._body is not None
-        await self._body.end()
-        await self._write(self._journal.close)
-        self._ended.set()
+    async def _release(self) -> None:
+        """Give everything back, whatever state the run is in. Bounded: an end must come."""
+        try:
+            if self._body is not None:
+                await asyncio.wait_for(self._body.end(), RELEASE_DEADLINE_S)
+            if self._over:
+                await asyncio.wait_for(asyncio.to_thread(self._journal.close), RELEASE_DEADLINE_S)
+        except Exception as e:
+            logger.exception("not everything was released")
+            self._failure = self._failure or f"at the end: {e!r}"
+            self.notice(f"at the end: {e!r}")
 
     async def _watch_lease(self) -> None:
         lease_s = self._spec.recovery.driver_lease_s
+        looked_at = time.monotonic()
         while not self._detached:
             await asyncio.sleep(1.0)
-            if time.monotonic() - self._leased_at > lease_s:
+            now = time.monotonic()
+            if now - looked_at > 3.0:
+                self._leased_at = now  # this process stood still: what the driver sent waits to be read
+            looked_at = now
+            if now - self._leased_at > lease_s:
+                self._stop_asked.set()
                 self._post(ev.StopRequested(at=0, by=f"the driver's silence of {lease_s:g} s", graceful=False))
                 return
 
@@ -238,7 +305,9 @@ class Controller:
         self._inbox.put_nowait(event)
 
     def _now(self) -> int:
-        """Microseconds on the run's clock, monotone also across restarts."""
+        """Microseconds on the run's clock, monotone also across restarts; 0 before the journal is read."""
+        if self._clock is None:
+            return 0
         monotonic, at = self._clock
         self._last_at = max(self._last_at, at + round((time.monotonic() - monotonic) * 1_000_000))
         return self._last_at

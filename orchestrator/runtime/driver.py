@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from orchestrator.spec import JobSpec
 
 POLL_INTERVAL_S = 0.5
 POLL_DEADLINE_S = 10.0
+LEASE_INTERVAL_S = 2.0
 GONE_AFTER_S = 60.0
 """A controller that does not answer for so long will not come back: Ray restarts an actor in seconds."""
 INTERRUPT_GRACE_S = 12.0
@@ -32,8 +33,12 @@ class RunError(RuntimeError):
     """There is no such run, or it cannot be reached."""
 
 
-def start(spec: JobSpec, detached: bool) -> Any:
-    """Create the run's controller on the head node. Needs a connected Ray.
+class ControllerLost(RuntimeError):
+    """A run that was under way cannot be followed any more."""
+
+
+def start(spec: JobSpec, detached: bool) -> tuple[Any, str]:
+    """Create the run's controller on the head node; it and the run's token. Needs a connected Ray.
 
     Raises:
         RunError: the run is active already.
@@ -58,7 +63,7 @@ def start(spec: JobSpec, detached: bool) -> Any:
             f"end it with `shepherd stop {spec.run.name}`, or give run.name another value"
         ) from e
     write_token(spec, token)
-    return controller
+    return controller, token
 
 
 def find(run: str) -> Any:
@@ -81,23 +86,22 @@ def follow(controller: Any, token: str, on_news: Callable[[Status, list[str]], N
     """Stay with the run to its end, as its driver. Ctrl-C (or SIGTERM) asks it to stop, twice ends it at once.
 
     Raises:
-        RunError: the controller is gone and does not come back.
+        ControllerLost: the controller is gone and does not come back.
     """
     noticed, heard = 0, time.monotonic()
-    with _interrupts() as interrupts:
+    with _interrupts() as interrupts, _lease(controller):
         asked, asked_at = 0, 0.0
         while True:
-            if interrupts.count > asked:
-                asked, asked_at = interrupts.count, time.monotonic()
-                stop(controller, token, by="the driver", graceful=asked == 1)
-            elif asked == 1 and time.monotonic() - asked_at > INTERRUPT_GRACE_S:
-                asked = interrupts.count = 2
-                stop(controller, token, by="the driver", graceful=False)
+            if asked == 1 and time.monotonic() - asked_at > INTERRUPT_GRACE_S:
+                interrupts.count = 2
             try:
+                if interrupts.count > asked:
+                    stop(controller, token, by="the driver", graceful=interrupts.count == 1)
+                    asked, asked_at = interrupts.count, time.monotonic()
                 status, notices = poll(controller, noticed, lease=True)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
                 if time.monotonic() - heard > GONE_AFTER_S:
-                    raise RunError(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
+                    raise ControllerLost(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
                 interrupts.wait(POLL_INTERVAL_S)
                 continue
             heard = time.monotonic()
@@ -163,6 +167,24 @@ class _Interrupts:
 
 
 @contextmanager
+def _lease(controller: Any) -> Iterator[None]:
+    """Renew the lease from a thread: a terminal that stands still must not end the run."""
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(LEASE_INTERVAL_S):
+            with suppress(Exception):  # the next one, or the follower, meets the same and says so
+                ray.get(controller.renew.remote(), timeout=POLL_DEADLINE_S)
+
+    thread = threading.Thread(target=renew, name="driver-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+@contextmanager
 def _interrupts() -> Iterator[_Interrupts]:
     """Count SIGINT and SIGTERM instead of dying of them."""
     interrupts = _Interrupts()
@@ -190,4 +212,15 @@ def connect(address: str | None) -> None:
         ) from e
 
 
-__all__ = ["RunError", "connect", "find", "follow", "poll", "read_token", "run_log_dir", "start", "stop"]
+__all__ = [
+    "ControllerLost",
+    "RunError",
+    "connect",
+    "find",
+    "follow",
+    "poll",
+    "read_token",
+    "run_log_dir",
+    "start",
+    "stop",
+]

@@ -12,7 +12,13 @@ from typing import Any
 
 import ray
 import ray._private.state
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.runtime.agent import PREPARE_DEADLINE_S, ZYGOTE_DEADLINE_S, Agent, NodeInfo
@@ -125,13 +131,33 @@ async def call(ref: Any, deadline_s: float) -> Any:
 
 
 async def release(handle: AgentHandle) -> None:
-    """End an agent's actor and give its reservation back."""
+    """End an agent's actor and give its reservation back. Raises TimeoutError when Ray does not answer."""
     if handle.line is not None:
         handle.line.cancel()
-    if handle.actor is not None:
-        await asyncio.to_thread(ray.kill, handle.actor)
-    if handle.group is not None:
-        await asyncio.to_thread(remove_placement_group, handle.group)
+    try:
+        if handle.actor is not None:
+            await asyncio.wait_for(asyncio.to_thread(ray.kill, handle.actor), KILL_DEADLINE_S)
+    finally:
+        if handle.group is not None:
+            await asyncio.wait_for(asyncio.to_thread(remove_placement_group, handle.group), KILL_DEADLINE_S)
+
+
+async def sweep(namespace: str, known: set[str]) -> None:
+    """End the agents of this run that its journal does not know, and give back what they reserved.
+
+    A controller that dies while an agent comes up leaves one; so does a run whose controller could not end it.
+    """
+    prefix = f"{namespace}/"
+    table = await asyncio.wait_for(asyncio.to_thread(placement_group_table), KILL_DEADLINE_S)
+    names = [row["name"] for row in table.values() if row["name"].startswith(prefix) and row["state"] != "REMOVED"]
+    for node in {name.removeprefix(prefix) for name in names} - known:
+        handle = AgentHandle(node=node, ray_node="", actor=None, group=None)
+        try:
+            handle.group = await asyncio.to_thread(get_placement_group, f"{prefix}{node}")
+            handle.actor = await asyncio.to_thread(ray.get_actor, agent_name(node), namespace)
+        except ValueError:  # one of the two is gone already
+            pass
+        await release(handle)
 
 
 def agent_name(node: str) -> str:

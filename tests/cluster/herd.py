@@ -65,7 +65,7 @@ def train(spec: JobSpec, on_status: Callable[[Status], None] = lambda status: No
     """Run a job to its end as `shepherd train` does; its last status and everything that it told."""
     preflight.check_local(spec, resume=False)
     preflight.check_cluster(spec)
-    controller = driver.start(spec, detached=False)
+    controller, token = driver.start(spec, detached=False)
     told: list[str] = []
     deadline = time.monotonic() + RUN_S
 
@@ -74,7 +74,7 @@ def train(spec: JobSpec, on_status: Callable[[Status], None] = lambda status: No
         assert time.monotonic() < deadline, f"the run does not end: {status.job} at step {status.step}: {told}"
         on_status(status)
 
-    status = driver.follow(controller, driver.read_token(spec.cluster.log_dir, spec.run.name), news)
+    status = driver.follow(controller, token, news)
     await_gone(spec.run.name)
     return status, told
 

@@ -174,8 +174,7 @@ def test_metrics_tell_what_the_ledger_tells(untouched: Untouched) -> None:
 def test_a_run_is_its_owners_alone(cluster: Cluster, tmp_path: Path) -> None:
     one_node = {"parallel": {"dp_replicate": 1}}
     spec = spec_of(job("mine", tmp_path, run={"steps": 100_000}, **one_node))
-    controller = driver.start(spec, detached=True)
-    token = driver.read_token(spec.cluster.log_dir, "mine")
+    controller, token = driver.start(spec, detached=True)
     wait_for(lambda: driver.poll(controller)[0].step >= 2, 120, "the run to train")
     with pytest.raises(driver.RunError, match="is active on this cluster"):
         driver.start(spec, detached=True)

@@ -17,7 +17,7 @@ from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, list_commits, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
 from storage.index import BLOCK_BYTES
-from storage.manifest import Commit, ManifestError, RankPart, commit_name, generation_dir
+from storage.manifest import Commit, ManifestError, RankPart, StateMismatch, commit_name, generation_dir
 from storage.state import TrainState
 from trainer.contract import Restore
 
@@ -282,7 +282,7 @@ def test_a_state_that_does_not_match_is_refused_untouched(tmp_path, change, mess
     target = blank(make_state())
     change(target)
     before = TrainState(0, {k: v.clone() for k, v in target.tensors.items()}, dict(target.per_rank))
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(StateMismatch, match=message):
         load(str(tmp_path), read_commit(str(tmp_path), 5), target)
     assert same(target, before)
 
