@@ -60,6 +60,8 @@ def check_cluster(spec: JobSpec) -> None:
 
 def _run_directory(spec: JobSpec, resume: bool) -> list[str]:
     url = spec.run.url
+    if "/runtime_resources/working_dir_files/" in url:  # where Ray unpacks what `ray job submit` uploads
+        return [f"run.url = {url!r}: lies in this job's temporary folder, which Ray deletes; set it in the spec"]
     try:
         if "://" not in url:
             Path(url).mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from orchestrator.core import placement
 from orchestrator.core.actions import Transfer
 from orchestrator.core.events import Snapshot
 from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, Evidence, Incident, State
+from orchestrator.core.state import EXIT_FAILED as RUN_FAILED
 from trainer.contract import EXIT_FAILED
 
 # What can stand at the root of an incident, the most telling first. A worker whose peer vanished says "collective":
@@ -157,8 +158,15 @@ def decide(state: State) -> Decision:
 
 
 def durable_decision(state: State, mesh: tuple[str, ...], why: str) -> Decision:
-    """Start from the newest committed checkpoint that nobody has found damaged, else from the beginning."""
+    """Start from the newest committed checkpoint that nobody has found damaged, else from the beginning.
+
+    A run that has checkpoints never begins again by itself: when all are damaged, people must look at them.
+    """
     step = state.newest_checkpoint()
+    damaged = [n for n, checkpoint in state.checkpoints.items() if checkpoint.trust == "damaged"]
+    if step is None and damaged:
+        which = ", ".join(str(n) for n in damaged)
+        return Decision(rung="fail", exit_code=RUN_FAILED, reason=f"{why}; every checkpoint is damaged: {which}")
     if step is None:
         return Decision(rung="durable", mesh=mesh, source="init", reason=f"{why}; no checkpoint is committed")
     return Decision(rung="durable", mesh=mesh, source="durable", step=step, reason=f"{why}; checkpoint {step}")

@@ -258,9 +258,9 @@ class Supervisor:
         return []
 
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
-        """The store is the authority on what is committed; what a worker found damaged stays damaged."""
+        """The store is the authority on what is committed; what a worker found damaged stays so until it is removed."""
         s = self.state
-        kept = {step: c for step, c in s.checkpoints.items() if c.trust != "committed" or step in event.steps}
+        kept = {step: c for step, c in s.checkpoints.items() if c.trust == "written" or step in event.steps}
         for step in event.steps:
             known = kept.setdefault(step, Checkpoint(trust="committed", generation=0, committed_at=event.at))
             if known.trust == "written" and not known.replaces_damaged:
@@ -409,6 +409,8 @@ class Supervisor:
             mesh = placement.place(self._layout, s.mesh, s.usable(), {})
             assert mesh is not None
             decision = recovery.durable_decision(s, mesh, why)
+        if decision.rung == "fail":
+            return self._end(decision.exit_code, decision.reason)
         return self._open_from(at, decision)
 
     def _open_from(self, at: int, decision: recovery.Decision) -> list[Action]:

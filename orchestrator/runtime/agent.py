@@ -151,13 +151,12 @@ class Agent:
     async def attach(self, epoch: int, done: int) -> None:
         """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""
         self._accept(epoch)
+        known = [*self._kept, *(report for _, report in self._outbox if isinstance(report, NodeStep))]
+        steps = {step.step: step for step in known if step.step > done}
         ends = [fact for fact in self._facts if isinstance(fact, NodeFinished)]
-        facts = [fact for fact in self._facts if not isinstance(fact, NodeFinished)]
-        again = [*facts, *(step for step in self._kept if step.step > done), *ends]
-        waiting = {id(report) for _, report in self._outbox}
-        for report in again:
-            if id(report) not in waiting:
-                self._push(report)
+        self._outbox.clear()  # what it held is among the following, in the order that a fold wants
+        for report in (*(fact for fact in self._facts if fact not in ends), *(steps[n] for n in sorted(steps)), *ends):
+            self._push(report)
 
     async def open_store(self, epoch: int, generation: int) -> int:
         """The port of the generation's fresh store on this node; the same one when asked again."""

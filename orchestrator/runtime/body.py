@@ -51,6 +51,8 @@ TRANSFER_DEADLINE_S = 120.0
 COMMIT_DEADLINE_S = 60.0
 START_TRIES = 3
 """Agents that may fail on one Ray node before that node is left alone."""
+REST_S = 30.0
+"""A node that was lost is not tried again for so long: Ray itself takes 15 s to see that one is dead."""
 LINE_RETRIES = 2
 """A line that breaks is taken up again this often in a row before its node counts as lost."""
 LINE_SOUND_S = 60.0
@@ -93,6 +95,8 @@ class Body:
         self._used_names: set[str] = set()
         self._data_digest = ""
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._rests_until: dict[str, float] = {}
+        """Ray nodes that have just been lost, and when they may be tried again."""
         self._joins: set[asyncio.Task[Any]] = set()
         self._looked_at = time.monotonic()
         self._closing = False
@@ -282,6 +286,7 @@ class Body:
     async def _release(self, action: ReleaseNode) -> None:
         handle = self.agents.pop(action.node, None)
         if handle is not None:
+            self._rests_until[handle.ray_node] = time.monotonic() + REST_S
             await release(handle)
 
     async def _timer(self, action: SetTimer) -> None:
@@ -327,7 +332,12 @@ class Body:
                 logger.warning("Ray does not list its nodes: %r", e)
                 found = []
             taken = {handle.ray_node for handle in self.agents.values()} | self._starting
-            free = [n for n in found if n.free and n.id not in taken and self._tries_left(n.id)]
+            now = time.monotonic()
+            free = [
+                n
+                for n in found
+                if n.free and n.id not in taken and self._tries_left(n.id) and self._rests_until.get(n.id, 0.0) <= now
+            ]
             for node in free[: max(0, self._places - len(taken))]:
                 self._starting.add(node.id)
                 join = self._spawn(self._join(node))

@@ -73,7 +73,7 @@ class Controller:
         self._supervisor = Supervisor()
         self._inbox: asyncio.Queue[ev.Event] = asyncio.Queue(maxsize=INBOX_EVENTS)
         self._notices: deque[tuple[int, str]] = deque(maxlen=NOTICES)
-        self._noticed = 0
+        self._noticed = time.time_ns() // 1000  # rises also over a restart, so that the driver misses nothing
         self._leased_at = time.monotonic()
         self._hold = ""
         self._failure = ""

@@ -177,7 +177,8 @@ class Watch:
             case 0:
                 assert self._steps in self._committed and state.step == self._steps, "not everything is done and saved"
             case 1:
-                assert timer == "commit"
+                trusts = [checkpoint.trust for checkpoint in state.checkpoints.values()]
+                assert timer == "commit" or ("damaged" in trusts and state.newest_checkpoint() is None)
             case 93:
                 assert max(self._errors.values()) >= LIMITS.same_error_tries
             case 94:
