@@ -139,8 +139,9 @@ class Controller:
         lease.cancel()
         await self._release()
         self._ended.set()
+        driver_lives = time.monotonic() - self._leased_at < self._spec.recovery.driver_lease_s
         try:
-            await asyncio.wait_for(self._verdict_read.wait(), END_LINGER_S)
+            await asyncio.wait_for(self._verdict_read.wait(), END_LINGER_S if self._detached or driver_lives else 0.0)
             await asyncio.sleep(1.0)  # the answer that carries the verdict is still on its way
         except TimeoutError:
             pass
