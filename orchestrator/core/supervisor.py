@@ -89,6 +89,8 @@ class Supervisor:
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.counts = dict.fromkeys(NODE_STATES, 0)
         s.errors, s.bad_snapshots, s.recoveries_without_progress = {}, {}, 0
+        # Who resumes has looked: what was found damaged may have been mended, and is tried again.
+        s.checkpoints = {step: c for step, c in s.checkpoints.items() if c.trust != "damaged"}
         s.ledger.places = event.layout.nodes + event.layout.spares
         s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
         return [self._timer(f"wait/{s.generation}", event.at + event.limits.wait_deadline_us)]

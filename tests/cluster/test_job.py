@@ -56,6 +56,14 @@ def test_interrupt_checkpoints_and_resume_goes_on(cluster: Cluster, tmp_path: Pa
     assert f"opens at step {stopped_at} from the checkpoint" in out
     assert list_commits(document["run"]["url"])[-1] == stopped_at + 5
 
+    # Another model is the job's fault, not the checkpoint's: nothing is called damaged, nothing begins again.
+    other = ("--resume", "--set", "model.ffn_dim=256", "--set", f"run.steps={stopped_at + 9}")
+    with command("train", file, *other, RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 93, out
+    assert "StateMismatch" in out
+    assert list_commits(document["run"]["url"]) == [stopped_at, stopped_at + 5]
+
 
 def test_a_lost_driver_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
     document = job("orphan", tmp_path, run={"steps": 3000}, recovery={"driver_lease_s": 4})

@@ -74,6 +74,8 @@ class Watch:
                 self._places = event.layout.nodes + event.layout.spares
                 self._first_generation = 1 + max(self._opened, default=0)
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
+                # Whoever resumes has looked at the checkpoints: they are tried again.
+                self._refused = {refused for refused in self._refused if isinstance(refused, Snapshot)}
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
