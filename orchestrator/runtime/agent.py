@@ -224,10 +224,6 @@ class Agent:
         """Process ids of the live workers by rank."""
         return self._workers.pids()
 
-    async def phases(self) -> dict[int, tuple[str, int]]:
-        """Where each rank of this node is: its phase and step."""
-        return {} if self._fold is None else {r: (p.phase, p.step) for r, p in self._fold.phases.items()}
-
     async def shutdown(self, epoch: int) -> None:
         """End workers, delete this node's snapshots, stop serving. The actor's process is ended by the caller."""
         self._accept(epoch)
