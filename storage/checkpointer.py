@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Protocol
 
+from torch import Tensor, distributed
+
 from storage.commits import read_commit
-from storage.durable import load, write_part
+from storage.durable import load, save_part
+from storage.durable_write import WRITE_DEADLINE_S, Writer
 from storage.manifest import ManifestError, RankPart
 from storage.ram import drop_newer
 from storage.snapshots import RamTier
-from storage.state import TrainState
+from storage.staging import Staging
+from storage.state import TrainState, local_tensor
+
+# Longest that one rank waits for another in a save: for its write, and as long again for its checks and its planning.
+GROUP_TIMEOUT_S = 2 * WRITE_DEADLINE_S
+# Longest that a save takes to end one way or the other: planning and writing wait for the group twice each.
+SAVE_DEADLINE_S = 4 * GROUP_TIMEOUT_S
+
+Unchanged = Callable[[Mapping[str, Tensor]], list[str]]
+"""Given this rank's local tensors by name, the names of those that are not what the last step has left."""
 
 
 class Source(Protocol):
@@ -24,7 +39,11 @@ class Source(Protocol):
 
 
 class Checkpointer:
-    """Storage of one rank (its slot's number) in one generation, under the run's `url` and the node's `ram_dir`."""
+    """Storage of one rank (its slot's number) in one generation, under the run's `url` and the node's `ram_dir`.
+
+    Made by all ranks together: saves talk over a process group of their own, because training uses the default one at
+    the same time.
+    """
 
     def __init__(
         self,
@@ -43,6 +62,13 @@ class Checkpointer:
         self._epoch, self._generation = epoch, generation
         self._ram_dir, self._node = ram_dir, node
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation)
+        self._staging = Staging()
+        self._saving = threading.Thread()
+        self._told = threading.Event()
+        self._told.set()
+        self._group: distributed.ProcessGroup | None = None
+        if distributed.is_initialized():
+            self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
 
     @property
     def newest_snapshot(self) -> int:
@@ -57,15 +83,79 @@ class Checkpointer:
         """
         self._ram.snapshot(state)
 
-    def save(self, state: TrainState) -> RankPart:
-        """Write this rank's part of the durable checkpoint of ``state.step``. Collective; see durable.write_part.
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way, or one that has failed still hangs in the store."""
+        return self._saving.is_alive()
+
+    def begin_save(
+        self, state: TrainState, unchanged: Unchanged | None, done: Callable[[RankPart | Exception], None]
+    ) -> None:
+        """Copy this rank's state, and write its part of the durable checkpoint from the copy while training goes on.
+
+        Blocks for the copy. Every rank begins the save of the same step, and none while it is `busy`. The live tensors
+        must not change before `await_reads`.
+
+        Args:
+            unchanged: asked about the copy first; when it names any, nothing is written.
+            done: called from the saving thread with the part, or with the reason why nothing may be committed.
+        """
+        assert not self.busy, "one save at a time"
+        copy, failure = TrainState(state.step, {}, {}), None
+        try:
+            copy = self._staging.copy(state)
+        except (RuntimeError, MemoryError) as error:
+            failure = error  # told by the thread, which must meet the other ranks' in any case
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+            self._staging.wait()
+            _check_unchanged(copy, unchanged)
+
+        def save() -> None:
+            writer = self._writer(copy.step)
+            try:
+                result: RankPart | Exception = save_part(writer, copy, self._rank, check=check, group=self._group)
+            except Exception as error:
+                result = error
+            try:
+                done(result)
+            finally:
+                self._told.set()
+            writer.linger()
+
+        self._told.clear()
+        self._saving = threading.Thread(target=save, name="save", daemon=True)
+        self._saving.start()
+
+    def await_reads(self) -> None:
+        """Before the live tensors change: let the copy that was begun read them first."""
+        self._staging.await_reads()
+
+    def wait(self) -> None:
+        """Until the save that was begun last has called `done`.
+
+        Raises:
+            TimeoutError: it has not come to an end in SAVE_DEADLINE_S.
+        """
+        if not self._told.wait(SAVE_DEADLINE_S):
+            raise TimeoutError(f"a save has not come to an end in {SAVE_DEADLINE_S:g} s")
+
+    def save(self, state: TrainState, unchanged: Unchanged | None = None) -> RankPart:
+        """Write this rank's part of the durable checkpoint of ``state.step``; durable when this returns. Collective.
+
+        After `wait`, since two saves cannot use the process group at once.
 
         Raises:
             ManifestError, CheckpointFailed: nothing may be committed; training can go on.
         """
-        return write_part(
-            self._url, state, step=state.step, epoch=self._epoch, generation=self._generation, rank=self._rank
-        )
+        assert self._told.is_set(), "one save at a time"
+        writer = self._writer(state.step)
+        return save_part(writer, state, self._rank, check=lambda: _check_unchanged(state, unchanged), group=self._group)
+
+    def _writer(self, step: int) -> Writer:
+        return Writer(self._url, step=step, epoch=self._epoch, generation=self._generation, rank=self._rank)
 
     def restore(self, state: TrainState, restore: Source) -> None:
         """Fill `state` in place and set its step. Collective when the source is ``durable``.
@@ -88,3 +178,11 @@ class Checkpointer:
         else:
             raise ValueError(f"restore.source {restore.source!r} is not one of init, ram, durable")
         drop_newer(self._ram_dir, self._run, self._node, state.step, slot=self._rank)
+
+
+def _check_unchanged(state: TrainState, unchanged: Unchanged | None) -> None:
+    if unchanged is None:
+        return
+    names = unchanged({name: local_tensor(tensor) for name, tensor in state.tensors.items()})
+    if names:
+        raise ManifestError(f"state changed at rest: {', '.join(names[:4])} ({len(names)} of {len(state.tensors)})")

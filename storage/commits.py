@@ -10,10 +10,11 @@ import xxhash
 
 from storage.blocks import READ_BLOCKS, read_blocks
 from storage.index import Index, check_tensors
-from storage.manifest import COMMIT_DIR, Commit, ManifestError, RankPart, commit_name, generation_dir
-from storage.urls import Store, list_names, locate, read_bytes, remove, write_exclusive
+from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, ManifestError, RankPart, commit_name
+from storage.urls import Store, list_folders, list_names, locate, read_bytes, remove, write_exclusive
 
 _COMMIT_FILE = re.compile(r"step-(\d{8,})\.json")
+_DATA_FOLDER = re.compile(r"step-(\d{8,})-e\d+-g\d+")
 
 
 class CommitConflict(RuntimeError):
@@ -56,15 +57,47 @@ def list_commits(url: str) -> list[int]:
 def delete_checkpoint(url: str, step: int) -> None:
     """Delete the checkpoint of `step`: first the commit record, so that no reader finds half of it, then its data.
 
-    When the record cannot be read, only it is removed, since only it names the data.
+    Idempotent. What a deletion that was cut off has left, or one whose record could not be read, is `prune`'s.
     """
+    folders = _data_of(url, step) or set()
+    remove(url, commit_name(step))
+    for folder in sorted(folders):
+        remove(url, folder)
+
+
+def prune(url: str, last_step: int) -> list[str]:
+    """Remove the data of attempts at steps up to `last_step` that no commit names; the folders' names.
+
+    They are what saves that were cut off have left, and deletions that were. The caller knows that no save of those
+    steps is under way. Data of a step whose record cannot be read stays.
+    """
+    found = [
+        (int(match.group(1)), name) for name in list_folders(url, DATA_DIR) if (match := _DATA_FOLDER.fullmatch(name))
+    ]
+    named: dict[int, set[str] | None] = {}
+    removed = []
+    for step, name in found:
+        if step > last_step:
+            continue
+        folder = f"{DATA_DIR}/{name}"
+        if step not in named:
+            named[step] = _data_of(url, step)
+        kept = named[step]
+        if kept is not None and folder not in kept:
+            remove(url, folder)
+            removed.append(folder)
+    return removed
+
+
+def _data_of(url: str, step: int) -> set[str] | None:
+    """The folders that the record of `step` names; none when there is no record, None when it cannot be read."""
     try:
         commit = read_commit(url, step)
-    except (FileNotFoundError, ManifestError):
-        commit = None
-    remove(url, commit_name(step))
-    if commit is not None:
-        remove(url, generation_dir(commit.step, commit.epoch, commit.generation))
+    except FileNotFoundError:
+        return set()
+    except ManifestError:
+        return None
+    return {part.data.rpartition("/")[0] for part in commit.parts}
 
 
 def read_index(store: Store, commit: Commit, part: RankPart) -> Index:

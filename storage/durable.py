@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from storage.durable_read import LoadPlanner, Reader
 from storage.durable_write import SavePlanner, Writer
 from storage.manifest import Commit, ManifestError, RankPart, StateMismatch
 from storage.state import TrainState
-from storage.urls import locate
 
 RANK_PREFIX = "rank/"
 
@@ -32,18 +31,38 @@ class CheckpointFailed(RuntimeError):
 
 
 def write_part(url: str, state: TrainState, *, step: int, epoch: int, generation: int, rank: int) -> RankPart:
-    """Save this rank's part of a checkpoint; durable when this returns. Collective over the default process group.
+    """Save this rank's part of a checkpoint over the default process group; see `save_part`."""
+    return save_part(Writer(url, step=step, epoch=epoch, generation=generation, rank=rank), state, rank)
 
-    Without a process group, this process saves everything. The checkpoint exists once its commit record does.
+
+def save_part(
+    writer: Writer,
+    state: TrainState,
+    rank: int,
+    *,
+    check: Callable[[], None] = lambda: None,
+    group: dist.ProcessGroup | None = None,
+) -> RankPart:
+    """Save this rank's part of a checkpoint; durable when this returns. Collective over `group`, or over the default.
+
+    Without a process group, this process saves everything. The checkpoint exists once its commit record does. When any
+    rank fails, every rank does, and removes what it has written.
+
+    Args:
+        check: called on this rank first; when it raises, nothing is written.
 
     Raises:
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
         CheckpointFailed: a rank could not write; nothing may be committed.
     """
     assert rank == _rank(), f"rank {rank} saves as rank {_rank()} of its process group"
-    writer = Writer(locate(url), step=step, epoch=epoch, generation=generation, rank=rank)
-    with _dcp_errors():
-        dcp_save(_named(state, rank, per_rank=True), storage_writer=writer, planner=SavePlanner())
+    try:
+        with _dcp_errors():
+            named = _named(state, rank, per_rank=True)
+            dcp_save(named, storage_writer=writer, planner=SavePlanner(check), process_group=group)
+    except Exception:
+        writer.discard()
+        raise
     assert writer.part is not None
     return writer.part
 
@@ -87,8 +106,9 @@ def _named(state: TrainState, rank: int, *, per_rank: bool) -> dict[str, Any]:
 def _dcp_errors() -> Iterator[None]:
     """DCP raises a BaseException that holds each rank's error; make one Exception of ours of it."""
     try:
-        with warnings.catch_warnings():
+        with contextlib.ExitStack() as stack:
             if not dist.is_initialized():  # DCP warns that one process works alone, which is meant
+                stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", UserWarning)
             yield
     except CheckpointException as e:

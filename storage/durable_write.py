@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +24,27 @@ from storage.blocks import BlockDigester
 from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
 from storage.manifest import ManifestError, RankPart, data_name, index_name
 from storage.state import dtype_name, host_bytes
-from storage.urls import Store, make_folder, portable_errors, sync_folder, upload
+from storage.urls import Store, StoreError, locate, make_folder, portable_errors, sync_folder, upload
+
+WRITE_DEADLINE_S = 600.0
+"""For one rank's part on the store; then the save has failed. A part of 15 GB (70B with AdamW on 64 ranks) takes 150 s
+at the 100 MB/s of a slow object store; a store that takes four times as long hangs."""
+DISCARD_DEADLINE_S = 60.0
+"""To remove a part that nobody will commit; what is left then, `commits.prune` finds."""
 
 
 class SavePlanner(DefaultSavePlanner):
     """DCP's planner, refusing what it drops in silence: one name for different shapes, dtypes or content."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
+        """`check` is called before anything else; what it raises fails the save on every rank."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.digests: dict[MetadataIndex, str] = {}
+        self._check = check
 
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
+            self._check()
             plan = super().create_local_plan()
             self.digests = {item.index: xxhash.xxh3_128_hexdigest(self.content(item)) for item in plan.items}
             return dataclasses.replace(plan, planner_data=self.digests)
@@ -88,10 +100,25 @@ def _check_replicas(plans: list[SavePlan]) -> None:
 class Writer(StorageWriter):
     """Writes one rank's data file and its index, and then knows its RankPart."""
 
-    def __init__(self, store: Store, *, step: int, epoch: int, generation: int, rank: int) -> None:
+    def __init__(self, url: str, *, step: int, epoch: int, generation: int, rank: int) -> None:
         self.part: RankPart | None = None
-        self._store = store
+        self._url = url
         self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
+        self._began = False
+        """Whether there may be files that this writer has made."""
+        self._at_work = threading.Thread()
+        self._given_up = False
+
+    def linger(self) -> None:
+        """Until a store that did not answer in time does: till then it reads the state that it was given."""
+        if self._at_work.is_alive():
+            self._at_work.join()
+
+    def discard(self) -> None:
+        """Remove what this writer has written, as far as the store allows: nobody will commit it."""
+        if self._began and not self._given_up:
+            with contextlib.suppress(Exception):
+                self._within(DISCARD_DEADLINE_S, self._remove)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -114,62 +141,95 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: DcpSavePlanner) -> Future[list[WriteResult]]:
         assert isinstance(planner, SavePlanner)
-        name = data_name(**self._identity)
         with portable_errors():
-            if self._store.local:
-                path = Path(self._store.path(name))
-                make_folder(str(path.parent))
-                self._write_files(path, plan, planner)
-                sync_folder(str(path.parent))
-            else:
-                self._upload_files(name, plan, planner)
+            self._within(WRITE_DEADLINE_S, lambda: self._write(plan, planner))
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done
 
-    def _upload_files(self, name: str, plan: SavePlan, planner: SavePlanner) -> None:
-        if self._store.fs.exists(self._store.path(name)):
+    def _within(self, deadline_s: float, work: Callable[[], None]) -> None:
+        """Do `work` in a thread of its own, which cannot be ended when the store hangs.
+
+        Raises:
+            StoreError: it was not done by the deadline; it may still be going on (see `linger`).
+        """
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as e:
+                errors.append(e)
+
+        self._at_work = threading.Thread(target=run, name="store", daemon=True)
+        self._at_work.start()
+        self._at_work.join(deadline_s)
+        if self._at_work.is_alive():
+            self._given_up = True
+            raise StoreError(f"{self._url} has not answered for {deadline_s:g} s")
+        if errors:
+            raise errors[0]
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> None:
+        store, name = locate(self._url), data_name(**self._identity)
+        if store.local:
+            path = Path(store.path(name))
+            make_folder(str(path.parent))
+            part = self._write_files(path, plan, planner)
+            sync_folder(str(path.parent))
+        else:
+            part = self._upload_files(store, name, plan, planner)
+        if self._given_up:
+            self._remove()
+        else:
+            self.part = part
+
+    def _remove(self) -> None:
+        store = locate(self._url)
+        for name in (data_name(**self._identity), index_name(**self._identity)):
+            with contextlib.suppress(FileNotFoundError):
+                store.fs.rm_file(store.path(name))
+
+    def _upload_files(self, store: Store, name: str, plan: SavePlan, planner: SavePlanner) -> RankPart:
+        if store.fs.exists(store.path(name)):
             raise FileExistsError(f"{name} exists: a generation saves a step once")
+        self._began = True
         with tempfile.TemporaryDirectory(prefix="shepherd-") as folder:
             path = Path(folder, "part.bin")
-            self._write_files(path, plan, planner)
-            upload(self._store, str(path), name)
-            upload(self._store, str(path.with_suffix(".json")), index_name(**self._identity))
+            part = self._write_files(path, plan, planner)
+            upload(store, str(path), name)
+            upload(store, str(path.with_suffix(".json")), index_name(**self._identity))
+        return part
 
-    def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> None:
+    def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> RankPart:
         """Write and sync the data file at `path` and the index beside it; neither may exist."""
         chunks: list[Chunk] = []
         digester = BlockDigester(BLOCK_BYTES)
-        try:
-            with open(path, "xb") as file:
-                for item in plan.items:
-                    data = planner.content(item)
-                    chunks.append(_chunk(item, file.tell(), planner.digests[item.index]))
-                    assert len(data) == chunks[-1].n_bytes, (len(data), chunks[-1])
-                    for piece in (data, memoryview(bytes(-len(data) % ALIGN_BYTES))):
-                        file.write(piece)
-                        digester.update(piece)
-                size = file.tell()
-                file.flush()
-                os.fsync(file.fileno())
-            index = Index(
-                data=data_name(**self._identity),
-                data_bytes=size,
-                chunks=tuple(chunks),
-                blocks=digester.digests(),
-                **self._identity,
-            )
-            raw = index.to_json()
-            with open(path.with_suffix(".json"), "xb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError:
-            raise
-        except BaseException:
-            path.unlink(missing_ok=True)  # a full disk must not stay full of what no commit will name
-            raise
-        self.part = RankPart(
+        with open(path, "xb") as file:
+            self._began = True
+            for item in plan.items:
+                data = planner.content(item)
+                chunks.append(_chunk(item, file.tell(), planner.digests[item.index]))
+                assert len(data) == chunks[-1].n_bytes, (len(data), chunks[-1])
+                for piece in (data, memoryview(bytes(-len(data) % ALIGN_BYTES))):
+                    file.write(piece)
+                    digester.update(piece)
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        index = Index(
+            data=data_name(**self._identity),
+            data_bytes=size,
+            chunks=tuple(chunks),
+            blocks=digester.digests(),
+            **self._identity,
+        )
+        raw = index.to_json()
+        with open(path.with_suffix(".json"), "xb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        return RankPart(
             rank=self._identity["rank"],
             data=index.data,
             index=index_name(**self._identity),

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ FORMAT_VERSION = 1
 
 DATA_DIR = "checkpoints/data"
 COMMIT_DIR = "checkpoints/commits"
+_GENERATION_DIR = re.compile(rf"{DATA_DIR}/step-\d+-e(\d+)-g\d+")
 
 
 def generation_dir(step: int, epoch: int, generation: int) -> str:
@@ -57,6 +60,19 @@ class RankPart:
     """xxh3_128 of the index file; the index in turn holds the digests of the data file's blocks."""
 
 
+def writers_epoch(parts: Iterable[RankPart]) -> int:
+    """The epoch in which these parts' writers were assigned, from the folder that they all lie in.
+
+    Raises:
+        ManifestError: they lie in different folders, or in none of ours.
+    """
+    folders = {part.data.rpartition("/")[0] for part in parts}
+    match = _GENERATION_DIR.fullmatch(min(folders, default=""))
+    if len(folders) != 1 or match is None:
+        raise ManifestError(f"parts of one checkpoint lie in {sorted(folders)}, not in one folder of {DATA_DIR}")
+    return int(match.group(1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Commit:
     """The record whose existence makes a checkpoint. `step` counts the completed steps that its state contains."""
@@ -64,6 +80,7 @@ class Commit:
     run: str
     step: int
     epoch: int
+    """Of the writers' assignment, which names their folder; a later controller may be the one that commits."""
     generation: int
     mesh: dict[str, int]
     """Degrees of (pp, dp_replicate, dp_shard, tp) at the time of writing; a restore may use any other."""

@@ -133,14 +133,22 @@ def read_bytes(url: str, name: str) -> bytes:
 
 def list_names(url: str, folder: str) -> list[str]:
     """Sorted names of the records directly in `folder` (relative to the URL); empty when there is no such folder."""
+    return [name for name in _list(url, folder, "file") if not name.startswith(".")]
+
+
+def list_folders(url: str, folder: str) -> list[str]:
+    """Sorted names of the folders directly in `folder` (relative to the URL); empty when there is no such folder."""
+    return _list(url, folder, "directory")
+
+
+def _list(url: str, folder: str, kind: str) -> list[str]:
     store = locate(url)
     path = store.path(folder)
     try:
         entries: list[dict[str, Any]] = store.fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
-    return sorted(name for name in names if not name.startswith("."))
+    return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind)
 
 
 def remove(url: str, name: str) -> None:

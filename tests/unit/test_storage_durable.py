@@ -17,7 +17,7 @@ from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, list_commits, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
 from storage.index import BLOCK_BYTES
-from storage.manifest import Commit, ManifestError, RankPart, StateMismatch, commit_name, generation_dir
+from storage.manifest import Commit, ManifestError, RankPart, StateMismatch, commit_name, generation_dir, writers_epoch
 from storage.state import TrainState
 from trainer.contract import Restore
 
@@ -370,3 +370,13 @@ def test_the_checkpointer_restores_from_every_source(tmp_path):
         second.restore(restored, Restore(source="durable", step=4, commit=commit_name(5)))
     with pytest.raises(ManifestError, match="no complete snapshot"):
         second.restore(restored, Restore(source="ram", step=6))
+
+
+def test_a_commit_names_the_epoch_of_its_writers_whoever_commits():
+    def part(rank, folder):
+        return RankPart(rank=rank, data=f"{folder}/rank-{rank}.bin", index="", data_bytes=1, index_digest="")
+
+    assert writers_epoch([part(0, generation_dir(7, 12, 3)), part(1, generation_dir(7, 12, 3))]) == 12
+    for wrong in ([], [part(0, "elsewhere")], [part(0, generation_dir(7, 1, 3)), part(1, generation_dir(7, 2, 3))]):
+        with pytest.raises(ManifestError, match="not in one folder"):
+            writers_epoch(wrong)

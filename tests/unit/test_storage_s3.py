@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import boto3
 import pytest
 import s3fs
 import torch
-from moto.server import ThreadedMotoServer
+from s3_server import s3_bucket
 
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, list_commits, read_commit, verify
 from storage.durable import CheckpointFailed, load, write_part
@@ -19,18 +18,8 @@ from storage.urls import StoreError, list_names, probe, read_bytes, write_exclus
 
 @pytest.fixture(scope="module")
 def url():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket/run"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_bucket() as bucket:
+        yield f"{bucket}/run"
 
 
 def make_state(step: int) -> TrainState:
