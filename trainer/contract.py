@@ -137,6 +137,8 @@ class CheckpointConfig:
     """Steps between durable checkpoints; the last step is always checkpointed."""
     snapshot_interval_steps: int = 1
     """Steps between snapshots of each rank's own shard into the node's shared memory."""
+    keep: int = 3
+    """Committed checkpoints that are kept, the newest; older ones are deleted. At least 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,10 @@ class AuditConfig:
 
     finite: bool = True
     """Stop the step before the optimizer takes it when the loss or the gradient norm is not finite."""
+    at_rest: bool = True
+    """Check in each step that parameters and moments are what the optimizer left after the step before."""
+    replicas: bool = True
+    """Check in each step that replicas (dp_replicate) hold the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +216,22 @@ class Stop:
     """End at the next step boundary on which all ranks agree, with a checkpoint."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inject:
+    """Chaos: hurt yourself, and say with Injected what was done. Comes only from somebody who has the run's token."""
+
+    number: int
+    """Of the fault in the run's journal."""
+    fault: Literal["exception", "flip"]
+    """``exception``: raise one in the training loop. ``flip``: change the state at rest."""
+    tensors: str = ""
+    """For ``flip``: what the chosen tensor's name begins with: model/, exp_avg/ or exp_avg_sq/; empty: any."""
+    pattern: Literal["bit", "run", "zero"] = "bit"
+    """For ``flip``: one bit of one element; one bit in each of 2 to 16 neighbours; 1 to 16 neighbours zeroed."""
+    seed: int = 0
+    """Chooses tensor, element and bit."""
+
+
 # --- worker -> agent -------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +273,8 @@ class StepDone:
     """Waiting for the batch."""
     snapshot_us: int
     """Training blocked by the RAM snapshot."""
+    save_us: int
+    """Training blocked by the start of a durable save since the step before: the copy that is written meanwhile."""
     tokens: int
     """Tokens of the global batch."""
     loss: float | None
@@ -280,7 +304,7 @@ class ShardWritten:
     part: dict[str, Any]
     """A storage.manifest.RankPart as its JSON object."""
     write_us: int
-    """Training blocked by the save."""
+    """From the copy of the state until the part was on the store; training went on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +325,10 @@ class Failed:
     generation: int
     rank: int
     step: int
-    kind: Literal["exception", "collective", "memory", "state", "audit"]
-    """``collective``: a peer broke the exchange, its cause lies elsewhere. ``state``: the state given is damaged."""
+    kind: Literal["exception", "collective", "memory", "state", "audit", "corrupt", "diverged", "unclean"]
+    """``collective``: a peer broke the exchange, its cause lies elsewhere. ``state``: the state given is damaged.
+    ``corrupt``: this rank's own state has changed at rest, or is the odd one among its replicas. ``diverged``: replicas
+    differ, and which is wrong cannot be told. ``unclean``: another rank said so of its own."""
     error: str
     """Type and message on one line."""
     traceback: str
@@ -318,8 +344,32 @@ class Finished:
     reason: Literal["completed", "stopped"]
 
 
-ToWorker = Assign | Stop
-FromWorker = Phase | Restored | StepDone | Validated | ShardWritten | SaveFailed | Failed | Finished
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """A sign of life, each second, from a thread beside the training loop."""
+
+    generation: int
+    rank: int
+    step: int
+    waiting: bool
+    """Whether the training loop stands in an exchange with other ranks."""
+    where: str
+    """Where the training loop stands: its innermost frames as file:line function, the innermost last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injected:
+    """The ground truth of an Inject that was carried out."""
+
+    generation: int
+    rank: int
+    step: int
+    number: int
+    detail: str
+
+
+ToWorker = Assign | Stop | Inject
+FromWorker = Phase | Restored | StepDone | Validated | ShardWritten | SaveFailed | Failed | Finished | Pulse | Injected
 
 # Exit codes of a worker process. A worker that dies of a signal has the signal's number as the kernel reports it.
 EXIT_FINISHED = 0

@@ -2,9 +2,10 @@
 
 Numbering: a state has `step` completed steps; step k is the k-th, the first is 1.
 
-Once a step, one all-reduce over the world tells every rank the three things that all must agree on before anybody's
-parameters change: the mean loss, the gradient norm, and whether to stop. So either every rank takes the optimizer's
-step or none does, all stop at the same boundary, and no rank is ever more than one step ahead of another.
+Once a step, one all-reduce over the world tells every rank what all must agree on before anybody's parameters change:
+the mean loss, the gradient norm, whether to stop, whether a rank's state was found corrupt, and whether to begin a
+durable save. So either every rank takes the optimizer's step or none does, all stop or save at the same boundary, and
+no rank is ever more than one step ahead of another.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, distributed
 from torch.optim import AdamW
 
-from storage.durable import CheckpointFailed
-from storage.manifest import ManifestError
 from trainer import optim
-from trainer.contract import Finished, Phase, SaveFailed, ShardWritten, StepDone, Validated, WorkerConfig
+from trainer.audit import Finding, StateAudit, stop_on
+from trainer.contract import Finished, Phase, StepDone, Validated, WorkerConfig
 from trainer.parallel import Stage, forward_backward, forward_only
+from trainer.saves import Saves
 
 if TYPE_CHECKING:
     from storage.checkpointer import Checkpointer
@@ -52,9 +53,17 @@ class Session:
     state: TrainState
     dataset: Dataset
     checkpointer: Checkpointer
+    audit: StateAudit
     emit: Callable[[object], None]
     stop: threading.Event
     """Set when the agent has asked to stop; the loop ends at the next boundary on which all ranks agree."""
+    at_rest: threading.Lock = field(default_factory=threading.Lock)
+    """Who holds it finds the state at rest and as the audit recorded it: the loop keeps it from the audit's check until
+    the record that follows the optimizer. Chaos takes it to flip bits at rest only."""
+    saves: Saves = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saves = Saves(self.config.checkpoint.interval_steps)
 
     def phase(self, name: Literal["rendezvous", "build", "restore", "compute", "checkpoint", "validate"]) -> None:
         self.emit(Phase(generation=self.generation, rank=self.rank, step=self.state.step, phase=name))
@@ -67,6 +76,7 @@ class StepResult:
     lr: float
     data_us: int
     stop: bool
+    save: bool
 
 
 def train(session: Session, saved_step: int) -> None:
@@ -77,32 +87,29 @@ def train(session: Session, saved_step: int) -> None:
 
     Raises:
         NonFiniteError: on every rank alike, before the optimizer's step.
+        StateCorruptError, StateDivergedError, PeerStateError: the same, by what the audit holds against this rank.
     """
     config, state = session.config, session.state
     if state.step == 0:
         validate(session)
     session.phase("compute")
-    boundary_us, stopped = _now_us(), False
+    boundary_us, save_us, stopped = _now_us(), 0, False
     while state.step < config.steps and not stopped:
         result = train_step(session)
         snapshot_us = _snapshot(session) if state.step % config.checkpoint.snapshot_interval_steps == 0 else 0
-        _report(session, result, step_us=_now_us() - boundary_us, snapshot_us=snapshot_us)
-        boundary_us, stopped = _now_us(), result.stop
+        _report(session, result, step_us=_now_us() - boundary_us, snapshot_us=snapshot_us, save_us=save_us)
+        boundary_us, save_us, stopped = _now_us(), 0, result.stop
         if state.step == config.steps or stopped:
             break
-        save_due = state.step % config.checkpoint.interval_steps == 0
-        validate_due = state.step % config.validation_interval_steps == 0
-        if save_due:
-            _save(session)
-            saved_step = state.step
-        if validate_due:
+        if state.step % config.validation_interval_steps == 0:
             validate(session)
-        if save_due or validate_due:
             session.phase("compute")
-            # Their time is reported by themselves, not once more as part of the next step.
+            # Its time is reported by itself, not once more as part of the next step.
             boundary_us = _now_us()
+        if result.save:
+            save_us = session.saves.begin(session)
     if saved_step != state.step:
-        _save(session)
+        session.saves.save_last(session, check_last_state)
     if state.step == config.steps:
         validate(session)
     reason: Literal["completed", "stopped"] = "completed" if state.step == config.steps else "stopped"
@@ -120,30 +127,60 @@ def train_step(session: Session) -> StepResult:
 
     loss_share = forward_backward(session.stage, inputs_BT, targets_BT)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    squared_norm, loss, stops = _sum_over_ranks(
-        session.stage, optim.squared_norm_share(parameters), loss_share, torch.tensor(session.stop.is_set())
-    )
-    grad_norm = math.sqrt(squared_norm)
+    with session.at_rest:
+        finding = session.audit.check()
+        wants_save, saves = session.saves.shares(session, step)
+        squared_norm, loss, stops, saves_wanted, savers, corrupt, diverged = _sum_over_ranks(
+            session.stage,
+            optim.squared_norm_share(parameters),
+            loss_share,
+            torch.tensor(session.stop.is_set()),
+            torch.tensor(wants_save),
+            torch.tensor(saves),
+            *_counts(finding),
+        )
+        stop_on(finding, int(corrupt), int(diverged))
+        grad_norm = math.sqrt(squared_norm)
+        if config.audit.finite and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}")
 
-    if config.audit.finite and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}")
-
-    optim.clip_gradients(parameters, grad_norm, config.optimizer.clip_norm)
-    lr = optim.learning_rate(step, config.optimizer, config.steps)
-    optim.set_learning_rate(optimizer, lr)
-    optimizer.step()
+        optim.clip_gradients(parameters, grad_norm, config.optimizer.clip_norm)
+        lr = optim.learning_rate(step, config.optimizer, config.steps)
+        optim.set_learning_rate(optimizer, lr)
+        session.checkpointer.await_reads()
+        optimizer.step()
+        state.step = step
+        session.audit.record()
     optimizer.zero_grad()
-    state.step = step
-    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_us=data_us, stop=stops > 0)
+    save = saves_wanted > 0 and savers == 0
+    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_us=data_us, stop=stops > 0, save=save)
+
+
+def check_last_state(session: Session) -> None:
+    """The audit that no further step will make, before the last state is saved.
+
+    Raises:
+        StateCorruptError, StateDivergedError, PeerStateError: as in `train_step`.
+    """
+    with session.at_rest:
+        finding = session.audit.check()
+    corrupt, diverged = _sum_over_ranks(session.stage, *_counts(finding))
+    stop_on(finding, int(corrupt), int(diverged))
+
+
+def _counts(finding: Finding | None) -> tuple[Tensor, Tensor]:
+    """This rank's shares of the numbers of corrupt and of diverged ranks."""
+    kind = None if finding is None else finding.kind
+    return torch.tensor(kind == "corrupt"), torch.tensor(kind == "diverged")
 
 
 def validate(session: Session) -> None:
     """Mean loss over `data.validation_batches` global batches of held-out text; rank 0 reports it."""
-    session.phase("validate")
     started_us = _now_us()
     total = torch.zeros((), device=session.stage.device)
     count = session.config.data.validation_batches
     for index in range(count):
+        session.phase("validate")  # with each batch, so that a long pass is seen to go on
         total += forward_only(session.stage, *_batch(session, session.dataset.validation_batch, index))
     (loss,) = _sum_over_ranks(session.stage, total / count)
     if session.rank == 0:
@@ -187,30 +224,14 @@ def _snapshot(session: Session) -> int:
     started_us = _now_us()
     session.state.per_rank.update(optim.random_state())
     try:
-        session.checkpointer.snapshot(session.state)
+        state = session.state
+        session.checkpointer.snapshot(replace(state, per_rank=state.per_rank | session.audit.mark()))
     except OSError as error:
         log.error("step %d: no snapshot: %s", session.state.step, error)
     return _now_us() - started_us
 
 
-def _save(session: Session) -> None:
-    """Write the durable checkpoint of this step. Storage that fails costs this checkpoint, not the run."""
-    session.phase("checkpoint")
-    generation, rank, step = session.generation, session.rank, session.state.step
-    session.state.per_rank.update(optim.random_state())
-    started_us = _now_us()
-    try:
-        part = session.checkpointer.save(session.state)
-    except (OSError, CheckpointFailed, ManifestError) as error:
-        message = f"{type(error).__name__}: {error}"
-        write_us = _now_us() - started_us
-        session.emit(SaveFailed(generation=generation, rank=rank, step=step, error=message, write_us=write_us))
-        return
-    write_us = _now_us() - started_us
-    session.emit(ShardWritten(generation=generation, rank=rank, step=step, part=asdict(part), write_us=write_us))
-
-
-def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int) -> None:
+def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int, save_us: int) -> None:
     config, reports = session.config, session.rank == 0
     session.emit(
         StepDone(
@@ -220,6 +241,7 @@ def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int
             step_us=step_us,
             data_us=result.data_us,
             snapshot_us=snapshot_us,
+            save_us=save_us,
             tokens=config.data.global_batch * config.data.seq_len,
             loss=result.loss if reports else None,
             grad_norm=result.grad_norm if reports else None,

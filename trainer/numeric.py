@@ -1,16 +1,23 @@
 """What decides the bits of a result besides the configuration: deterministic kernels, and the numeric class.
 
 Two runs give equal bits when their `WorkerConfig` and their numeric class are equal.
+
+``python -P -m trainer.numeric`` reads a `WorkerConfig` as JSON from its standard input and prints one line of JSON: the
+numeric class that a worker of this node has, and the node's CUDA devices.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
+import sys
+from typing import Any
 
 import torch
 
-from trainer.contract import WorkerConfig
+from trainer.contract import WorkerConfig, build
 
 # Read by the libraries when they first start up, so set before the first CUDA or NCCL call. NCCL chooses algorithm and
 # protocol by size and topology unless told; each sums in another order. The workspace size is the one that
@@ -51,3 +58,27 @@ def numeric_class(config: WorkerConfig) -> dict[str, str]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return facts
+
+
+def cuda_devices() -> list[dict[str, Any]]:
+    """Name and memory of each CUDA device that this process sees."""
+    found = []
+    for number in range(torch.cuda.device_count()):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        found.append({"name": name, "total_bytes": total_bytes, "free_bytes": free_bytes})
+    return found
+
+
+def main() -> int:
+    config = build(WorkerConfig, json.load(sys.stdin))
+    set_numerics(config)
+    devices = cuda_devices() if config.device == "cuda" else []
+    # A node without devices has the class of its CPU: what it lacks is told by the list.
+    seen = config if devices or config.device == "cpu" else dataclasses.replace(config, device="cpu")
+    print(json.dumps({"numeric_class": numeric_class(seen), "devices": devices}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

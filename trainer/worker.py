@@ -1,8 +1,8 @@
 """The worker process: wait for an assignment, join its generation, restore, train, report, exit.
 
 Made to run in a child forked from a single-threaded process that has imported this module: importing it imports
-everything heavy and starts no thread, touches no device and opens no process group. The one helper thread is started
-after the fork; it watches the agent's socket, because a worker must not outlive its agent.
+everything heavy and starts no thread, touches no device and opens no process group. Two helper threads are started
+after the fork: one watches the agent's socket, because a worker must not outlive its agent; one is the pulse.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Literal, NoReturn
 
 import psutil
@@ -27,12 +29,15 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from storage.checkpointer import Checkpointer
 from storage.manifest import ManifestError
+from trainer import harm, pulse
+from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, replica_group
 from trainer.contract import (
     EXIT_AGENT_GONE,
     EXIT_FAILED,
     EXIT_FINISHED,
     Assign,
     Failed,
+    Inject,
     Phase,
     Receiver,
     Restored,
@@ -64,9 +69,13 @@ COLLECTIVE_MESSAGES = (
     "Socket Timeout",
     "ProcessGroup",
 )
+# A rank that another's state has stopped lets that one speak first: the first report ends the generation, and the other
+# one names the node. It takes milliseconds; this rank is killed in its wait.
+SPEAK_LAST_S = 1.0
+
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
-FailureKind = Literal["exception", "collective", "memory", "state", "audit"]
+FailureKind = Literal["exception", "collective", "memory", "state", "audit", "corrupt", "diverged", "unclean"]
 
 
 class Agent:
@@ -75,7 +84,10 @@ class Agent:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._receiver = Receiver(ToWorker)
+        self._sending = threading.Lock()
         self.stop = threading.Event()
+        self.on_inject: Callable[[Inject], None] | None = None
+        """Called from the thread that watches the agent; None while there is no state to hurt."""
 
     def wait_for_assignment(self) -> Assign:
         """The first message. Waits as long as the agent lives: a parked worker has no deadline, only an owner."""
@@ -90,8 +102,10 @@ class Agent:
         threading.Thread(target=self._watch, name="agent-watch", daemon=True).start()
 
     def emit(self, message: object) -> None:
+        """Tell the agent; from any thread."""
         try:
-            send(self._sock, message)
+            with self._sending:
+                send(self._sock, message)
         except OSError:
             os._exit(EXIT_AGENT_GONE)
 
@@ -101,8 +115,11 @@ class Agent:
                 messages = self._receiver.feed(self._receive())
             except TimeoutError:  # the timeout is for sending; silence from the agent is normal
                 continue
-            if any(isinstance(message, Stop) for message in messages):
-                self.stop.set()
+            for message in messages:
+                if isinstance(message, Stop):
+                    self.stop.set()
+                elif isinstance(message, Inject) and self.on_inject is not None:
+                    self.on_inject(message)
 
     def _receive(self) -> bytes:
         try:
@@ -127,14 +144,20 @@ def main(sock: socket.socket) -> int:
     assign = agent.wait_for_assignment()
     agent.watch()
     session: Session | None = None
+
+    def step() -> int:
+        return assign.restore.step if session is None else session.state.step
+
+    pulse.start(assign.generation, assign.rank, step, agent.emit)
     try:
         session = start(assign, agent)
+        agent.on_inject = partial(harm.obey, session=session)
         train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
         # Together: a peer that leaves early resets connections on which the others may still be reading.
         distributed.barrier()
         distributed.destroy_process_group()
     except Exception as error:
-        _die(agent, assign, assign.restore.step if session is None else session.state.step, error)
+        _die(agent, assign, step(), error)
     return EXIT_FINISHED
 
 
@@ -183,10 +206,15 @@ def start(assign: Assign, agent: Agent) -> Session:
         ram_dir=assign.ram_dir,
         node=assign.node,
     )
-    checkpointer.restore(state, assign.restore)
+    audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
+    mark = audit.blank_mark() if assign.restore.source == "ram" else {}
+    copy = replace(state, per_rank=state.per_rank | mark)
+    checkpointer.restore(copy, assign.restore)
+    state.step = copy.step
     assert state.step == assign.restore.step, (state.step, assign.restore)
     set_completed_steps(optimizer, state.step)
     set_random_state(state.per_rank)
+    audit.record_restored(mark)
     agent.emit(
         Restored(
             generation=assign.generation,
@@ -208,6 +236,7 @@ def start(assign: Assign, agent: Agent) -> Session:
         state=state,
         dataset=dataset,
         checkpointer=checkpointer,
+        audit=audit,
         emit=agent.emit,
         stop=agent.stop,
     )
@@ -271,6 +300,12 @@ def failure_kind(error: BaseException) -> FailureKind:
     """What an exception says about its cause, from it and from those that it was raised from."""
     chain = list(_chain(error))
     text = "\n".join(str(link) for link in chain if isinstance(link, RuntimeError))
+    if any(isinstance(link, StateCorruptError) for link in chain):
+        return "corrupt"
+    if any(isinstance(link, StateDivergedError) for link in chain):
+        return "diverged"
+    if any(isinstance(link, PeerStateError) for link in chain):
+        return "unclean"
     if any(isinstance(link, NonFiniteError) for link in chain):
         return "audit"
     if any(isinstance(link, ManifestError) for link in chain):
@@ -293,12 +328,15 @@ def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
     sys.stderr.write(detail)
     sys.stdout.flush()
     sys.stderr.flush()
+    kind = failure_kind(error)
+    if kind == "unclean":
+        time.sleep(SPEAK_LAST_S)
     agent.emit(
         Failed(
             generation=assign.generation,
             rank=assign.rank,
             step=step,
-            kind=failure_kind(error),
+            kind=kind,
             error=" ".join(f"{type(error).__name__}: {error}".split()),
             traceback=detail,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from storage.manifest import RankPart
 from trainer import contract, optim
+from trainer.audit import StateAudit, replica_group
 from trainer.contract import ParallelConfig, WorkerConfig
 from trainer.llama import load_preset
 from trainer.loop import Session, train
@@ -49,16 +51,31 @@ class SeededTokens:
 class RecordingCheckpointer:
     """Keeps the digests of what it is given to save, by step; fails where told to."""
 
-    def __init__(self, failing_step: int = -1) -> None:
+    busy = False
+
+    def __init__(self, failing_steps: Collection[int] = ()) -> None:
         self.newest_snapshot = 0
-        self.failing_step = failing_step
+        self.failing_steps = failing_steps
         self.saved: dict[int, dict[str, str]] = {}
 
     def snapshot(self, state: Any) -> None:
         self.newest_snapshot = state.step
 
-    def save(self, state: Any) -> RankPart:
-        if state.step == self.failing_step:
+    def begin_save(self, state: Any, unchanged: Any, done: Any) -> None:
+        try:
+            done(self.save(state, unchanged))
+        except OSError as error:
+            done(error)
+
+    def await_reads(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def save(self, state: Any, unchanged: Any) -> RankPart:
+        assert unchanged({name: local(tensor) for name, tensor in state.tensors.items()}) == []
+        if state.step in self.failing_steps:
             raise OSError(28, "No space left on device")
         self.saved[state.step] = digests(state)
         return RankPart(rank=0, data="d", index="i", data_bytes=1, index_digest="0")
@@ -101,15 +118,19 @@ def make_session(config: WorkerConfig, messages: list[Any], *, initial: bool = T
     mesh = build_mesh(config.parallel, "cpu", timedelta(seconds=config.collective_timeout_s))
     stage = build_stage(config, mesh, initial=initial)
     optimizer = optim.build_optimizer(stage.module, config.optimizer)
+    state = optim.train_state(stage.module, optimizer, 0)
+    audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
+    audit.record()
     return Session(
         config=config,
         generation=1,
         rank=torch.distributed.get_rank(),
         stage=stage,
         optimizer=optimizer,
-        state=optim.train_state(stage.module, optimizer, 0),
+        state=state,
         dataset=SeededTokens(config),  # type: ignore[arg-type]
         checkpointer=RecordingCheckpointer(),  # type: ignore[arg-type]
+        audit=audit,
         emit=messages.append,
         stop=threading.Event(),
     )

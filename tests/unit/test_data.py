@@ -254,13 +254,19 @@ def run_prepare(config: DataConfig, env: dict[str, str] | None = None, code: str
 def start_prepare(config: DataConfig, env: dict[str, str] | None = None, code: str = "") -> subprocess.Popen:
     what = json.dumps({"data": dataclasses.asdict(config), "vocab_size": VOCAB, "seed": SEED})
     command = ["-c", code] if code else ["-m", "trainer.data.prepare"]
-    return subprocess.Popen(
-        [sys.executable, "-P", *command, "--config", what],
+    process = subprocess.Popen(
+        [sys.executable, "-P", *command],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        pipe.write(what)
+    process.stdin = None  # or communicate() would flush it once more
+    return process
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -273,7 +279,7 @@ def test_five_processes_prepare_once(prepared, tmp_path: Path) -> None:
     counted = (
         "import os, sys, trainer.data.prepare as p; build = p._build\n"
         "def counting(*a): os.mkdir(os.environ['COUNTED']); build(*a)\n"  # a second build fails
-        "p._build = counting; sys.exit(p.main(sys.argv[1:]))"
+        "p._build = counting; sys.exit(p.main())"
     )
     running = [start_prepare(config, {"COUNTED": str(tmp_path / "built")}, counted) for _ in range(5)]
     results = [finish(process) for process in running]
@@ -286,11 +292,7 @@ def test_five_processes_prepare_once(prepared, tmp_path: Path) -> None:
 
 def test_process_killed_while_it_prepared_leaves_nothing_that_is_taken_for_data(prepared, tmp_path: Path) -> None:
     config = dataclasses.replace(prepared[0], cache_dir=str(tmp_path))
-    killed = (
-        "import os, sys, trainer.data.prepare as p\n"
-        "p._publish = lambda *a: os.kill(os.getpid(), 9)\n"
-        "p.main(sys.argv[1:])"
-    )
+    killed = "import os, sys, trainer.data.prepare as p\np._publish = lambda *a: os.kill(os.getpid(), 9)\np.main()"
     assert run_prepare(config, code=killed).returncode == -9
     assert list(tmp_path.rglob("*.partial"))
     with pytest.raises(FileNotFoundError, match=r"python -m trainer\.data\.prepare"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +22,21 @@ from rank_sessions import (
     train_and_record,
 )
 
-from trainer import contract
+from storage import durable_write
+from storage.checkpointer import Checkpointer
+from storage.commits import create_commit, verify
+from storage.manifest import Commit, RankPart, commit_name
+from trainer import contract, saves
 from trainer.contract import WorkerConfig
-from trainer.loop import NonFiniteError, train, train_step
+from trainer.loop import NonFiniteError, Session, train, train_step
 
 # --- agreements among ranks ------------------------------------------------------------------------------------------
 
 
 def test_not_a_number_on_one_rank_is_refused_by_all_before_the_optimizer() -> None:
-    for error, before, after, step in on_ranks(poison_rank_3, config_of(HYBRID_3D, n_layers=2)):
+    # Without the audit of state, which finds this particular cause first.
+    unaudited = contract.AuditConfig(at_rest=False, replicas=False)
+    for error, before, after, step in on_ranks(poison_rank_3, config_of(HYBRID_3D, n_layers=2, audit=unaudited)):
         assert error.startswith("step 3: loss nan")
         assert before == after
         assert step == 2
@@ -47,7 +56,7 @@ def poison_rank_3(config: WorkerConfig) -> tuple[str, dict[str, str], dict[str, 
 
 
 def test_the_finite_check_can_be_turned_off() -> None:
-    on_ranks(poison_without_check, config_of(audit=contract.AuditConfig(finite=False)))
+    on_ranks(poison_without_check, config_of(audit=contract.AuditConfig(finite=False, at_rest=False)))
 
 
 def poison_without_check(config: WorkerConfig) -> None:
@@ -102,18 +111,47 @@ def test_saves_validations_and_snapshots_come_when_due() -> None:
 
 
 def test_a_failed_save_costs_the_checkpoint_and_not_the_run() -> None:
-    ((messages, saved),) = on_ranks(train_with_full_disk_at_step_3, CALENDAR)
+    ((messages, saved),) = on_ranks(train_with_full_disk, CALENDAR, {3})
     (failed,) = of_type(messages, contract.SaveFailed)
     assert failed.step == 3
     assert "No space left on device" in failed.error
-    assert list(saved) == [6, 7]
+    assert list(saved) == [4, 6, 7], "tried again at once, since there is no wait in this test"
     assert messages[-1].reason == "completed"
 
 
-def train_with_full_disk_at_step_3(config: WorkerConfig) -> tuple[list[Any], dict[int, dict[str, str]]]:
+def test_the_last_state_is_tried_again_and_then_left_to_the_orchestrator() -> None:
+    ((messages, saved),) = on_ranks(train_with_full_disk, CALENDAR, {7})
+    assert [m.step for m in of_type(messages, contract.SaveFailed)] == [7] * saves.TRIES
+    assert list(saved) == [3, 6]
+    assert messages[-1] == contract.Finished(generation=1, rank=0, step=7, reason="completed")
+
+
+def train_with_full_disk(config: WorkerConfig, steps: set[int]) -> tuple[list[Any], dict[int, dict[str, str]]]:
+    saves.RETRY_S = 0.0
     messages: list[Any] = []
     session = make_session(config, messages)
-    session.checkpointer = RecordingCheckpointer(failing_step=3)  # type: ignore[assignment]
+    session.checkpointer = RecordingCheckpointer(failing_steps=steps)  # type: ignore[assignment]
+    train(session, saved_step=-1)
+    return messages, session.checkpointer.saved  # type: ignore[attr-defined]
+
+
+def test_no_rank_begins_a_save_while_another_still_writes() -> None:
+    quad = config_of(QUAD, n_layers=2, steps=8, checkpoint=contract.CheckpointConfig(interval_steps=2))
+    for messages, saved in on_ranks(train_while_rank_1_is_busy_until_step_5, quad):
+        assert list(saved) == [2, 6, 8], "due at 4, busy until 5, agreed on for 6"
+        assert [m.step for m in of_type(messages, contract.ShardWritten)] == [2, 6, 8]
+
+
+def train_while_rank_1_is_busy_until_step_5(config: WorkerConfig) -> tuple[list[Any], dict[int, dict[str, str]]]:
+    messages: list[Any] = []
+    session = make_session(config, messages)
+
+    def emit(message: Any) -> None:
+        messages.append(message)
+        if isinstance(message, contract.StepDone) and session.rank == 1:
+            session.checkpointer.busy = 3 <= message.step < 5  # type: ignore[misc]
+
+    session.emit = emit
     train(session, saved_step=-1)
     return messages, session.checkpointer.saved  # type: ignore[attr-defined]
 
@@ -132,3 +170,77 @@ def train_from_the_end(config: WorkerConfig, saved_step: int) -> tuple[list[Any]
     session.state.step = config.steps
     train(session, saved_step)
     return messages, session.checkpointer.saved  # type: ignore[attr-defined]
+
+
+# --- with storage itself ---------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_the_state_of_its_step_and_saving_changes_no_bit(tmp_path: Path) -> None:
+    """The store is held up at each save until training is two steps further."""
+    config = config_of(QUAD, n_layers=2, steps=9, checkpoint=contract.CheckpointConfig(interval_steps=3))
+    results = on_ranks(train_beside_a_slow_store, config, str(tmp_path / "run"))
+    quiet = replace(config, checkpoint=contract.CheckpointConfig(interval_steps=100))
+    untouched = on_ranks(train_beside_a_slow_store, quiet, str(tmp_path / "quiet"))
+    for step in (3, 6, 9):
+        commits = [part for parts, _, _ in results for part in parts if f"step-{step:08d}" in part["data"]]
+        parts = tuple(RankPart(**part) for part in commits)
+        assert [part.rank for part in parts] == [0, 1, 2, 3]
+        commit = Commit(run="test", step=step, epoch=1, generation=1, mesh={}, parts=parts, versions={})
+        assert verify(str(tmp_path / "run"), commit) == []
+        restored = on_ranks(restored_digests, config, str(tmp_path / "run"), commit)
+        assert restored == [states[step] for _, states, _ in results]
+    assert [states for _, states, _ in results] == [states for _, states, _ in untouched]
+    for _, _, steps in results:
+        assert [message.step for message in steps if message.save_us > 0] == [4, 7], "told with the step after"
+        assert all(message.snapshot_us + message.save_us <= message.step_us for message in steps)
+
+
+def train_beside_a_slow_store(config: WorkerConfig, url: str) -> tuple[list[Any], dict[int, dict[str, str]], list[Any]]:
+    """The parts that were written, the digests of the state after each step, and the reports of steps."""
+    messages: list[Any] = []
+    states: dict[int, dict[str, str]] = {}
+    session = make_session(config, messages)
+    session.checkpointer = checkpointer(session, url)
+    go_on = threading.Event()
+    write_files = durable_write.Writer._write_files
+
+    def held_up(writer: Any, *args: Any) -> RankPart:
+        assert session.state.step == config.steps or go_on.wait(30)
+        go_on.clear()
+        return write_files(writer, *args)
+
+    def emit(message: Any) -> None:
+        messages.append(message)
+        if isinstance(message, contract.StepDone):
+            states[message.step] = digests(session.state)
+            if message.step % 3 == 2:
+                go_on.set()
+
+    durable_write.Writer._write_files = held_up  # type: ignore[method-assign]
+    session.emit = emit
+    train(session, saved_step=-1)
+    parts = [message.part for message in of_type(messages, contract.ShardWritten)]
+    return parts, states, of_type(messages, contract.StepDone)
+
+
+def restored_digests(config: WorkerConfig, url: str, commit: Commit) -> dict[str, str]:
+    session = make_session(config, [])
+    if session.rank == 0:
+        create_commit(url, commit)
+    torch.distributed.barrier()
+    source = contract.Restore(source="durable", step=commit.step, commit=commit_name(commit.step))
+    checkpointer(session, url).restore(session.state, source)
+    return digests(session.state)
+
+
+def checkpointer(session: Session, url: str) -> Checkpointer:
+    return Checkpointer(
+        url=url,
+        run="test",
+        rank=session.rank,
+        world_size=session.config.parallel.world_size,
+        epoch=1,
+        generation=1,
+        ram_dir=f"{url}-ram",
+        node="n",
+    )

@@ -157,6 +157,7 @@ def continue_halfway(config: WorkerConfig) -> tuple[dict[str, str], dict[str, st
     with torch.no_grad():
         for name, tensor in second.state.tensors.items():
             local(tensor).copy_(copied[name])
+    second.audit.record()
     second.state.step = 3
     optim.set_completed_steps(second.optimizer, 3)
     train(second, saved_step=-1)
@@ -173,6 +174,7 @@ def forget_one_parameter(config: WorkerConfig) -> None:
         for name, tensor in session.state.tensors.items():
             if name != "model/layers.1.ffn_norm.weight":
                 tensor.fill_(0.5)
+    session.audit.record()
     with pytest.raises(NonFiniteError):
         train_step(session)
 

@@ -25,6 +25,7 @@ from torch import distributed
 from storage.commits import create_commit
 from storage.manifest import Commit, ManifestError, RankPart
 from trainer import contract, worker
+from trainer.audit import PeerStateError, StateCorruptError, StateDivergedError
 from trainer.contract import Assign, ParallelConfig, Receiver, Restore, WorkerConfig, send
 from trainer.loop import NonFiniteError
 
@@ -49,7 +50,7 @@ class Process:
         with contextlib.suppress(ConnectionResetError):
             while data := self.sock.recv(65536):
                 new = self.receiver.feed(data)
-                self.messages += new
+                self.messages += [message for message in new if not isinstance(message, contract.Pulse)]
                 if wanted is not None and any(wanted(message) for message in new):
                     return
 
@@ -138,7 +139,7 @@ def test_a_run_continues_with_the_same_numbers_from_memory_and_from_a_checkpoint
     (tmp_path / "ram").mkdir()
     first = run_to_the_end(PAIR, tmp_path, INIT)
     kinds = [type(message).__name__ for message in first[0].messages]
-    assert kinds[:7] == ["Phase", "Phase", "Phase", "Restored", "Phase", "Validated", "Phase"]
+    assert kinds[:8] == ["Phase", "Phase", "Phase", "Restored", "Phase", "Phase", "Validated", "Phase"]
     assert kinds.count("StepDone") == 6
     assert kinds[-1] == "Finished"
     assert [message.snapshot_step for message in first[1].of_type(contract.StepDone)] == [1, 2, 3, 4, 5, 6]
@@ -234,6 +235,9 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
     ("error", "kind"),
     [
         (NonFiniteError("step 3: loss nan"), "audit"),
+        (StateCorruptError("state changed at rest: model/norm.weight from 0 to 1"), "corrupt"),
+        (StateDivergedError("replicas differ: rank 0 a, rank 1 b"), "diverged"),
+        (PeerStateError("the audit of state stopped all ranks"), "unclean"),
         (ManifestError("block 7 is damaged"), "state"),
         (MemoryError(), "memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),

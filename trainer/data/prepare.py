@@ -1,12 +1,12 @@
 """Prepare a corpus on this node: split, train the tokenizer, tokenize once, publish under the digest of the content.
 
-``python -P -m trainer.data.prepare --config '{"data": {...}, "vocab_size": 4096, "seed": 0}'`` prints one line of JSON:
-the fields of `Prepared`. Of several processes on one machine the first does the work, the others wait at a file lock.
+``python -P -m trainer.data.prepare`` reads ``{"data": {...}, "vocab_size": 4096, "seed": 0}`` from its standard input,
+because command lines are everybody's to see and URLs may hold credentials. It prints one line of JSON: the fields of
+`Prepared`. Of several processes on one machine the first does the work, the others wait at a file lock.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 import xxhash
 
+from storage.redact import redacted
 from trainer.contract import DataConfig, build
 from trainer.data.corpora import Corpus, CorpusError, list_corpus
 from trainer.data.dataset import (
@@ -96,7 +97,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Prepared:
             partial = source.with_suffix(".partial")
             _build(corpus, survey, vocab_size, partial)
             _publish(partial, folder)
-        _write(source.with_suffix(".new"), json.dumps({"key": folder.name, "corpus": config.corpus}).encode())
+        _write(source.with_suffix(".new"), json.dumps({"key": folder.name, "corpus": redacted(config.corpus)}).encode())
         source.with_suffix(".new").replace(source)
     open_dataset(config, vocab_size, seed)  # raises when there is too little for one sample
     manifest = DataManifest.read(folder)
@@ -268,12 +269,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -P -m trainer.data.prepare", description=__doc__)
-    parser.add_argument(
-        "--config", required=True, help='JSON object {"data": DataConfig, "vocab_size": int, "seed": int}'
-    )
-    document = json.loads(parser.parse_args(argv).config)
+def main() -> int:
+    document = json.load(sys.stdin)
     try:
         prepared = prepare(build(DataConfig, document["data"]), document["vocab_size"], document["seed"])
     except (ValueError, TimeoutError) as error:

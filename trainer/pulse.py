@@ -1,0 +1,83 @@
+"""The pulse of a worker: each second a thread beside the training loop tells the agent where the loop stands.
+
+A worker whose loop is stuck goes on sending pulses, which say where. One that is stopped, or whose loop never lets go
+of the interpreter, falls silent. Both are findings for the agent's watch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import CodeType, FrameType
+
+from torch import distributed
+
+from trainer import loop
+from trainer.contract import Pulse
+
+INTERVAL_S = 1.0
+"""Between pulses: short against the silence that means something, and too long to cost anything."""
+OWN_FRAMES = 3
+INNERMOST_FRAMES = 2
+"""Frames that are told: the innermost ones outside torch, then the innermost of all. They fit on one line."""
+
+_DISTRIBUTED = os.path.dirname(distributed.__file__) + os.sep
+_TORCH = os.path.dirname(os.path.dirname(distributed.__file__)) + os.sep
+_AUTOGRAD = os.path.join(_TORCH, "autograd") + os.sep
+# DTensor computes in its own files, and waits in those of the functional collectives.
+_DTENSOR = os.path.join(_DISTRIBUTED, "tensor") + os.sep
+# Through these torch calls an operator, whatever it does.
+_PLUMBING = (os.path.join(_TORCH, "_ops.py"), os.path.join(_TORCH, "_library") + os.sep)
+
+
+def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> None:
+    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done."""
+    watched = threading.get_ident()
+
+    def beat() -> None:
+        while True:
+            waiting, where = standing(watched)
+            emit(Pulse(generation=generation, rank=rank, step=step(), waiting=waiting, where=where))
+            time.sleep(INTERVAL_S)
+
+    threading.Thread(target=beat, name="pulse", daemon=True).start()
+
+
+def standing(thread: int) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and its telling frames, the innermost last.
+
+    The innermost frame decides: a pipeline schedule and FSDP's hooks belong to torch.distributed, too, and whole layers
+    are computed under them.
+    """
+    frames = sys._current_frames()
+    stack = _outwards(frames.get(thread))
+    if stack and stack[0][0].co_filename.startswith(_AUTOGRAD):
+        # On an accelerator the backward pass runs in autograd's own threads, which `threading` does not know.
+        known = {each.ident for each in threading.enumerate()}
+        native = [_outwards(frame) for ident, frame in frames.items() if ident not in known]
+        stack = [entry for inner in native for entry in inner] + stack
+    if not stack:
+        return False, ""
+    own = [entry for entry in stack[INNERMOST_FRAMES:] if not entry[0].co_filename.startswith(_TORCH)]
+    told = [*own[:OWN_FRAMES][::-1], *stack[:INNERMOST_FRAMES][::-1]]
+    where = " > ".join(f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in told)
+    return _is_exchange(stack[0][0]), where
+
+
+def _outwards(frame: FrameType | None) -> list[tuple[CodeType, int]]:
+    """Code and line of a frame and of those that called it."""
+    stack = []
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_PLUMBING):
+            stack.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return stack
+
+
+def _is_exchange(code: CodeType) -> bool:
+    file = code.co_filename
+    # On an accelerator the world's sum is waited for where its value is read.
+    return code is loop._sum_over_ranks.__code__ or (file.startswith(_DISTRIBUTED) and not file.startswith(_DTENSOR))
