@@ -1,7 +1,7 @@
 """What can be ordered: the supervisor's answers to events, for a body to carry out.
 
 Each is delivered at least once: after a controller's restart the open ones are ordered again. Bodies and agents apply
-each once, by its generation.
+each once, by its generation. Only harm (InjectFault) is ordered once and never again: it may have ended the controller.
 """
 
 from __future__ import annotations
@@ -65,6 +65,26 @@ class CommitCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeleteCheckpoint:
+    """Delete the checkpoint of `step`, its record first; one that cannot be deleted is found again by a controller."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectFault:
+    """Do this harm, as somebody with the run's token asked, and answer FaultInjected with what was done."""
+
+    number: int
+    generation: int
+    fault: str
+    node: str
+    """Empty for a fault of no slot."""
+    slot: int | None
+    parameters: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReleaseNode:
     """Let go of a node that is lost or not wanted: end what is left of its agent; it may come back as a new one."""
 
@@ -88,7 +108,25 @@ class EndRun:
     reason: str
 
 
-Action = OpenGeneration | HaltGeneration | AskStop | CommitCheckpoint | ReleaseNode | SetTimer | EndRun
+Action = (
+    OpenGeneration
+    | HaltGeneration
+    | AskStop
+    | CommitCheckpoint
+    | DeleteCheckpoint
+    | InjectFault
+    | ReleaseNode
+    | SetTimer
+    | EndRun
+)
 
 # Orders that must be durable under run.url before they are sent (the others only need the local journal).
-DECISIONS = (OpenGeneration, HaltGeneration, CommitCheckpoint, ReleaseNode, EndRun)
+DECISIONS = (
+    OpenGeneration,
+    HaltGeneration,
+    CommitCheckpoint,
+    DeleteCheckpoint,
+    InjectFault,
+    ReleaseNode,
+    EndRun,
+)

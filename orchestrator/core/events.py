@@ -8,9 +8,10 @@ Reports may come twice (an agent repeats what was not acknowledged) and late (fr
 harmless: the supervisor ignores what it already knows and what does not belong to the current generation.
 
 What a body owes: a controller tells EpochBegan, then CheckpointsFound, before anything else; a run that starts or
-resumes tells RunDeclared before both. Within a generation, GenerationReady comes before its steps, and
-GenerationFinished after what became of its last save. A lost node's name is not used again, and when an agent comes
-back under a new name, the old one's NodeLost comes first.
+resumes tells RunDeclared before both. Within a generation, GenerationReady comes before its steps, GenerationFinished
+after what became of its last save, and a node's NodeHalted after its workers' last words: what they know of corruption
+decides what may be restored. A lost node's name is not used again, and when an agent comes back under a new name, the
+old one's NodeLost comes first.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Limits:
     same_error_tries: int
     recoveries_without_progress: int
     strikes: int
+    keep_checkpoints: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,20 @@ class WorkerExited:
     slot: int
     exit_code: int | None
     signal: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerHung:
+    """A worker lives, but shows no sign of life or makes no progress: found by its agent's deadlines."""
+
+    at: int
+    node: str
+    """Empty when no progress is made and nobody stands out."""
+    generation: int
+    slot: int | None
+    step: int
+    detail: str
+    """How long, and where it stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +269,29 @@ class NodesRefused:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultRequested:
+    """Somebody with the run's token asked for chaos: what is wanted, before it is done."""
+
+    at: int
+    fault: str
+    """A name of orchestrator/chaos/faults.py."""
+    node: str
+    """The node to hurt; empty: the one that fills `slot`, or none."""
+    slot: int | None
+    parameters: dict[str, str]
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultInjected:
+    """A fault was done: its ground truth."""
+
+    at: int
+    number: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimerFired:
     at: int
     timer: str
@@ -265,6 +304,7 @@ Event = (
     | NodeLost
     | WorkerFailed
     | WorkerExited
+    | WorkerHung
     | NodeHalted
     | GenerationFailed
     | GenerationReady
@@ -277,5 +317,7 @@ Event = (
     | GenerationFinished
     | StopRequested
     | NodesRefused
+    | FaultRequested
+    | FaultInjected
     | TimerFired
 )

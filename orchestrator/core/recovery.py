@@ -26,18 +26,41 @@ from trainer.contract import EXIT_FAILED
 
 # What can stand at the root of an incident, the most telling first. A worker whose peer vanished says "collective":
 # that is a consequence, and it is the root only when nothing else was seen.
-_ROOTS = ("node", "signal", "memory", "audit", "exception", "state", "exit", "start", "save", "collective")
+_ROOTS = (
+    "corrupt",
+    "diverged",
+    "node",
+    "signal",
+    "hang",
+    "memory",
+    "audit",
+    "exception",
+    "state",
+    "exit",
+    "start",
+    "save",
+    "unclean",
+    "collective",
+)
 
 # Kinds that come from the program itself when they repeat, whatever the node.
 _OF_THE_JOB = ("exception", "memory", "audit")
 
 # Kinds that a node's hardware can cause and whose reporter is the one that has it: an uncorrectable memory error of a
 # GPU is an exception in torch. A number that is not finite ("audit") shows on every rank at once, a peer's death too.
-_OF_A_NODE = ("node", "signal", "exit", "start", "exception", "memory")
+_OF_A_NODE = ("corrupt", "node", "signal", "hang", "exit", "start", "exception", "memory")
+
+# Proof that state is not what it must be. "corrupt" convicts the node that says it; "diverged" convicts nobody, but one
+# of those that say it is wrong, so each gets a strike.
+CORRUPTION = ("corrupt", "diverged")
+
+# Of those, and of whoever was stopped by another rank's: the last is the only word left when a dead rank took its own
+# along, and it says as well as theirs from which step on state is not known to be clean.
+UNCLEAN = (*CORRUPTION, "unclean")
 
 # Failures of a recovery that the rung is not to blame for, and that cannot come back: the node is gone, the state that
-# was refused is not offered again. A save that failed says nothing about how its state was restored.
-_NOT_THE_RUNGS = ("node", "state", "save")
+# was refused or found corrupt is not offered again. A save that failed says nothing about how its state was restored.
+_NOT_THE_RUNGS = ("node", "state", "save", *UNCLEAN)
 
 # The rungs that restore from shared memory, the cheaper first.
 _RAM_RUNGS = ("replace", "spare")
@@ -81,7 +104,17 @@ def has_told_why(incident: Incident, node: str, slot: int, exit_code: int | None
 
 
 def signature(evidence: Evidence) -> str:
-    """Names a failure so that the same one is known again on another node."""
+    """Names a failure so that the same one is known again on another node.
+
+    The program itself corrupts state where its own slot does the same thing again; fingerprints say nothing about it.
+    """
+    if evidence.kind == "corrupt":
+        return f"corrupt at step {evidence.step} in slot {evidence.slot}"
+    return told(evidence)
+
+
+def told(evidence: Evidence) -> str:
+    """A failure for people."""
     return f"{evidence.kind} at step {evidence.step}: {evidence.detail}"
 
 
@@ -97,6 +130,26 @@ def blames_the_rung(evidence: Evidence) -> bool:
     return evidence.kind not in _NOT_THE_RUNGS
 
 
+def charged(incident: Incident) -> list[Evidence]:
+    """What is charged to nodes, one piece each: the root, and with proven corruption all who said the same."""
+    cause = root(incident)
+    if cause.kind not in CORRUPTION:
+        return [cause] if is_of_a_node(cause) else []
+    first: dict[str, Evidence] = {}
+    for evidence in incident.evidence:
+        if evidence.kind == cause.kind:
+            first.setdefault(evidence.node, evidence)
+    return list(first.values())
+
+
+def note_for_the_job(state: State, incident: Incident) -> None:
+    """Count what can be the job's own fault, to know it again."""
+    cause = root(incident)
+    pieces = charged(incident) if cause.kind == "corrupt" else [cause] if is_of_the_job(cause) else []
+    for evidence in pieces:
+        state.errors.setdefault(signature(evidence), []).append(evidence.node)
+
+
 def follows_one_node(state: State, evidence: Evidence) -> bool:
     """Whether a failure has come back `same_error_tries` times and never on another node: it may be that node's."""
     assert state.limits is not None
@@ -109,26 +162,42 @@ def follows_one_node(state: State, evidence: Evidence) -> bool:
     )
 
 
+def _follows_the_job(state: State, evidence: Evidence) -> bool:
+    """Whether no node can be the reason for a failure any more.
+
+    The program's own failures: when they have come back often enough, and not on one node that is gone now. Corruption
+    of a slot at a step: when it has struck there on as many different nodes. (That it comes back on one node, which no
+    spare can replace, is that node's: it costs a step each time, and the crash-loop breaker bounds it.)
+    """
+    assert state.limits is not None
+    struck = state.errors.get(signature(evidence), [])
+    if evidence.kind == "corrupt":
+        return len(set(struck)) >= max(2, state.limits.same_error_tries)
+    evicted = follows_one_node(state, evidence) and state.nodes[evidence.node].state in ("quarantined", "lost")
+    return is_of_the_job(evidence) and len(struck) >= state.limits.same_error_tries and not evicted
+
+
 def decide(state: State) -> Decision:
     """The next rung for the open incident, from the state after the halt."""
     incident, limits, layout = state.incident, state.limits, state.layout
     assert incident is not None and limits is not None and layout is not None
     cause = root(incident)
 
-    struck = state.errors.get(signature(cause), [])
-    evicted = follows_one_node(state, cause) and state.nodes[cause.node].state in ("quarantined", "lost")
-    if is_of_the_job(cause) and len(struck) >= limits.same_error_tries and not evicted:
-        return Decision(
-            rung="fail",
-            exit_code=EXIT_JOB_FAULT,
-            reason=f"the same failure came back, {len(struck)} times on {' and '.join(dict.fromkeys(struck))}, so it "
-            f"follows the job and requeueing will not help: {signature(cause)}",
-        )
+    for fault in (cause, *charged(incident)):
+        if _follows_the_job(state, fault):
+            struck = state.errors[signature(fault)]
+            return Decision(
+                rung="fail",
+                exit_code=EXIT_JOB_FAULT,
+                reason=f"the same failure came back, {len(struck)} times on {' and '.join(dict.fromkeys(struck))}, so "
+                f"it follows the job and requeueing will not help: {told(fault)}",
+            )
     if state.recoveries_without_progress >= limits.recoveries_without_progress:
         return Decision(
             rung="fail",
             exit_code=EXIT_CRASH_LOOP,
-            reason=f"{state.recoveries_without_progress} generations without one new step, last: {signature(cause)}",
+            reason=f"{state.recoveries_without_progress} generations without a step beyond {state.reached}, last: "
+            f"{told(cause)}",
         )
 
     usable = state.usable()
@@ -138,12 +207,14 @@ def decide(state: State) -> Decision:
     if mesh is None:
         return Decision(rung="wait", reason=f"the mesh needs {layout.nodes} nodes, {len(usable)} are usable")
 
+    what = _what(incident) + _fate(state, mesh)
     rung = "replace" if mesh == state.mesh else "spare"
     if "durable" in incident.spent or any(r in incident.spent for r in _RAM_RUNGS[_RAM_RUNGS.index(rung) :]):
-        return durable_decision(state, mesh, f"{_what(cause)}: rung {incident.spent[-1]} failed before its first step")
+        return durable_decision(state, mesh, f"{what}: rung {incident.spent[-1]} failed before its first step")
     found = newest_in_ram(state, mesh)
+    clean = " and known to be clean" if any(e.kind in UNCLEAN for e in incident.evidence) else ""
     if found is None or found[0].step < (state.newest_checkpoint() or 0):
-        return durable_decision(state, mesh, f"{_what(cause)}: shared memory holds no complete step that is newer")
+        return durable_decision(state, mesh, f"{what}: shared memory holds no complete step that is newer{clean}")
     snapshot, transfers = found
     copied = f", {len(transfers)} of its slots copied from elsewhere" if transfers else ""
     return Decision(
@@ -153,7 +224,7 @@ def decide(state: State) -> Decision:
         step=snapshot.step,
         snapshot_generation=snapshot.generation,
         transfers=transfers,
-        reason=f"{_what(cause)}: step {snapshot.step} is complete in shared memory{copied}",
+        reason=f"{what}: step {snapshot.step} is complete in shared memory{clean}{copied}",
     )
 
 
@@ -182,7 +253,7 @@ def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[
         return None
     held = {s for slots in state.inventory.values() for snapshots in slots.values() for s in snapshots}
     for snapshot in sorted(held, key=lambda s: (s.step, s.generation), reverse=True):
-        if snapshot.name in state.bad_snapshots:
+        if snapshot.name in state.bad_snapshots or state.is_unclean(snapshot.generation, snapshot.step):
             continue
         transfers = _transfers(state, mesh, snapshot)
         if transfers is not None:
@@ -193,21 +264,25 @@ def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[
 def _transfers(state: State, mesh: tuple[str, ...], snapshot: Snapshot) -> tuple[Transfer, ...] | None:
     """The copies that give every slot of `mesh` this snapshot; None when some slot's cannot be had.
 
-    A quarantined node is read from, too: what it holds carries digests.
+    A node that is quarantined, or should be, is read from, too, since what it holds carries digests; but only where
+    nobody else holds the same.
     """
     layout = state.layout
     assert layout is not None
+    nodes = state.nodes
+    suspects = {n for n in state.inventory if nodes[n].convicted or nodes[n].state == "quarantined"}
     holders: dict[int, str] = {}
-    for node, slots in state.inventory.items():
-        holders |= {slot: node for slot, held in slots.items() if snapshot in held}
+    for node in sorted(state.inventory, key=lambda node: node not in suspects):
+        holders |= {slot: node for slot, held in state.inventory[node].items() if snapshot in held}
     transfers = []
     for index, node in enumerate(mesh):
         for slot in placement.slots_of(layout, index):
             if snapshot in state.inventory.get(node, {}).get(slot, ()):
                 continue
-            source = next((s for s in (slot, *placement.replicas(layout, slot)) if s in holders), None)
-            if source is None or "peer" not in state.capabilities:
+            copies = [s for s in (slot, *placement.replicas(layout, slot)) if s in holders]
+            if not copies or "peer" not in state.capabilities:
                 return None
+            source = min(copies, key=lambda s: holders[s] in suspects)
             transfers.append(Transfer(slot=slot, to_node=node, from_slot=source, from_node=holders[source]))
     return tuple(transfers)
 
@@ -216,5 +291,20 @@ def _telling(evidence: Evidence) -> tuple[int, int]:
     return (_ROOTS.index(evidence.kind), evidence.at)
 
 
-def _what(cause: Evidence) -> str:
-    return f"{cause.kind} on {cause.node or 'the mesh'}" + ("" if cause.slot is None else f", slot {cause.slot}")
+def _what(incident: Incident) -> str:
+    """What happened, in a few words: the root, and what else happened for itself."""
+    cause = root(incident)
+    others = [e for e in incident.evidence if e is not cause and e.kind in (*CORRUPTION, "node")]
+    pieces = [
+        f"{e.kind} on {e.node or 'the mesh'}" + ("" if e.slot is None else f", slot {e.slot}")
+        for e in (cause, *others[:3])
+    ]
+    return "; ".join(pieces) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+
+
+def _fate(state: State, mesh: tuple[str, ...]) -> str:
+    """What becomes of nodes of the last mesh that are not to be trusted."""
+    gone = [node for node in state.mesh if state.nodes[node].state == "quarantined"]
+    kept = [node for node in mesh if state.nodes[node].convicted]
+    words = [f"{node} is quarantined" for node in gone] + [f"{node} stays for want of a spare" for node in kept]
+    return f" ({', '.join(words)})" if words else ""

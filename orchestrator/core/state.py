@@ -17,7 +17,7 @@ NodeState = Literal["spare", "active", "quarantined", "lost"]
 NODE_STATES: dict[NodeState, str] = {
     "spare": "ready, holds no slot",
     "active": "fills a place of the mesh",
-    "quarantined": "alive, but it failed too often: never given a slot",
+    "quarantined": "alive, but it failed too often or its state was corrupt: never given a slot",
     "lost": "gone, or sent away; its name is never used again",
 }
 
@@ -47,6 +47,8 @@ class Node:
     domain: str
     strikes: int = 0
     """Failures charged to this node; at limits.strikes it is quarantined."""
+    convicted: bool = False
+    """Its state was proven corrupt: it is quarantined as soon as a generation can be opened without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +60,21 @@ class Evidence:
     slot: int | None
     """None when it concerns the whole node."""
     kind: str
-    """"node", "signal", "exit", "start", "save", or the kind of the worker's last words."""
+    """"node", "signal", "exit", "hang", "start", "save", or the kind of the worker's last words."""
     detail: str
     step: int
 
 
 @dataclass
 class Checkpoint:
-    trust: Literal["written", "committed", "damaged"]
-    """"written": every rank's part is on the store. "committed": its record is, too. "damaged": a worker refused it."""
+    trust: Literal["written", "committed", "damaged", "revoked"]
+    """"written": every rank's part is on the store. "committed": its record is, too. "damaged": a worker refused it.
+    "revoked": its generation's state of that step was found corrupt."""
     generation: int
     """The generation that wrote it."""
     committed_at: int = 0
-    replaces_damaged: bool = False
-    """A record of this step that was found damaged stands until this one is committed."""
+    replaces: Literal["", "damaged", "revoked"] = ""
+    """What a record of this step is that stands until this one is committed."""
 
 
 @dataclass
@@ -115,6 +118,21 @@ class Incident:
 
 
 @dataclass
+class Fault:
+    """Harm that was ordered by somebody who tests the run, and what is known to be true of it."""
+
+    number: int
+    fault: str
+    node: str
+    slot: int | None
+    step: int
+    """Steps completed when it was ordered."""
+    ordered_at: int
+    injected_at: int | None = None
+    detail: str = ""
+
+
+@dataclass
 class State:
     run: str = ""
     began_at: int = 0
@@ -143,11 +161,21 @@ class State:
     """Steps completed in the current generation's history; at most one generation moves it forward."""
     high_water: int = 0
     """Most steps ever completed. Never falls: what lies below it is recomputed when done again."""
+    floor: int = 0
+    """The lowest step restored since the high-water mark last rose."""
+    reached: int = 0
+    """Most steps completed since the floor was last lowered: to pass it is progress, also when much is recomputed."""
 
     checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     """By step, ascending. Only committed ones are restored from."""
+    saves_failed: int = 0
+    """Durable saves and commits that failed since the run was first declared."""
+    save_error: str = ""
+    """The newest such failure; empty again once a checkpoint is committed."""
     bad_snapshots: dict[str, str] = field(default_factory=dict)
     """Names of snapshots that a worker refused, with its reason."""
+    unclean: dict[int, int] = field(default_factory=dict)
+    """Generation to the first step at which its state was found corrupt; outlives the incident, as snapshots do."""
 
     awaiting: dict[str, None] = field(default_factory=dict)
     """While halting: the nodes that have not reported yet."""
@@ -158,10 +186,12 @@ class State:
     incidents: list[Incident] = field(default_factory=list)
     """Closed ones, in order."""
     errors: dict[str, list[str]] = field(default_factory=dict)
-    """Signature (kind, step, error) of a failure that can be the job's to the nodes on which it struck, each time."""
+    """Signature of a failure that can be the job's to the nodes on which it struck, each time."""
     recoveries_without_progress: int = 0
-    """Generations opened since the high-water mark last rose."""
+    """Generations opened since `reached` last rose."""
 
+    faults: list[Fault] = field(default_factory=list)
+    """Chaos that was ordered, in order."""
     stopping: str = ""
     """Who asked for the graceful stop that is under way; empty when none is."""
     exit_code: int | None = None
@@ -190,6 +220,14 @@ class State:
         alive = [name for name, node in self.nodes.items() if node.state in ("active", "spare")]
         return tuple(sorted(alive, key=lambda name: self.nodes[name].state != "active"))
 
+    def is_unclean(self, generation: int, step: int) -> bool:
+        """Whether a state that `generation` had in memory after `step` is not known to be clean.
+
+        What earlier generations left of the same steps is not, either: the state in which corruption is found first
+        may have been theirs.
+        """
+        return any(generation <= g and step >= first for g, first in self.unclean.items())
+
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint to restore from; one beyond the last step belongs to a longer run."""
         return max(
@@ -216,6 +254,7 @@ class State:
         assert self.job != "halting" or self.incident is not None
         assert (self.job == "training") == (self.ledger.pending_since is not None), self.job
         assert self.restored_step <= self.step <= self.high_water, (self.restored_step, self.step, self.high_water)
+        assert self.floor <= self.reached <= self.high_water, (self.floor, self.reached, self.high_water)
         assert (self.job == "ended") == (self.exit_code is not None)
         self.ledger.check()
 

@@ -24,14 +24,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.core import checkpoints, placement, recovery
 from orchestrator.core import events as ev
-from orchestrator.core import placement, recovery
 from orchestrator.core.actions import (
     Action,
     AskStop,
-    CommitCheckpoint,
     EndRun,
     HaltGeneration,
+    InjectFault,
     OpenGeneration,
     ReleaseNode,
     SetTimer,
@@ -43,8 +43,8 @@ from orchestrator.core.state import (
     EXIT_OK,
     EXIT_STOPPED,
     NODE_STATES,
-    Checkpoint,
     Evidence,
+    Fault,
     Incident,
     State,
 )
@@ -88,7 +88,7 @@ class Supervisor:
         s.first_generation = s.generation + 1
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.counts = dict.fromkeys(NODE_STATES, 0)
-        s.errors, s.bad_snapshots, s.recoveries_without_progress = {}, {}, 0
+        s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
         # Who resumes has looked: what was found damaged may have been mended, and is tried again.
         s.checkpoints = {step: c for step, c in s.checkpoints.items() if c.trust != "damaged"}
         s.ledger.places = event.layout.nodes + event.layout.spares
@@ -103,7 +103,7 @@ class Supervisor:
         if s.exit_code is not None:
             return [EndRun(exit_code=s.exit_code, reason=s.verdict)]
         written = [step for step, checkpoint in s.checkpoints.items() if checkpoint.trust == "written"]
-        again: list[Action] = [self._commit(step) for step in written]
+        again: list[Action] = [checkpoints.commit(s, step) for step in written]
         if s.job == "starting":
             assert s.order is not None
             again += [s.order, self._timer(f"start/{s.generation}", event.at + self._limits.start_deadline_us)]
@@ -213,7 +213,7 @@ class Supervisor:
         if event.step > s.step:  # the last report of steps was lost with the controller before
             self._complete(event.at, event.step, {})
         last = s.checkpoints.get(s.step)
-        if last is None or last.trust == "damaged":
+        if last is None or last.trust in checkpoints.DISTRUSTED:
             return self._fault(self._evidence(event.at, "", None, "save", "the last checkpoint could not be written"))
         s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
         s.job = "committing"
@@ -226,59 +226,33 @@ class Supervisor:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _on_checkpoint_written(self, event: ev.CheckpointWritten) -> list[Action]:
-        s = self.state
-        known = s.checkpoints.get(event.step)
-        if event.generation != s.generation or (known is not None and known.trust != "damaged"):
-            return []
-        s.checkpoints[event.step] = Checkpoint(
-            trust="written", generation=event.generation, replaces_damaged=known is not None
-        )
-        return [self._commit(event.step)]
+        return checkpoints.written(self.state, event)
 
     def _on_checkpoint_committed(self, event: ev.CheckpointCommitted) -> list[Action]:
-        s = self.state
-        known = s.checkpoints.get(event.step)
-        if known is not None and (
-            known.trust == "damaged" or (known.replaces_damaged and known.generation != event.generation)
-        ):
-            return []  # the record that was found damaged, told again
-        s.checkpoints[event.step] = Checkpoint(trust="committed", generation=event.generation, committed_at=event.at)
-        s.checkpoints = dict(sorted(s.checkpoints.items()))
-        return self._finish_if_saved()
+        if not checkpoints.committed(self.state, event):
+            return []
+        return checkpoints.retire(self.state) + self._finish_if_saved()
 
     def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
         s = self.state
-        known = s.checkpoints.get(event.step)
-        if known is None or known.trust != "written":
-            return []
-        if known.replaces_damaged:
-            known.trust = "damaged"
-        else:
-            del s.checkpoints[event.step]
-        if s.job == "committing" and event.step == s.step:
+        if checkpoints.failed(s, event) and s.job == "committing" and event.step == s.step:
             return self._fault(self._evidence(event.at, "", None, "save", event.error))
         return []
 
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
-        """The store is the authority on what is committed; what a worker found damaged stays so until it is removed."""
-        s = self.state
-        kept = {step: c for step, c in s.checkpoints.items() if c.trust == "written" or step in event.steps}
-        for step in event.steps:
-            known = kept.setdefault(step, Checkpoint(trust="committed", generation=0, committed_at=event.at))
-            if known.trust == "written" and not known.replaces_damaged:
-                known.trust = "committed"
-        s.checkpoints = dict(sorted(kept.items()))
-        s.high_water = max(s.high_water, *event.steps, 0)
-        return self._finish_if_saved()
+        checkpoints.found(self.state, event)
+        return checkpoints.retire(self.state) + self._finish_if_saved()
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
     def _on_worker_failed(self, event: ev.WorkerFailed) -> list[Action]:
         s = self.state
-        if event.generation != s.generation:
+        if event.generation != s.generation or s.order is None:
             return []
-        if event.kind == "state" and s.order is not None:
+        if event.kind == "state":
             self._distrust(s.order, event.error)
+        if event.kind in recovery.UNCLEAN:
+            self._mark_unclean(s.order, event.step)
         if s.job not in ("starting", "training", "halting"):
             return []
         return self._fault(
@@ -303,6 +277,15 @@ class Supervisor:
         if event.generation != s.generation or s.job != "starting":
             return []
         return self._fault(self._evidence(event.at, event.node, None, "start", event.error))
+
+    def _on_worker_hung(self, event: ev.WorkerHung) -> list[Action]:
+        """Its agent has lost patience with it; the halt's SIGKILL ends also what is stopped."""
+        s = self.state
+        if event.generation != s.generation or s.job not in ("starting", "training", "halting"):
+            return []
+        return self._fault(
+            Evidence(at=event.at, node=event.node, slot=event.slot, kind="hang", detail=event.detail, step=event.step)
+        )
 
     def _on_node_halted(self, event: ev.NodeHalted) -> list[Action]:
         s = self.state
@@ -329,6 +312,34 @@ class Supervisor:
             return self._fault(self._evidence(event.at, "", None, "start", "not ready within its deadline"))
         if name == "commit" and s.job == "committing":
             return self._end(EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline")
+        return []
+
+    # --- chaos ------------------------------------------------------------------------------------------------------
+
+    def _on_fault_requested(self, event: ev.FaultRequested) -> list[Action]:
+        """Harm is ordered by somebody who tests the run: its ground truth stands in the journal before it is done."""
+        s = self.state
+        node, slot = event.node, event.slot
+        if not node and slot is not None and slot < len(s.mesh) * self._layout.slots_per_node:
+            node = s.mesh[slot // self._layout.slots_per_node]
+        number = len(s.faults) + 1
+        s.faults.append(Fault(number=number, fault=event.fault, node=node, slot=slot, step=s.step, ordered_at=event.at))
+        return [
+            InjectFault(
+                number=number,
+                generation=s.generation,
+                fault=event.fault,
+                node=node,
+                slot=slot,
+                parameters=event.parameters,
+            )
+        ]
+
+    def _on_fault_injected(self, event: ev.FaultInjected) -> list[Action]:
+        faults = self.state.faults
+        fault = faults[event.number - 1] if 1 <= event.number <= len(faults) else None
+        if fault is not None and fault.injected_at is None:
+            fault.injected_at, fault.detail = event.at, event.detail
         return []
 
     # --- the road from a failure to the next generation --------------------------------------------------------------
@@ -384,9 +395,10 @@ class Supervisor:
             incident.cause, incident.culprit = cause.kind, cause.node if recovery.is_of_a_node(cause) else ""
         elif recovery.blames_the_rung(cause):
             incident.spent.append(incident.rungs[-1])
-        if recovery.is_of_the_job(cause):
-            s.errors.setdefault(recovery.signature(cause), []).append(cause.node)
-        self._charge_node(cause)
+        recovery.note_for_the_job(s, incident)
+        for charged in recovery.charged(incident):
+            self._charge_node(charged)
+        self._quarantine_convicts()
         decision = recovery.decide(s)
         incident.reason = decision.reason
         if decision.rung == "fail":
@@ -404,6 +416,7 @@ class Supervisor:
         s = self.state
         if s.n_usable < self._layout.nodes:
             return []
+        self._quarantine_convicts()
         if s.incident is not None:
             decision = recovery.decide(s)
             s.incident.reason = decision.reason
@@ -427,7 +440,9 @@ class Supervisor:
         first = s.incident is None
         s.generation += 1
         s.mesh, s.job = decision.mesh, "starting"
-        s.step = s.restored_step = decision.step
+        s.restored_step = decision.step
+        if decision.step < s.floor:
+            s.floor = s.reached = decision.step
         self._reach(decision.step)  # a dead node's last report may be missing, its snapshot not
         s.recoveries_without_progress += not first
         s.ledger.mesh_label = "start_up" if first else "recovery"
@@ -461,8 +476,10 @@ class Supervisor:
         """The mesh has completed `step`, or holds its state."""
         s = self.state
         s.step = step
+        if step > s.reached:
+            s.reached, s.recoveries_without_progress = step, 0
         if step > s.high_water:
-            s.high_water, s.recoveries_without_progress = step, 0
+            s.high_water = s.floor = step
 
     def _take_inventory(self, node: str, snapshots: dict[int, tuple[ev.Snapshot, ...]]) -> None:
         first = self.state.first_generation
@@ -470,23 +487,47 @@ class Supervisor:
         self.state.inventory[node] = {slot: held for slot, held in own.items() if held}
 
     def _charge_node(self, cause: Evidence) -> None:
-        """A strike for the node that failed, if it can be the node's doing; quarantine when a spare can replace it."""
+        """A strike for a node that failed; it is quarantined when that is its fault and a spare can replace it."""
         s = self.state
         node = s.nodes.get(cause.node)
-        if node is None or not recovery.is_of_a_node(cause):
+        if node is None:
             return
         node.strikes += 1
-        suspect = node.strikes >= self._limits.strikes or recovery.follows_one_node(s, cause)
-        if node.state == "active" and suspect and s.n_usable > self._layout.nodes:
-            s.move_node(cause.node, "quarantined")
+        node.convicted = node.convicted or cause.kind == "corrupt"
+        if node.strikes >= self._limits.strikes or recovery.follows_one_node(s, cause):
+            self._quarantine(cause.node)
+
+    def _quarantine(self, name: str) -> None:
+        s = self.state
+        if s.nodes[name].state in ("active", "spare") and s.n_usable > self._layout.nodes:
+            s.move_node(name, "quarantined")
+
+    def _quarantine_convicts(self) -> None:
+        """Also those that no spare could replace when they were convicted."""
+        for name, node in self.state.nodes.items():
+            if node.convicted:
+                self._quarantine(name)
 
     def _distrust(self, order: OpenGeneration, error: str) -> None:
         """A worker refused the state that it was given: never give it again."""
         s = self.state
-        if order.source == "durable" and order.step in s.checkpoints:
-            s.checkpoints[order.step].trust = "damaged"
+        if order.source == "durable":
+            checkpoints.refuse(s, order)
         elif order.source == "ram":
             s.bad_snapshots[ev.Snapshot(generation=order.snapshot_generation, step=order.step).name] = error
+
+    def _mark_unclean(self, order: OpenGeneration, step: int) -> None:
+        """State was found corrupt after `step`: what holds that state, or what came of it, is not restored from.
+
+        The check before was passed, so a snapshot of the step before is clean. When that state was restored, not
+        computed, it is its writer's checkpoint that may hold it; a durable one was whole when it was read.
+        """
+        s = self.state
+        s.unclean[s.generation] = min(step, s.unclean.get(s.generation, step))
+        if step > order.step:
+            checkpoints.revoke(s, s.generation, step)
+        elif order.source == "ram":
+            checkpoints.revoke(s, order.snapshot_generation, step)
 
     def _close_incident(self, at: int) -> None:
         assert self.state.incident is not None
@@ -516,15 +557,6 @@ class Supervisor:
         self._suspend()
         s.job, s.exit_code, s.verdict, s.awaiting = "ended", exit_code, reason, {}
         return [EndRun(exit_code=exit_code, reason=reason)]
-
-    def _commit(self, step: int) -> CommitCheckpoint:
-        checkpoint = self.state.checkpoints[step]
-        return CommitCheckpoint(
-            step=step,
-            epoch=self.state.epoch,
-            generation=checkpoint.generation,
-            replaces_damaged=checkpoint.replaces_damaged,
-        )
 
     def _timer(self, timer: str, at: int) -> SetTimer:
         return SetTimer(timer=timer, at=at)
@@ -573,7 +605,10 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.CheckpointsFound: Supervisor._on_checkpoints_found,
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,
+    ev.WorkerHung: Supervisor._on_worker_hung,
     ev.GenerationFailed: Supervisor._on_generation_failed,
     ev.NodeHalted: Supervisor._on_node_halted,
+    ev.FaultRequested: Supervisor._on_fault_requested,
+    ev.FaultInjected: Supervisor._on_fault_injected,
     ev.TimerFired: Supervisor._on_timer,
 }

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 
+import core_harm
 from core_watch import LIMITS, Watch
 from core_world import CAPABILITIES, LAYOUTS, Running, SimNode, Tape
 
@@ -25,7 +26,7 @@ from orchestrator.core.supervisor import Supervisor
 STEPS = 16
 CHECKPOINT_INTERVAL_STEPS = 3
 SNAPSHOTS_KEPT = 3
-# Moves after the end of the tape in which a run must reach its end. The longest of 10,000 histories took 122.
+# Moves after the end of the tape in which a run must reach its end. The longest of 8,000 histories took 211.
 MOVES_TO_FINISH = 500
 
 
@@ -43,6 +44,7 @@ class Body:
         """Step to the generation whose checkpoint of it is committed."""
         self.bad_steps: set[int] = set()
         self.bad_snapshots: set[Snapshot] = set()
+        self.truth = core_harm.Corruption()
         self.queues: dict[str, list[ev.Event]] = {}
         """Sender to what it has sent; senders overtake each other, a sender's messages do not."""
         self.told: list[ev.Event] = []
@@ -51,7 +53,7 @@ class Body:
         self.running: Running | None = None
         self.exit_code: int | None = None
         """The run's verdict, once EndRun has been carried out."""
-        self.layout, self.capabilities = LAYOUTS[tape.below(len(LAYOUTS))], CAPABILITIES[tape.below(3)]
+        self.layout, self.capabilities = LAYOUTS[tape.below(len(LAYOUTS))], CAPABILITIES[tape.below(len(CAPABILITIES))]
         self.declare()
 
     # --- the controller ---
@@ -60,6 +62,8 @@ class Body:
         self.at += (1 + self.tape.below(8)) * 250_000
         event = replace(event, at=max(event.at, self.at))
         self.at = event.at
+        if isinstance(event, ev.WorkerFailed):
+            self.truth.expose(self, event)
         actions = self.supervisor.handle(event)
         self.watch.see(self.supervisor, event, actions)
         self.watch_truth()
@@ -116,6 +120,11 @@ class Body:
                     self.running.stop = True
             case ac.CommitCheckpoint():
                 self._commit(action)
+            case ac.DeleteCheckpoint():
+                self.store.pop(action.step, None)
+                self.bad_steps.discard(action.step)
+            case ac.InjectFault():
+                core_harm.inject(self, action)
             case ac.ReleaseNode():
                 if action.node in self.nodes:
                     self._kill(self.nodes[action.node])
@@ -127,7 +136,7 @@ class Body:
     def _start_node(self, node: SimNode, order: ac.OpenGeneration) -> None:
         if not node.alive or node.mute or node.generation >= order.generation:
             return
-        node.generation = order.generation
+        node.generation, node.hung = order.generation, {}
         place = order.nodes.index(node.name)
         node.slots = dict.fromkeys(placement.slots_of(self.layout, place), True)
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
@@ -143,8 +152,9 @@ class Body:
                 node.ram.setdefault(transfer.slot, []).append(wanted)
         refused = order.source == "durable" and order.step in self.bad_steps
         refused |= order.source == "ram" and wanted in self.bad_snapshots
+        refused |= self.truth.refuses(self, node, order)
         if refused:
-            self._fail_worker(node, next(iter(node.slots)), "state", "digest mismatch")
+            self.end_worker(node, next(iter(node.slots)), "state", "digest mismatch")
         elif order.source == "ram":
             assert all(wanted in node.ram.get(slot, ()) for slot in node.slots), (wanted, node)
         elif order.source == "durable":
@@ -153,7 +163,7 @@ class Body:
     def _halt_node(self, node: SimNode, order: ac.HaltGeneration) -> None:
         if not node.alive or node.mute or node.generation > order.generation:
             return
-        node.generation, node.slots = order.generation, {}
+        node.generation, node.slots, node.hung = order.generation, {}, {}
         self.send(
             node.name, ev.NodeHalted(at=0, node=node.name, generation=order.generation, snapshots=node.snapshots())
         )
@@ -173,17 +183,10 @@ class Body:
 
     def healthy(self) -> list[SimNode]:
         """The running generation's nodes, when all of them and all of their workers are well; else none."""
-        if self.running is None:
+        if self.running is None or self.running.stalled:
             return []
         nodes = [self.nodes[name] for name in self.running.order.nodes]
-        well = all(
-            n.alive
-            and not n.mute
-            and n.generation == self.running.order.generation
-            and n.slots
-            and all(n.slots.values())
-            for n in nodes
-        )
+        well = all(node.well and node.generation == self.running.order.generation for node in nodes)
         return nodes if well else []
 
     def become_ready(self) -> None:
@@ -204,11 +207,16 @@ class Body:
         running = self.running
         assert running is not None
         generation = running.order.generation
+        if running.flipped or running.diverged:
+            return core_harm.find(self)
         if running.step == self.total_steps or (running.stop and running.step > running.order.step):
             steps_last = self.tape.below(8) == 7  # agents tell a new controller the facts first, and then the steps
             if not steps_last:
                 self._tell_steps()
-            self._save()
+            self.end_save()
+            if running.saved != running.step:
+                running.saving = running.step
+                self.end_save()
             reason = "completed" if running.step == self.total_steps else "stopped"
             self.send("mesh", ev.GenerationFinished(at=0, generation=generation, step=running.step, reason=reason))
             if steps_last:
@@ -225,7 +233,8 @@ class Body:
                     del held[:-SNAPSHOTS_KEPT]
         if running.step % CHECKPOINT_INTERVAL_STEPS == 0:
             self._tell_steps()
-            self._save()
+            self.end_save()
+            running.saving = running.step
         elif self.tape.below(3) < 2:
             self._tell_steps()
 
@@ -247,13 +256,19 @@ class Body:
             running.told = running.step
             self.send("mesh", done)
 
-    def _save(self) -> None:
-        assert self.running is not None
-        step, generation = self.running.step, self.running.order.generation
+    def end_save(self) -> None:
+        """The save that is under way ends, in one way or another."""
+        running = self.running
+        assert running is not None
+        if running.saving is None:
+            return
+        step, running.saving = running.saving, None
         if self.tape.below(8) == 7:
             self.send("mesh", ev.CheckpointFailed(at=0, step=step, error="rank 0: disk full"))
-        else:
-            self.send("mesh", ev.CheckpointWritten(at=0, generation=generation, step=step, bytes=1, write_us=1))
+            return
+        running.saved = step
+        generation = running.order.generation
+        self.send("mesh", ev.CheckpointWritten(at=0, generation=generation, step=step, bytes=1, write_us=1))
 
     def join(self, returning: bool) -> None:
         self.names += 1
@@ -280,16 +295,14 @@ class Body:
         slot = list(node.slots)[self.tape.below(len(node.slots))]
         kind = ("", "exception", "collective", "memory", "audit", "exception")[self.tape.below(6)]
         if kind:
-            self._fail_worker(node, slot, kind, f"error {self.tape.below(3)}")
+            self.end_worker(node, slot, kind, f"error {self.tape.below(3)}")
         else:
-            node.slots[slot] = False
-            code, signal = ((None, 9), (3, None))[self.tape.below(2)]
-            self._exit(node, slot, code, signal)
+            self.kill_worker(node, slot, *((None, 9), (3, None))[self.tape.below(2)])
         peers = [n for n in self.nodes.values() if n.well]
         for other in peers[: self.tape.below(3)]:
-            self._fail_worker(other, next(iter(other.slots)), "collective", "connection closed by peer")
+            self.end_worker(other, next(iter(other.slots)), "collective", "connection closed by peer")
 
-    def _fail_worker(self, node: SimNode, slot: int, kind: str, error: str) -> None:
+    def end_worker(self, node: SimNode, slot: int, kind: str, error: str) -> None:
         node.slots[slot] = False
         step = self.running.step if self.running else 0
         words = ev.WorkerFailed(
@@ -297,6 +310,10 @@ class Body:
         )
         self.send(node.name, words)
         self._exit(node, slot, 1, None)
+
+    def kill_worker(self, node: SimNode, slot: int, code: int | None, signal: int | None) -> None:
+        node.slots[slot] = False
+        self._exit(node, slot, code, signal)
 
     def _exit(self, node: SimNode, slot: int, code: int | None, signal: int | None) -> None:
         gone = ev.WorkerExited(
@@ -337,7 +354,10 @@ class Body:
                 if self.running.phase == "starting":
                     moves.append((80, self.become_ready))
                 elif self.running.phase == "training":
+                    if self.running.saving is not None:
+                        moves.append((40, self.end_save))
                     moves.append((80, self.advance))
+            moves += core_harm.notices(self)
         return moves
 
     def deliver(self, sender: str) -> None:
@@ -373,6 +393,7 @@ class Body:
             moves.append((2, lambda: self.fire(min(patient))))
         if self.running is not None and self.running.phase == "starting":
             moves.append((1, self.refuse_to_start))
+        moves += core_harm.moves(self)
         moves.append((2, self.begin_epoch))
         moves.append((1, self.damage))
         moves.append((1, self.ask_to_stop))
@@ -413,6 +434,7 @@ class Body:
         for _ in range(MOVES_TO_FINISH):
             if self.exit_code == 0:
                 assert self.store.get(self.total_steps), "finished without its last checkpoint"
+                assert not self.truth.is_exposed(self, self.total_steps), "it ends in state that was proven corrupt"
                 return
             self._step_without_faults()
         raise AssertionError(f"not finished after {MOVES_TO_FINISH} moves without faults: {self.supervisor.state}")

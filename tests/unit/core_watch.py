@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from core_books import Books
+
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core import placement
@@ -18,6 +20,7 @@ LIMITS = Limits(
     same_error_tries=2,
     recoveries_without_progress=6,
     strikes=3,
+    keep_checkpoints=2,
 )
 
 
@@ -32,19 +35,32 @@ class Watch:
         self._lost: set[str] = set()
         self._joined: set[str] = set()
         self._opened: dict[int, ac.OpenGeneration] = {}
+        self._ready = 0
+        """The newest generation that was ready."""
         self._inventory: dict[str, dict[int, tuple[Snapshot, ...]]] = {}
-        self._committed: set[int] = set()
-        self._refused: set[object] = set()
+        self._refused: set[Snapshot] = set()
+        self._corrupt: set[tuple[int, int]] = set()
+        """Generation and step at which its state was found corrupt."""
+        self._convicted: set[str] = set()
+        self._replaced: set[str] = set()
+        """Convicted nodes without which a generation was opened."""
+        self.books = Books(LIMITS.keep_checkpoints)
         self._first_generation = 1
         self._layout, self._capabilities, self._steps, self._stops = None, ("",), 0, 0
         self._errors: dict[tuple[str, int, str], int] = {}
+        self._struck: dict[tuple[int, int], set[str]] = {}
+        """Step and slot to the nodes whose state was found corrupt there."""
+        self._faults = 0
 
     def see(self, supervisor: Supervisor, event: ev.Event, actions: list[ac.Action]) -> None:
         self.log.append((event, actions))
         self._owed += (event.at - self._at) * self._places
         self._at = event.at
-        if not self._ended or isinstance(event, ev.RunDeclared):
+        lives = not self._ended or isinstance(event, ev.RunDeclared)
+        before = len(self.books.committed)
+        if lives:
             self._learn(supervisor, event)
+        committed_one = isinstance(event, ev.CheckpointCommitted) and len(self.books.committed) > before
         self._ended = supervisor.state.job == "ended"
         state = supervisor.state
         state.check()
@@ -60,44 +76,64 @@ class Watch:
         lost = sum(ledger.totals[label] for label in ("detection", "recovery", "waiting_for_nodes", "recomputed"))
         assert charged <= lost, "incidents are charged more than was lost"
         assert all(len(incident.evidence) <= EVIDENCE_KEPT for incident in incidents)
+        asked = lives and isinstance(event, ev.FaultRequested)
+        assert sum(isinstance(action, ac.InjectFault) for action in actions) == asked, "harm that nobody asked for now"
         for action in actions:
             self._check_order(supervisor, event, action)
+        assert state.saves_failed == self.books.failed, "failed saves are miscounted"
+        assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
+        if committed_one and state.incident is None and state.job != "starting":
+            assert len(self.books.good(self._steps)) <= LIMITS.keep_checkpoints, "too many checkpoints are kept"
 
     def _never_falls(self, name: str, value: int) -> None:
         assert value >= self._lows.get(name, 0), f"{name} fell from {self._lows[name]} to {value}"
         self._lows[name] = value
 
     def _learn(self, supervisor: Supervisor, event: ev.Event) -> None:
+        current = max(self._opened, default=0)
+        self.books.learn(event)
         match event:
             case ev.RunDeclared():
                 self._layout, self._capabilities, self._steps = event.layout, event.capabilities, event.total_steps
                 self._places = event.layout.nodes + event.layout.spares
-                self._first_generation = 1 + max(self._opened, default=0)
+                self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
-                # Whoever resumes has looked at the checkpoints: they are tried again.
-                self._refused = {refused for refused in self._refused if isinstance(refused, Snapshot)}
+                self._convicted, self._replaced, self._struck = set(), set(), {}
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
-            case ev.NodeHalted() if event.generation == max(self._opened) and event.node not in self._lost:
+            case ev.NodeHalted() if event.generation == current and event.node not in self._lost:
                 self._inventory[event.node] = self._usable(event.snapshots)
             case ev.NodeLost():
                 self._lost.add(event.node)
-            case ev.CheckpointCommitted():
-                self._committed.add(event.step)
-                if supervisor.state.checkpoints[event.step].trust == "committed":
-                    self._refused.discard(event.step)
-            case ev.CheckpointsFound():
-                self._committed = set(event.steps)
-            case ev.WorkerFailed(kind="state") if event.generation == max(self._opened):
+            case ev.GenerationReady():
+                self._ready = max(self._ready, event.generation)
+            case ev.WorkerFailed(kind="state") if event.generation == current:
                 order = self._opened[event.generation]
-                ram = Snapshot(generation=order.snapshot_generation, step=order.step)
-                self._refused.add(ram if order.source == "ram" else order.step)
+                if order.source == "durable":
+                    self.books.refuse(order.step)
+                elif order.source == "ram":
+                    self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
+            case ev.WorkerFailed(kind="corrupt" | "diverged" | "unclean") if event.generation == current:
+                self._learn_of_corruption(supervisor, event)
             case ev.WorkerFailed(kind="exception" | "memory" | "audit"):
                 key = (event.kind, event.step, event.error)
                 self._errors[key] = self._errors.get(key, 0) + 1
             case ev.StopRequested():
                 self._stops += 1
+            case ev.FaultRequested():
+                self._faults += 1
+
+    def _learn_of_corruption(self, supervisor: Supervisor, event: ev.WorkerFailed) -> None:
+        self._corrupt.add((event.generation, event.step))
+        order = self._opened[event.generation]
+        if event.step > order.step:
+            self.books.revoke(event.generation, event.step)
+        elif order.source == "ram":
+            self.books.revoke(order.snapshot_generation, event.step)
+        if event.kind == "corrupt" and supervisor.state.incident is not None:
+            self._convicted.add(event.node)
+            self._struck.setdefault((event.step, event.slot), set()).add(event.node)
 
     def _usable(self, snapshots: dict[int, tuple[Snapshot, ...]]) -> dict[int, tuple[Snapshot, ...]]:
         return {k: tuple(s for s in held if s.generation >= self._first_generation) for k, held in snapshots.items()}
@@ -111,10 +147,27 @@ class Watch:
                 self._check_named(supervisor, action.nodes)
             case ac.OpenGeneration() if isinstance(event, ev.EpochBegan):
                 assert action == self._opened[max(self._opened)], "another order than the one that is open"
+                assert action.source != "durable" or action.step not in self.books.deleted, (
+                    "what is deleted is restored"
+                )
             case ac.OpenGeneration():
                 self._check_open(supervisor, action)
             case ac.CommitCheckpoint():
                 assert action.epoch == supervisor.state.epoch
+                bad = [g for g, step in self._corrupt if action.generation == g and action.step >= step]
+                assert not bad, "corrupt state is committed"
+                self.books.commit(action)
+            case ac.DeleteCheckpoint():
+                self.books.delete(action.step, self._steps)
+                newest = self._opened.get(max(self._opened, default=0))
+                if newest and newest.source == "durable" and newest.generation >= self._first_generation:
+                    assert self._ready == newest.generation or newest.step != action.step, "it is being restored from"
+            case ac.InjectFault():
+                assert action.number == self._faults, "faults are miscounted"
+                if isinstance(event, ev.FaultRequested) and not event.node and event.slot is not None and self._opened:
+                    opened = self._opened[max(self._opened)]
+                    if opened.generation >= self._first_generation and event.slot < self._layout.slots:
+                        assert action.node == opened.nodes[event.slot // self._layout.slots_per_node]
             case ac.EndRun() if not isinstance(event, ev.EpochBegan):
                 self._check_verdict(supervisor, event, action)
 
@@ -128,24 +181,38 @@ class Watch:
         self._opened[order.generation] = order
         assert len(order.nodes) == len(set(order.nodes)) == self._layout.nodes, "a slot is filled twice, or not at all"
         self._check_named(supervisor, order.nodes)
+        self._check_convicts(supervisor, order)
         assert not {t.from_node for t in order.transfers} & self._lost, "a copy comes from a lost node"
-        newest = max((s for s in self._committed if s not in self._refused and s <= self._steps), default=0)
+        newest = max(self.books.good(self._steps), default=0)
         incident = supervisor.state.incident
         if order.source == "ram":
             chosen = Snapshot(generation=order.snapshot_generation, step=order.step)
+            assert not self._holds_corruption(chosen), "state that was proven corrupt is restored"
             assert chosen == self._newest_in_ram(order.nodes), "not the newest snapshot that every slot can get"
             self._check_transfers(order, chosen)
             assert order.step >= newest, "a committed checkpoint is newer"
         else:
+            assert order.source == "init" or order.step not in self.books.deleted, "what is deleted is restored"
             assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
             ram = None if incident is None or incident.spent else self._newest_in_ram(order.nodes)
             assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
+
+    def _check_convicts(self, supervisor: Supervisor, order: ac.OpenGeneration) -> None:
+        assert not self._replaced & set(order.nodes), "a convicted node is given a slot again"
+        nodes = supervisor.state.nodes
+        spares = {name for name in self._joined - self._lost - self._convicted if nodes[name].state == "spare"}
+        assert not self._convicted & set(order.nodes) or not spares, "a convicted node is kept though there is a spare"
+        self._replaced |= self._convicted - set(order.nodes)
+
+    def _holds_corruption(self, snapshot: Snapshot) -> bool:
+        return any(snapshot.generation <= generation and snapshot.step >= step for generation, step in self._corrupt)
 
     def _newest_in_ram(self, nodes: tuple[str, ...]) -> Snapshot | None:
         if "ram" not in self._capabilities:
             return None
         held = {name: slots for name, slots in self._inventory.items() if name not in self._lost}
         known = {s for slots in held.values() for snapshots in slots.values() for s in snapshots} - self._refused
+        known = {s for s in known if not self._holds_corruption(s)}
         good = [s for s in known if all(self._sources(held, nodes, slot, s) for slot in range(self._layout.slots))]
         return max(good, key=lambda s: (s.step, s.generation), default=None)
 
@@ -177,12 +244,15 @@ class Watch:
         timer = event.timer.partition("/")[0] if isinstance(event, ev.TimerFired) else ""
         match end.exit_code:
             case 0:
-                assert self._steps in self._committed and state.step == self._steps, "not everything is done and saved"
+                assert self._steps in self.books.committed and state.step == self._steps, (
+                    "not everything is done and saved"
+                )
             case 1:
                 trusts = [checkpoint.trust for checkpoint in state.checkpoints.values()]
                 assert timer == "commit" or ("damaged" in trusts and state.newest_checkpoint() is None)
             case 93:
-                assert max(self._errors.values()) >= LIMITS.same_error_tries
+                repeated = max(self._errors.values(), default=0) >= LIMITS.same_error_tries
+                assert repeated or max(len(nodes) for nodes in self._struck.values()) >= 2
             case 94:
                 assert state.recoveries_without_progress >= LIMITS.recoveries_without_progress
             case 95:

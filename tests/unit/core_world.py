@@ -29,7 +29,7 @@ LAYOUTS = (
     layout(2, 2, 1, 1, 2, 1),
     layout(1, 2, 2, 1, 1, 0),
 )
-CAPABILITIES = (("ram", "peer"), ("ram",), ())
+CAPABILITIES = (("ram", "peer"), ("ram", "peer"), ("ram",), ())
 
 
 class Tape:
@@ -52,16 +52,18 @@ class SimNode:
     name: str
     alive: bool = True
     mute: bool = False
-    """Hung: it runs no orders and sends nothing."""
+    """The whole node hangs: it runs no orders and sends nothing."""
     generation: int = 0
     slots: dict[int, bool] = field(default_factory=dict)
     """Slot to whether its worker lives, in `generation`."""
+    hung: dict[int, bool] = field(default_factory=dict)
+    """Slots whose worker lives but does nothing any more, and whether its agent has told so."""
     ram: dict[int, list[Snapshot]] = field(default_factory=dict)
     """Slot to complete snapshots, the oldest first."""
 
     @property
     def well(self) -> bool:
-        return self.alive and not self.mute and bool(self.slots) and all(self.slots.values())
+        return self.alive and not self.mute and bool(self.slots) and all(self.slots.values()) and not self.hung
 
     def snapshots(self) -> dict[int, tuple[Snapshot, ...]]:
         return {slot: tuple(held) for slot, held in self.ram.items()}
@@ -77,3 +79,13 @@ class Running:
     step: int = 0
     told: int = 0
     stop: bool = False
+    saving: int | None = None
+    """The step of the save that is being written while training goes on."""
+    saved: int = -1
+    flipped: set[int] = field(default_factory=set)
+    """Slots whose state has changed at rest since `step`."""
+    diverged: set[int] = field(default_factory=set)
+    """Slots whose state differs from their replicas' since `step`."""
+    stalled: bool = False
+    """No rank makes progress, and none stands out."""
+    stall_told: bool = False

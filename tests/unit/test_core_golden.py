@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import core_breakages
 import pytest
 
 from orchestrator.core import actions as ac
@@ -51,6 +52,7 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             same_error_tries=2,
             recoveries_without_progress=int(options.pop("recoveries", "4")),
             strikes=int(options.pop("strikes", "3")),
+            keep_checkpoints=int(options.pop("keep", "3")),
         ),
         total_steps=int(options.pop("steps")),
         capabilities=tuple(filter(None, options.pop("can", "ram,peer").split(","))),
@@ -82,6 +84,25 @@ def _exited(at: int, w: list[str]) -> ev.WorkerExited:
     return ev.WorkerExited(at=at, node=node, generation=_g(w[0]), slot=int(slot), exit_code=code, signal=signal)
 
 
+def _hung(at: int, w: list[str]) -> ev.WorkerHung:
+    node, _, slot = w[1].removeprefix("-").partition(":")
+    where = int(slot) if slot else None
+    return ev.WorkerHung(at=at, node=node, generation=_g(w[0]), slot=where, step=int(w[3]), detail=" ".join(w[4:]))
+
+
+def _fault(at: int, w: list[str]) -> ev.FaultRequested:
+    options = dict(word.split("=") for word in w[1:])
+    node, slot = options.pop("node", ""), options.pop("slot", None)
+    return ev.FaultRequested(
+        at=at,
+        fault=w[0],
+        node=node,
+        slot=None if slot is None else int(slot),
+        parameters=options,
+        by="the operator",
+    )
+
+
 def _steps(at: int, w: list[str]) -> ev.StepsDone:
     first, last = (int(n) for n in w[1].split("-"))
     return ev.StepsDone(
@@ -102,7 +123,7 @@ def _g(word: str) -> int:
 
 
 _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
-    # run mesh=PPxREPLICATExSHARDxTP [per-node=N] [spares=N] steps=N [can=ram,peer] [strikes=N] [recoveries=N]
+    # run mesh=PPxREPLICATExSHARDxTP [per-node=N] [spares=N] steps=N [can=ram,peer] [strikes=N] [recoveries=N] [keep=N]
     "run": _run,
     # epoch N
     "epoch": lambda at, w: ev.EpochBegan(at=at, epoch=int(w[0]), version="test"),
@@ -122,6 +143,8 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "failed": _failed,
     # exited gN NODE:SLOT signal|code N
     "exited": _exited,
+    # hung gN NODE:SLOT|- step STEP DETAIL
+    "hung": _hung,
     # refused gN NODE ERROR
     "refused": lambda at, w: ev.GenerationFailed(at=at, generation=_g(w[0]), node=w[1], error=" ".join(w[2:])),
     # halted gN NODE [SLOT:SNAPSHOTS ...]
@@ -136,6 +159,10 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "finished": lambda at, w: ev.GenerationFinished(at=at, generation=_g(w[0]), step=int(w[1]), reason=w[2]),
     # stop gracefully|now
     "stop": lambda at, w: ev.StopRequested(at=at, by="the operator", graceful=w[0] == "gracefully"),
+    # fault NAME [node=NODE] [slot=SLOT] [PARAMETER=VALUE ...]
+    "fault": _fault,
+    # injected NUMBER DETAIL
+    "injected": lambda at, w: ev.FaultInjected(at=at, number=int(w[0]), detail=" ".join(w[1:])),
     # timer NAME
     "timer": lambda at, w: ev.TimerFired(at=at, timer=w[0]),
 }
@@ -158,6 +185,12 @@ def _told(action: ac.Action, now: int) -> str:
         case ac.CommitCheckpoint():
             damaged = ", replacing the damaged one" if action.replaces_damaged else ""
             return f"commit step {action.step} of g{action.generation} in epoch {action.epoch}{damaged}"
+        case ac.DeleteCheckpoint():
+            return f"delete checkpoint {action.step}"
+        case ac.InjectFault():
+            slot = "" if action.slot is None else f":{action.slot}"
+            words = "".join(f" {name}={value}" for name, value in action.parameters.items())
+            return f"inject {action.number}: {action.fault} g{action.generation} {action.node or '-'}{slot}{words}"
         case ac.ReleaseNode():
             return f"release {action.node}\n    {action.reason}"
         case ac.SetTimer():
@@ -172,7 +205,8 @@ def _standing(supervisor: Supervisor) -> str:
     for name, node in s.nodes.items():
         by_state.setdefault(node.state, []).append(name)
     nodes = "; ".join(f"{state} {' '.join(names)}" for state, names in by_state.items())
-    return f"= {s.job}, step {s.step}; {nodes or 'no nodes'}"
+    failing = f"; saving fails: {s.save_error}" if s.save_error else ""
+    return f"= {s.job}, step {s.step}; {nodes or 'no nodes'}{failing}"
 
 
 def play(text: str) -> str:
@@ -214,3 +248,9 @@ def test_a_changed_answer_is_seen() -> None:
     text = TRACES[0].read_text()
     changed: Any = text.replace("open g1", "open g2", 1)
     assert changed != text and play(changed) == text
+
+
+def test_what_is_being_restored_from_must_not_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "retention_while_starting.trace").read_text()
+    core_breakages.what_is_being_restored_from_is_deleted(monkeypatch)
+    assert play(text) != text

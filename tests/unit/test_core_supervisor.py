@@ -125,3 +125,29 @@ def test_ten_thousand_broken_connections_do_not_hide_the_one_cause() -> None:
         core.handle(ev.NodeHalted(at=at + 20_000, node=f"n{number}", generation=1, snapshots=held))
     assert core.state.job == "starting" and core.state.incident is not None
     assert (core.state.incident.cause, core.state.incident.culprit) == ("signal", "n875")
+
+
+def test_of_ten_thousand_findings_the_earliest_step_decides_what_is_restored() -> None:
+    """Ranks are up to a step apart, and more tell of corruption than an incident keeps evidence."""
+    core = started(nodes=1250, slots_per_node=8, spares=1)
+    core.handle(steps(11_000_000, generation=1, first=1, last=10))
+    for slot in range(10_000):
+        core.handle(
+            ev.WorkerFailed(
+                at=12_000_000 + slot,
+                node=f"n{slot // 8}",
+                generation=1,
+                slot=slot,
+                step=9 if slot == 9_999 else 10,
+                kind="diverged",
+                error="replicas differ",
+            )
+        )
+    for number in range(1250):
+        held = {
+            slot: tuple(Snapshot(generation=1, step=step) for step in (8, 9, 10))
+            for slot in range(8 * number, 8 * number + 8)
+        }
+        core.handle(ev.NodeHalted(at=13_000_000, node=f"n{number}", generation=1, snapshots=held))
+    assert core.state.order is not None
+    assert (core.state.order.source, core.state.order.step) == ("ram", 8)

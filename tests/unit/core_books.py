@@ -1,0 +1,78 @@
+"""The checkpoints as an onlooker knows them: from what the core was told of them, and what it has ordered."""
+
+from __future__ import annotations
+
+from orchestrator.core import actions as ac
+from orchestrator.core import events as ev
+
+
+class Books:
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self.committed: dict[int, int] = {}
+        """Steps that may be restored from, to the generation that wrote them; 0 when that was not told."""
+        self.deleted: set[int] = set()
+        """Steps whose deletion was ordered, until they are committed anew or a controller finds their record again."""
+        self.failed = 0
+        self.failing = False
+        """A save has failed, and none was committed since."""
+        self._ordered: dict[int, ac.CommitCheckpoint] = {}
+        """Commits that were ordered and not answered."""
+        self._distrusted: dict[int, str] = {}
+        """Steps whose record was refused by a worker ("damaged") or may hold corrupt state ("revoked")."""
+
+    def good(self, last_step: int) -> list[int]:
+        """What the run may restore from, ascending."""
+        return sorted(step for step in self.committed if step <= last_step)
+
+    def learn(self, event: ev.Event) -> None:
+        match event:
+            case ev.RunDeclared():  # whoever resumes has looked at what is damaged: it is tried again
+                kept = {s for s, why in self._distrusted.items() if why == "revoked" or s in self._ordered}
+                self._distrusted = {step: self._distrusted[step] for step in kept}
+            case ev.CheckpointCommitted() if event.step in self._ordered:
+                order = self._ordered[event.step]
+                if not order.replaces_damaged or order.generation == event.generation:
+                    del self._ordered[event.step]
+                    self._distrusted.pop(event.step, None)
+                    self.deleted.discard(event.step)
+                    self.committed[event.step] = event.generation
+                    self.failing = False
+            case ev.CheckpointFailed():
+                self._ordered.pop(event.step, None)
+                self.failed, self.failing = self.failed + 1, True
+            case ev.CheckpointsFound():
+                self._find(event.steps)
+
+    def _find(self, steps: tuple[int, ...]) -> None:
+        replacing = {step for step, order in self._ordered.items() if order.replaces_damaged}
+        self._distrusted = {s: why for s, why in self._distrusted.items() if s in steps or s in replacing}
+        known = self.committed | {step: order.generation for step, order in self._ordered.items()}
+        self.committed = {step: known.get(step, 0) for step in steps if step not in self._distrusted}
+        self._ordered = {step: order for step, order in self._ordered.items() if step not in self.committed}
+        self.deleted -= set(steps)
+
+    def commit(self, order: ac.CommitCheckpoint) -> None:
+        assert order.replaces_damaged == (order.step in self._distrusted), "what stands in its way is not told"
+        assert order.step not in self.committed, "it is committed already"
+        self._ordered[order.step] = order
+
+    def refuse(self, step: int) -> None:
+        if self.committed.pop(step, None) is not None:
+            self._distrusted[step] = "damaged"
+
+    def revoke(self, generation: int, first: int) -> None:
+        """What `generation` has saved from step `first` on may hold corrupt state."""
+        written = self.committed | {step: order.generation for step, order in self._ordered.items()}
+        for step, writer in written.items():
+            if writer == generation and step >= first:
+                self.committed.pop(step, None)
+                self._ordered.pop(step, None)
+                self._distrusted[step] = "revoked"
+
+    def delete(self, step: int, last_step: int) -> None:
+        assert step in self.committed, "what is not there, or bad, is deleted"
+        del self.committed[step]
+        self.deleted.add(step)
+        newer = [kept for kept in self.good(last_step) if kept > step]
+        assert len(newer) >= self._keep, "too few checkpoints are kept"

@@ -1,0 +1,286 @@
+"""Cores that are broken in one way each. The rules of core_watch.py or the truth of core_body.py must see every one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.core import checkpoints, placement, recovery, supervisor
+from orchestrator.core import events as ev
+from orchestrator.core.actions import InjectFault
+from orchestrator.core.goodput import Ledger
+from orchestrator.core.state import Checkpoint, State
+from orchestrator.core.supervisor import Supervisor
+
+Patch = pytest.MonkeyPatch
+
+
+def lost_nodes_are_used(patch: Patch) -> None:
+    patch.setattr(State, "usable", lambda self: tuple(self.nodes))
+
+
+def a_node_fills_two_places(patch: Patch) -> None:
+    place = placement.place
+
+    def broken(*args: Any) -> tuple[str, ...] | None:
+        mesh = place(*args)
+        return mesh and (mesh[0],) * len(mesh)
+
+    patch.setattr(placement, "place", broken)
+
+
+def the_newest_snapshot_is_passed_over(patch: Patch) -> None:
+    newest = recovery.newest_in_ram
+
+    def broken(state: State, mesh: tuple[str, ...]) -> Any:
+        found = newest(state, mesh)
+        if found is None:
+            return None
+        older = replace(state, bad_snapshots={**state.bad_snapshots, found[0].name: "passed over"})
+        return newest(older, mesh) or found
+
+    patch.setattr(recovery, "newest_in_ram", broken)
+
+
+def incomplete_snapshots_are_restored(patch: Patch) -> None:
+    transfers = recovery._transfers
+    patch.setattr(recovery, "_transfers", lambda *args: transfers(*args) or ())
+
+
+def refused_state_is_offered_again(patch: Patch) -> None:
+    patch.setattr(Supervisor, "_distrust", lambda *args: None)
+
+
+def uncommitted_checkpoints_are_restored(patch: Patch) -> None:
+    patch.setattr(State, "newest_checkpoint", lambda self: max(self.checkpoints, default=None))
+
+
+def pending_time_is_forgotten(patch: Patch) -> None:
+    settle = Ledger.settle
+
+    def broken(self: Ledger, label: Any, then: Any) -> int:
+        before = dict(self.totals)
+        span = settle(self, label, then)
+        self.totals = before
+        return span
+
+    patch.setattr(Ledger, "settle", broken)
+
+
+def the_high_water_mark_falls(patch: Patch) -> None:
+    def broken(self: Supervisor, step: int) -> None:
+        self.state.step = self.state.high_water = step
+
+    patch.setattr(Supervisor, "_reach", broken)
+
+
+def older_generations_are_heard(patch: Patch) -> None:
+    ready = Supervisor._on_generation_ready
+
+    def broken(self: Supervisor, event: ev.GenerationReady) -> Any:
+        return ready(self, replace(event, generation=self.state.generation, step=self.state.restored_step))
+
+    patch.setitem(supervisor._HANDLERS, ev.GenerationReady, broken)
+
+
+def a_new_controller_orders_nothing_again(patch: Patch) -> None:
+    def broken(self: Supervisor, event: ev.EpochBegan) -> list[Any]:
+        self.state.epoch = event.epoch
+        return []
+
+    patch.setitem(supervisor._HANDLERS, ev.EpochBegan, broken)
+
+
+def silent_nodes_are_awaited_for_ever(patch: Patch) -> None:
+    timer = Supervisor._on_timer
+
+    def broken(self: Supervisor, event: ev.TimerFired) -> Any:
+        return [] if event.timer.startswith("halt/") else timer(self, event)
+
+    patch.setitem(supervisor._HANDLERS, ev.TimerFired, broken)
+
+
+def a_second_failure_is_not_heard(patch: Patch) -> None:
+    interrupt = Supervisor._interrupt
+
+    def broken(self: Supervisor, at: int, evidence: Any) -> Any:
+        return interrupt(self, at, evidence) if self.state.incident is None else []
+
+    patch.setattr(Supervisor, "_interrupt", broken)
+
+
+def decisions_depend_on_more_than_events(patch: Patch) -> None:
+    calls = itertools.count()
+    usable = State.usable
+    patch.setattr(State, "usable", lambda self: usable(self)[:: 1 if next(calls) % 2 else -1])
+
+
+# --- corruption ---
+
+
+def corruption_is_forgotten(patch: Patch) -> None:
+    patch.setattr(Supervisor, "_mark_unclean", lambda *args: None)
+
+
+def corruption_is_forgotten_with_its_incident(patch: Patch) -> None:
+    archive = Supervisor._archive_incident
+
+    def broken(self: Supervisor) -> None:
+        archive(self)
+        self.state.unclean = {}
+
+    patch.setattr(Supervisor, "_archive_incident", broken)
+
+
+def checkpoints_of_corrupt_state_are_trusted(patch: Patch) -> None:
+    patch.setattr(checkpoints, "revoke", lambda *args: None)
+
+
+def corrupt_state_is_committed(patch: Patch) -> None:
+    patch.setattr(State, "is_unclean", lambda *args: False)
+
+
+def convicted_nodes_keep_their_slots(patch: Patch) -> None:
+    patch.setattr(Supervisor, "_quarantine_convicts", lambda self: None)
+
+
+def a_convict_is_forgotten_for_want_of_a_spare(patch: Patch) -> None:
+    convict = Supervisor._quarantine_convicts
+
+    def broken(self: Supervisor) -> None:
+        convict(self)
+        for node in self.state.nodes.values():
+            node.convicted = False
+
+    patch.setattr(Supervisor, "_quarantine_convicts", broken)
+
+
+def quarantined_nodes_are_used(patch: Patch) -> None:
+    patch.setattr(State, "usable", lambda self: tuple(n for n, node in self.nodes.items() if node.state != "lost"))
+
+
+def evidence_that_comes_later_is_dropped(patch: Patch) -> None:
+    note = recovery.note
+    patch.setattr(recovery, "note", lambda incident, evidence: incident.evidence or note(incident, evidence))
+
+
+# --- hangs, chaos ---
+
+
+def hangs_are_not_heard(patch: Patch) -> None:
+    patch.setitem(supervisor._HANDLERS, ev.WorkerHung, lambda self, event: [])
+
+
+def faults_are_ordered_again(patch: Patch) -> None:
+    again = Supervisor._on_epoch_began
+
+    def broken(self: Supervisor, event: ev.EpochBegan) -> Any:
+        open_ones = [f for f in self.state.faults if f.injected_at is None]
+        orders = [
+            InjectFault(number=f.number, generation=0, fault=f.fault, node=f.node, slot=f.slot, parameters={})
+            for f in open_ones
+        ]
+        return again(self, event) + orders
+
+    patch.setitem(supervisor._HANDLERS, ev.EpochBegan, broken)
+
+
+# --- checkpoints ---
+
+
+def deleted_checkpoints_stay_in_mind(patch: Patch) -> None:
+    retire = checkpoints.retire
+
+    def broken(state: State) -> Any:
+        before = dict(state.checkpoints)
+        actions = retire(state)
+        state.checkpoints = before
+        return actions
+
+    patch.setattr(checkpoints, "retire", broken)
+
+
+def one_checkpoint_too_few_is_kept(patch: Patch) -> None:
+    retire = checkpoints.retire
+
+    def broken(state: State) -> Any:
+        limits, state.limits = state.limits, replace(state.limits, keep_checkpoints=state.limits.keep_checkpoints - 1)
+        actions = retire(state)
+        state.limits = limits
+        return actions
+
+    patch.setattr(checkpoints, "retire", broken)
+
+
+def what_is_being_restored_from_is_deleted(patch: Patch) -> None:
+    retire = checkpoints.retire
+
+    def broken(state: State) -> Any:
+        job, state.job = state.job, "training"
+        actions = retire(state)
+        state.job = job
+        return actions
+
+    patch.setattr(checkpoints, "retire", broken)
+
+
+def nothing_is_ever_deleted(patch: Patch) -> None:
+    patch.setattr(checkpoints, "retire", lambda state: [])
+
+
+def a_commit_that_is_told_again_revives_what_is_deleted(patch: Patch) -> None:
+    committed = checkpoints.committed
+
+    def broken(state: State, event: ev.CheckpointCommitted) -> bool:
+        trust = Checkpoint(trust="written", generation=event.generation)
+        state.checkpoints.setdefault(event.step, trust)
+        return committed(state, event)
+
+    patch.setattr(checkpoints, "committed", broken)
+
+
+def failed_saves_are_forgotten(patch: Patch) -> None:
+    failed = checkpoints.failed
+
+    def broken(state: State, event: ev.CheckpointFailed) -> bool:
+        was_written = failed(state, event)
+        state.save_error = ""
+        return was_written
+
+    patch.setattr(checkpoints, "failed", broken)
+
+
+SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
+    lost_nodes_are_used,
+    a_node_fills_two_places,
+    the_newest_snapshot_is_passed_over,
+    incomplete_snapshots_are_restored,
+    refused_state_is_offered_again,
+    uncommitted_checkpoints_are_restored,
+    pending_time_is_forgotten,
+    the_high_water_mark_falls,
+    older_generations_are_heard,
+    a_new_controller_orders_nothing_again,
+    silent_nodes_are_awaited_for_ever,
+    a_second_failure_is_not_heard,
+    corruption_is_forgotten,
+    corruption_is_forgotten_with_its_incident,
+    checkpoints_of_corrupt_state_are_trusted,
+    corrupt_state_is_committed,
+    convicted_nodes_keep_their_slots,
+    a_convict_is_forgotten_for_want_of_a_spare,
+    quarantined_nodes_are_used,
+    evidence_that_comes_later_is_dropped,
+    hangs_are_not_heard,
+    faults_are_ordered_again,
+    deleted_checkpoints_stay_in_mind,
+    one_checkpoint_too_few_is_kept,
+    nothing_is_ever_deleted,
+    a_commit_that_is_told_again_revives_what_is_deleted,
+    failed_saves_are_forgotten,
+)
+"""What a random history shows. Of the others, one shows in its replay, one in tests/golden/retention_while_starting."""
