@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 
+from orchestrator import identity
 from orchestrator.runtime import journal
 from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.nodes import bundle_of, eligible
@@ -30,9 +31,14 @@ def check_local(spec: JobSpec, resume: bool) -> None:
     Raises:
         PreflightError: with all problems that were found.
     """
-    problems = [*_run_directory(spec, resume), *_log_directory(spec), *_corpus(spec), *_metrics_port(spec)]
+    problems = [*problems_here(spec, resume), *_metrics_port(spec)]
     if problems:
         raise PreflightError("\n".join(problems))
+
+
+def problems_here(spec: JobSpec, resume: bool) -> list[str]:
+    """What is wrong with the folders and the corpus as this machine sees them, a line each."""
+    return [*_run_directory(spec, resume), *_log_directory(spec), *_corpus(spec)]
 
 
 def check_cluster(spec: JobSpec) -> None:
@@ -73,7 +79,15 @@ def _run_directory(spec: JobSpec, resume: bool) -> list[str]:
         return [f"run.url = {url!r}: a run was started there; go on with it by --resume, or choose another run.url"]
     if resume and not started:
         return [f"run.url = {url!r}: there is no run to resume; start it without --resume"]
-    return []
+    return changed_since_start(spec)
+
+
+def changed_since_start(spec: JobSpec) -> list[str]:
+    """What keeps this job from resuming the run that was started under run.url; nothing when there is none."""
+    try:
+        return identity.changes(spec)
+    except Exception as e:  # every store has its own
+        return [str(e) if isinstance(e, identity.RecordError) else f"{identity.RECORD} cannot be read: {e!r}"]
 
 
 def _log_directory(spec: JobSpec) -> list[str]:
@@ -102,11 +116,15 @@ def _corpus(spec: JobSpec) -> list[str]:
 
 def _metrics_port(spec: JobSpec) -> list[str]:
     bind, port = spec.metrics.bind, spec.metrics.port
-    if port == 0:
-        return []
+    why = bind_problem(bind, port) if port else ""
+    return [f"metrics.port = {port}: cannot be bound on {bind}: {why}; choose another, or 0 for any"] if why else []
+
+
+def bind_problem(host: str, port: int) -> str:
+    """Why a server cannot listen at this address of this machine; empty when it can."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.create_server(address, family=family):
-            return []
+            return ""
     except OSError as e:
-        return [f"metrics.port = {port}: cannot be bound on {bind}: {e.strerror or e}; choose another, or 0 for any"]
+        return str(e.strerror or e)

@@ -20,6 +20,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.events import Layout, Limits
+from orchestrator.runtime.hangs import Patience
 from trainer.contract import (
     AuditConfig,
     CheckpointConfig,
@@ -94,7 +95,8 @@ class RecoverySection(_Section):
     start_deadline_s: float = Field(
         default=300,
         gt=0,
-        description="For a generation to come up: workers forked, rendezvous, model and state in place.",
+        description="For a generation to come up: workers forked, rendezvous, model and state in place. As long again "
+        "for its first step.",
     )
     wait_deadline_s: float = Field(
         default=600, gt=0, description="For enough nodes, at the start and after losses; autoscalers take minutes."
@@ -111,6 +113,16 @@ class RecoverySection(_Section):
         default=120,
         gt=0,
         description="Last resort against a rank that hangs; must exceed the slowest step, validation and save.",
+    )
+    rank_silence_s: float = Field(
+        default=8,
+        ge=3,
+        description="A rank silent for so long hangs, and is replaced. Workers give a sign of life each second.",
+    )
+    stall_floor_s: float = Field(
+        default=20,
+        ge=3,
+        description="Patience with a mesh that makes no step; 5 times the slowest recent step, if that is more.",
     )
     same_error_tries: int = Field(
         default=2, ge=1, description="The same exception at the same step this many times is the program's own fault."
@@ -167,6 +179,17 @@ class JobSpec(_Section):
             same_error_tries=r.same_error_tries,
             recoveries_without_progress=r.recoveries_without_progress,
             strikes=r.strikes,
+            keep_checkpoints=self.checkpoint.keep,
+        )
+
+    @property
+    def patience(self) -> Patience:
+        r = self.recovery
+        return Patience(
+            rank_silence_us=_us(r.rank_silence_s),
+            stall_floor_us=_us(r.stall_floor_s),
+            start_us=_us(r.start_deadline_s),
+            collective_us=_us(r.collective_timeout_s),
         )
 
     @property
@@ -319,7 +342,7 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     "data": {"seq_len": 1, "global_batch": 1, "validation_batches": 1},
     "parallel": {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "tp": 1, "microbatches": 1},
     "optimizer": {"lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_norm": 1e-12, "eps": 0, "final_lr_ratio": 0},
-    "checkpoint": {"interval_steps": 1, "snapshot_interval_steps": 1},
+    "checkpoint": {"interval_steps": 1, "snapshot_interval_steps": 1, "keep": 2},
 }
 
 

@@ -24,9 +24,11 @@ from typing import Any
 
 import ray
 
-from orchestrator.core.actions import Transfer
+from orchestrator.chaos import node as chaos
+from orchestrator.core.actions import InjectFault, Transfer
 from orchestrator.core.events import Snapshot
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
+from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary
 from orchestrator.runtime.reports import (
     KEPT_STEPS,
     Exited,
@@ -39,6 +41,7 @@ from orchestrator.runtime.reports import (
 )
 from orchestrator.spec import JobSpec, parse
 from storage import peer, ram
+from storage.redact import redact_logging
 from trainer import contract
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ DISOWNED_GRACE_S = 300.0
 OUTBOX_REPORTS = 20_000
 """Beyond this the oldest are dropped; a thousand a minute fill it in 20 minutes without a controller."""
 KEPT_SAVES = 3
+LAST_ANSWER_S = 0.2
+"""Between the answer to the order to kill this node and the deed; an answer within a cluster takes milliseconds."""
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -86,6 +91,7 @@ class Agent:
     def __init__(
         self, *, run: str, node: str, ray_node: str, namespace: str, token: str, spec_document: dict[str, Any]
     ) -> None:
+        redact_logging()
         self._spec: JobSpec = parse(spec_document)
         self._run, self._node, self._ray_node = run, node, ray_node
         self._namespace = namespace
@@ -93,6 +99,8 @@ class Agent:
         self._ram_dir = self._spec.cluster.ram_dir or f"/dev/shm/shepherd-{os.getuid()}"
         self._epoch = 0
         self._fold: NodeFold | None = None
+        self._watch: NodeWatch | None = None
+        """Of the generation that trains; none while nothing does."""
         self._store = (0, 0)
         self._ended_generation = 0
         self._outbox: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
@@ -130,7 +138,11 @@ class Agent:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
             ZygoteError: the worker's module cannot be imported.
         """
-        self._tasks = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._watch_parent())]
+        self._tasks = [
+            asyncio.create_task(self._report_forever()),
+            asyncio.create_task(self._watch_parent()),
+            asyncio.create_task(self._watch_ranks()),
+        ]
         self._data_digest = await self._prepare_data()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
@@ -198,6 +210,7 @@ class Agent:
         if self._fold is not None and plan.generation < self._fold.generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, not before {plan.generation}")
         self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
+        self._watch = NodeWatch(plan.generation, plan.ranks, self._spec.patience, _now_us())
         self._facts.clear()
         self._kept.clear()
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
@@ -211,6 +224,7 @@ class Agent:
         if self._fold is not None and self._fold.generation > generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
+        self._watch = None
         await asyncio.to_thread(self._workers.halt, self._spec.recovery.halt_deadline_s)
         self._fact(Halted(generation=generation, snapshots=self._inventory()))
 
@@ -219,6 +233,24 @@ class Agent:
         self._accept(epoch)
         if self._fold is not None and self._fold.generation == generation:
             await asyncio.to_thread(self._workers.stop_gracefully)
+
+    async def inject(self, epoch: int, order: InjectFault) -> str:
+        """Chaos: do the harm that was ordered; what was done, or nothing when the worker itself will tell.
+
+        Raises:
+            StaleOrder: the generation whose worker is meant is not the one here.
+            LookupError: there is no such worker here.
+            OSError: the worker does not take the order.
+        """
+        self._accept(epoch)
+        if order.fault != "node-kill":
+            if self._fold is None or self._fold.generation != order.generation:
+                raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
+            return await chaos.harm_worker(self._workers, order)
+        family = chaos.family_of(os.getpid())
+        # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
+        self._loop.call_later(LAST_ANSWER_S, chaos.kill_node, os.getpid(), self._ram_dir, self._run, self._ray_node)
+        return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
 
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
@@ -253,6 +285,8 @@ class Agent:
     def _on_message(self, message: Any) -> None:
         if self._fold is None or message.generation != self._fold.generation:
             return
+        if self._watch is not None:
+            self._watch.hear(_now_us(), message)
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
                 self._kept.append(report)
@@ -263,12 +297,30 @@ class Agent:
     def _on_exit(self, exit_: WorkerExit) -> None:
         if self._fold is None or exit_.generation != self._fold.generation:
             return
+        in_good_order = exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished
+        if self._watch is not None:
+            self._watch.exited(exit_.rank, in_good_order)
         if exit_.error:
             self._fact(StartFailed(generation=exit_.generation, error=exit_.error))
-        elif not (exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished):
+        elif not in_good_order:
             self._fact(
                 Exited(generation=exit_.generation, rank=exit_.rank, exit_code=exit_.exit_code, signal=exit_.signal)
             )
+
+    async def _watch_ranks(self) -> None:
+        """Look for ranks that hang. What is found is told as long as it is true, and never when it is true no more."""
+        while True:
+            await asyncio.sleep(TICK_US / 1_000_000)
+            try:
+                found = self._watch.tick(_now_us(), self._workers.look) if self._watch is not None else []
+            except Exception:  # the watch must outlive whatever a look at a process may raise
+                logger.exception("the watch over the ranks of %s failed", self._node)
+                continue
+            if any(is_momentary(report) for _, report in self._outbox):
+                lasting = (entry for entry in self._outbox if not is_momentary(entry[1]))
+                self._outbox = deque(lasting, maxlen=OUTBOX_REPORTS)
+            for report in found:
+                self._push(report)
 
     def _fact(self, report: Report) -> None:
         """A report that a controller which comes back is told again; of saves and validations the newest are enough."""
@@ -349,14 +401,13 @@ class Agent:
             "-P",
             "-m",
             "trainer.data.prepare",
-            "--config",
-            json.dumps(document),
             env={**os.environ, **worker_env(self._spec)},
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            out, err = await asyncio.wait_for(process.communicate(), PREPARE_DEADLINE_S)
+            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), PREPARE_DEADLINE_S)
         except TimeoutError:
             process.kill()
             raise
@@ -370,6 +421,10 @@ async def _quietly(waiting: Awaitable[Any]) -> None:
         await waiting
     except TimeoutError:
         return
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 def run_log_dir(spec: JobSpec) -> Path:

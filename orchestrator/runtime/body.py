@@ -8,21 +8,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
+import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import ray
 from ray.util import get_placement_group
 
+from orchestrator.chaos import ballast
+from orchestrator.chaos.orders import NOT_DONE
 from orchestrator.core import events as ev
 from orchestrator.core import placement
 from orchestrator.core.actions import (
     Action,
     AskStop,
     CommitCheckpoint,
+    DeleteCheckpoint,
     EndRun,
     HaltGeneration,
+    InjectFault,
     OpenGeneration,
     ReleaseNode,
     SetTimer,
@@ -31,13 +37,14 @@ from orchestrator.core.actions import (
 from orchestrator.core.state import State
 from orchestrator.runtime import nodes
 from orchestrator.runtime.assignment import NodeAssignment
-from orchestrator.runtime.journal import check_not_replaced
+from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec
 from storage import peer
-from storage.commits import CommitConflict, create_commit, delete_checkpoint, read_commit
-from storage.manifest import Commit, ManifestError, RankPart, commit_name
+from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
+from storage.manifest import Commit, ManifestError, RankPart, commit_name, writers_epoch
+from storage.redact import redacted
 from storage.urls import write_exclusive
 from trainer import contract
 
@@ -49,6 +56,11 @@ ORDER_DEADLINE_S = 30.0
 STORE_PORT_DEADLINE_S = 30.0
 TRANSFER_DEADLINE_S = 120.0
 COMMIT_DEADLINE_S = 60.0
+COMMIT_RETRIES_S = (1.0, 5.0, 15.0)
+"""Waits between tries of one commit. Its order was journaled under the same run.url a moment before, so a store that
+fails now is likely to be back; beyond that, the next save serves."""
+DELETE_DEADLINE_S = 600.0
+"""For the files of one old checkpoint; a store deletes some thousand objects a minute."""
 START_TRIES = 3
 """Agents that may fail on one Ray node before that node is left alone."""
 REST_S = 30.0
@@ -66,6 +78,10 @@ STALL_S = 5.0
 """A gap in this controller's own attention after which nobody's silence means anything."""
 
 
+class OtherData(RuntimeError):
+    """A node would feed other tokens than the run has."""
+
+
 class Body:
     def __init__(
         self,
@@ -73,9 +89,11 @@ class Body:
         namespace: str,
         token: str,
         epoch: int,
+        trained_on: str,
         now: Callable[[], int],
         post: Callable[[ev.Event], None],
         notice: Callable[[str], None],
+        quarantined: Callable[[], int],
     ) -> None:
         self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
         self._now, self._post, self._notice = now, post, notice
@@ -88,15 +106,20 @@ class Body:
         self.tracebacks: dict[str, str] = {}
         """The last words of failed workers, newest last."""
         self._places = spec.layout.nodes + spec.layout.spares
+        self._quarantined = quarantined
+        """How many agents hold no place: their nodes are never given a slot again, others may join for them."""
         self._starting: set[str] = set()
         self._failed_starts: dict[str, int] = {}
         self._given_up: dict[str, str] = {}
         """Ray nodes on which no agent comes up, and why."""
         self._used_names: set[str] = set()
-        self._data_digest = ""
+        self._trained_on = self._data_digest = trained_on
+        """Digest of the run's data, and what its checkpoints say of it; empty as long as nobody has told."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._rests_until: dict[str, float] = {}
         """Ray nodes that have just been lost, and when they may be tried again."""
+        self._retired: dict[int, None] = {}
+        """Steps of checkpoints that are to be deleted, and are not yet."""
         self._joins: set[asyncio.Task[Any]] = set()
         self._looked_at = time.monotonic()
         self._closing = False
@@ -137,13 +160,13 @@ class Body:
         told = [k for k in self.tracebacks if k.startswith(prefix)]
         if key in told or len(told) >= TRACEBACKS_OF_ONE or (failed.kind == "collective" and told):
             return
-        self.tracebacks[key] = failed.traceback
+        self.tracebacks[key] = redacted(failed.traceback)
         if failed.kind == "collective":
             self._consequences.add(key)
         while len(self.tracebacks) > TRACEBACKS:
             self.tracebacks.pop(next(iter(self.tracebacks)))
         text = f"node {node}, rank {failed.rank}, generation {failed.generation}, step {failed.step}\n"
-        evidence = (text + failed.traceback).encode()
+        evidence = (text + self.tracebacks[key]).encode()
         self._spawn(asyncio.to_thread(write_exclusive, self._spec.run.url, f"evidence/{key}.txt", evidence))
 
     # --- what the supervisor orders -------------------------------------------------------------------------------
@@ -171,6 +194,10 @@ class Body:
                     self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))
             case CommitCheckpoint():
                 self._spawn(self._commit(action))
+            case DeleteCheckpoint():
+                self._spawn(self._delete(action.step))
+            case InjectFault():
+                self._spawn(self._inject(action))
             case ReleaseNode():
                 self._spawn(self._release(action))
             case SetTimer():
@@ -250,24 +277,37 @@ class Body:
         try:
             fold, parts = await self._parts(action)
             p = self._spec.parallel
+            rank_parts = tuple(RankPart(**parts[rank]) for rank in sorted(parts))
             commit = Commit(
                 run=self._spec.run.name,
                 step=step,
-                epoch=action.epoch,
+                epoch=writers_epoch(rank_parts),
                 generation=generation,
                 mesh={"pp": p.pp, "dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, "tp": p.tp},
-                parts=tuple(RankPart(**parts[rank]) for rank in sorted(parts)),
+                parts=rank_parts,
                 versions=fold.versions | {"data": self._data_digest},
             )
-            generation = await asyncio.wait_for(
-                asyncio.to_thread(_create, self._spec.run.url, commit, self._epoch, action.replaces_damaged),
-                COMMIT_DEADLINE_S,
-            )
+            generation = await self._create(commit, action.replaces_damaged)
         except Exception as e:
             self._notice(f"checkpoint of step {step} was not committed: {e or repr(e)}")
             self._post(ev.CheckpointFailed(at=0, step=step, error=f"{type(e).__name__}: {e}"))
             return
         self._post(ev.CheckpointCommitted(at=0, step=step, epoch=action.epoch, generation=generation))
+
+    async def _create(self, commit: Commit, replaces_damaged: bool) -> int:
+        """The generation of the record that stands then. Idempotent, so it is tried again while the store fails."""
+        for wait_s in (*COMMIT_RETRIES_S, None):
+            work = asyncio.to_thread(_create, self._spec.run.url, commit, self._epoch, replaces_damaged)
+            try:
+                return await asyncio.wait_for(work, COMMIT_DEADLINE_S)
+            except (JournalError, TimeoutError):  # a thread that hangs may still come to it: not two at once
+                raise
+            except Exception as e:
+                if wait_s is None:
+                    raise
+                logger.warning("checkpoint of step %d is not committed yet: %r", commit.step, e)
+                await asyncio.sleep(wait_s)
+        raise AssertionError("unreachable")
 
     async def _parts(self, action: CommitCheckpoint) -> tuple[MeshFold, dict[int, dict[str, Any]]]:
         """Every rank's part; after a controller's restart the agents tell them again, a moment later."""
@@ -282,6 +322,38 @@ class Body:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"only {len(parts)} of its parts were told")
             await asyncio.sleep(0.2)
+
+    async def _inject(self, action: InjectFault) -> None:
+        """The harm is done where it belongs; what was done comes back as FaultInjected."""
+        try:
+            match action.fault:
+                case "controller-kill":
+                    os.kill(os.getpid(), signal.SIGKILL)  # the next epoch tells that it was done
+                    return
+                case "disk-full":
+                    seconds, limit = float(action.parameters["seconds"]), int(action.parameters["ballast_bytes"])
+                    detail = await ballast.fill(self._spec.run.url, seconds, limit)
+                case _:
+                    agent = self._agent(action.node)
+                    detail = await call(agent.actor.inject.remote(self._epoch, action), ORDER_DEADLINE_S)
+        except ray.exceptions.RayActorError:
+            detail = "the agent died before it answered"
+        except Exception as e:
+            detail = f"{NOT_DONE} {type(e).__name__}: {e}".splitlines()[0]
+        if detail:  # else the worker tells itself
+            self._post(ev.FaultInjected(at=0, number=action.number, detail=detail))
+
+    async def _delete(self, step: int) -> None:
+        """One that cannot be deleted costs space, no more; the next order and the next controller try it again."""
+        self._retired[step] = None
+        steps = tuple(self._retired)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(_delete_all, self._spec.run.url, steps), DELETE_DEADLINE_S)
+        except Exception as e:
+            logger.warning("checkpoints of steps %s were not all deleted: %r", steps, e)
+        else:
+            for step in steps:
+                self._retired.pop(step, None)
 
     async def _release(self, action: ReleaseNode) -> None:
         handle = self.agents.pop(action.node, None)
@@ -338,7 +410,7 @@ class Body:
                 for n in found
                 if n.free and n.id not in taken and self._tries_left(n.id) and self._rests_until.get(n.id, 0.0) <= now
             ]
-            for node in free[: max(0, self._places - len(taken))]:
+            for node in free[: max(0, self._places + self._quarantined() - len(taken))]:
                 self._starting.add(node.id)
                 join = self._spawn(self._join(node))
                 self._joins.add(join)
@@ -359,9 +431,15 @@ class Body:
             handle, info = await start_agent(self._spec, self._namespace, name, node, self._token)
             self._data_digest = self._data_digest or info.data_digest
             if info.data_digest != self._data_digest:
-                raise RuntimeError(
-                    f"its data has digest {info.data_digest}, the others' {self._data_digest}: give every node the "
-                    "same corpus (data.corpus) and the same versions"
+                raise OtherData(
+                    f"its data has digest {info.data_digest}, "
+                    + (
+                        f"the run's checkpoints were trained on {self._trained_on}: data.corpus or the tokenizers "
+                        "library has changed since the run was started; restore it, or start a run of its own"
+                        if self._trained_on
+                        else f"the others' {self._data_digest}: give every node the same corpus (data.corpus) and the "
+                        "same versions"
+                    )
                 )
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
@@ -371,11 +449,13 @@ class Body:
                 await release(handle)
             if not isinstance(e, Exception):
                 raise
-            self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + 1
+            # Data that is another stays so; all else is tried again.
+            tries = START_TRIES if isinstance(e, OtherData) else 1
+            self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + tries
             reason = f"node {name} did not come up: {type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"
             self._notice(reason)
             if not self._tries_left(node.id):
-                self._notice(f"Ray node {node.id[:8]} is left alone after {START_TRIES} tries")
+                self._notice(f"Ray node {node.id[:8]} is left alone")
                 self._given_up[node.id] = reason
             return
         finally:
@@ -473,6 +553,13 @@ def _create(url: str, commit: Commit, epoch: int, replaces_damaged: bool) -> int
         # The step was committed before, by a generation whose answer was lost: that one stands.
         return read_commit(url, commit.step).generation
     return commit.generation
+
+
+def _delete_all(url: str, steps: Sequence[int]) -> None:
+    """Delete checkpoints, and what saves up to their steps have left: those under way are of later steps. Blocks."""
+    for step in steps:
+        delete_checkpoint(url, step)
+    prune(url, max(steps))
 
 
 def _remove_damaged(url: str, step: int, generation: int) -> None:

@@ -13,10 +13,11 @@ when its driver has not renewed its lease.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import hashlib
 import hmac
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,8 +27,11 @@ from typing import Any, TypeVar
 
 import ray
 
+from orchestrator import identity
+from orchestrator.chaos import ballast
+from orchestrator.chaos.orders import TOLD_BY_THE_WORKER, Order, resolve
 from orchestrator.core import events as ev
-from orchestrator.core.actions import Action, EndRun
+from orchestrator.core.actions import Action, EndRun, SetTimer
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe.exporter import serve_metrics
 from orchestrator.observe.notices import notices
@@ -39,6 +43,7 @@ from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
 from orchestrator.spec import JobSpec, parse
 from storage.commits import list_commits
+from storage.redact import redact_logging, redacted
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +73,7 @@ class Controller:
     """The actor. Its coroutines share one loop, so nothing here needs a lock."""
 
     def __init__(self, *, spec_document: dict[str, Any], token: str, detached: bool) -> None:
+        redact_logging()
         self._spec: JobSpec = parse(spec_document)
         self._token, self._detached = token, detached
         self._supervisor = Supervisor()
@@ -79,6 +85,12 @@ class Controller:
         self._failure = ""
         self._poison = ""
         self._over = False
+        self._observes = False
+        self._orders: list[tuple[int, Action]] = []
+        """What was decided and is not performed yet, each with the time of its event."""
+        self._must_publish = False
+        """Whether they have to be durable first."""
+        self._tail_told = False
         self._stop_asked = asyncio.Event()
         self._ended = asyncio.Event()
         self._verdict_read = asyncio.Event()
@@ -125,6 +137,35 @@ class Controller:
         self._stop_asked.set()
         self._post(ev.StopRequested(at=0, by=by, graceful=graceful))
 
+    async def inject(self, token: str, order: Order, by: str) -> str:
+        """Chaos: do harm, as somebody asks who has the job's token. Its truth comes into the journal under the answer.
+
+        Returns:
+            run.url.
+
+        Raises:
+            PermissionError: not the job's token.
+            ValueError: there is no such scenario, rank or node, or now is no time for it.
+        """
+        if not hmac.compare_digest(token, self._token):
+            raise PermissionError("chaos in a run needs its token")
+        if self._hold:
+            raise ValueError(f"the run holds, nothing is decided now: {self._hold}")
+        spec = self._spec
+        if order.scenario == "disk-full":
+            await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
+        asked = resolve(order, self._supervisor.state, spec.parallel.world_size, by)
+        if order.scenario == "controller-kill":
+            asked = dataclasses.replace(asked, parameters={"pid": str(os.getpid())})
+        self._post(asked)
+        return spec.run.url
+
+    async def where(self, token: str) -> str:
+        """run.url, which may hold credentials. Raises PermissionError when the token is not the job's."""
+        if not hmac.compare_digest(token, self._token):
+            raise PermissionError("where a run keeps its state is told for its token")
+        return self._spec.run.url
+
     # --- the one loop ---------------------------------------------------------------------------------------------
 
     async def _live(self, restarted: bool) -> None:
@@ -154,7 +195,8 @@ class Controller:
         version = metadata_version()
         claim = await self._until_stored(lambda: journals.claim_epoch(url, version))
         self._epoch = claim.epoch
-        tail = run_log_dir(spec) / f"journal-tail-{hashlib.sha256(url.encode()).hexdigest()[:16]}.jsonl"
+        await self._until_stored(lambda: identity.declare(spec))
+        tail = journals.tail_path(run_log_dir(spec), url)
         if claim.epoch == 1:
             tail.unlink(missing_ok=True)  # of a run whose directory has been deleted
         self._journal = await self._until_stored(lambda: journals.Journal(url, tail, claim.epoch))
@@ -163,12 +205,15 @@ class Controller:
         self._last_at = records[-1].event.at if records else 0
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
         self._metrics_port = self._serve_metrics(restarted)
-        self._body = Body(spec, namespace, self._token, claim.epoch, self._now, self._post, self.notice)
         found = await self._until_stored(lambda: list_commits(url))
+        data = await self._until_stored(lambda: identity.data_digest(url, found))
+        self._body = Body(
+            spec, namespace, self._token, claim.epoch, data, self._now, self._post, self.notice, self._quarantined
+        )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
         if restarted and records:
             self.notice(f"controller back in epoch {claim.epoch}, {len(records)} records replayed")
-            again = await self._decide([began])
+            again = await self._decide([began, *self._survived()])
             known = {name for name, node in self._supervisor.state.nodes.items() if node.state != "lost"}
             await sweep(namespace, known)
             await self._body.adopt(self._supervisor.state)
@@ -188,6 +233,16 @@ class Controller:
             self._perform(action)
         self._body.start()
 
+    def _survived(self) -> list[ev.Event]:
+        """Ground truth that a controller which died could not tell; what a worker did, that tells itself."""
+        killed = f"SIGKILL for the controller's process; epoch {self._epoch} took over"
+        unknown = "not known whether it was done: the controller died meanwhile"
+        return [
+            ev.FaultInjected(at=0, number=f.number, detail=killed if f.fault == "controller-kill" else unknown)
+            for f in self._supervisor.state.faults
+            if f.injected_at is None and f.fault not in TOLD_BY_THE_WORKER
+        ]
+
     def _serve_metrics(self, restarted: bool) -> int:
         loop = asyncio.get_running_loop()
         try:
@@ -201,11 +256,12 @@ class Controller:
 
     async def _decide_until_over(self) -> None:
         keep_at = time.monotonic()
+        self._observes = True
         while not self._over:
-            try:
-                events = [await asyncio.wait_for(self._inbox.get(), 0.5)]
-            except TimeoutError:
-                events = []
+            events: list[ev.Event] = []
+            if not self._orders:
+                with contextlib.suppress(TimeoutError):
+                    events.append(await asyncio.wait_for(self._inbox.get(), 0.5))
             while not self._inbox.empty() and len(events) < BATCH_EVENTS:
                 events.append(self._inbox.get_nowait())
             for action in await self._decide(events):
@@ -213,38 +269,60 @@ class Controller:
             if time.monotonic() - keep_at > 0.5:
                 keep_at = time.monotonic()
                 await self._until_stored(self._journal.keep)
+                self._tell_tail()
 
     async def _decide(self, events: list[ev.Event]) -> list[Action]:
         """What is to be done about these events; durable, where it must be, when this returns."""
-        actions: list[Action] = []
-        must_publish = False
         for event in events:
-            if self._poison:
-                self._check_stop_in_hold(self._poison)
-                continue  # nothing is decided any more; the event is set aside
-            event = dataclasses.replace(event, at=self._now())
-            try:
-                decided = self._supervisor.handle(event)
-            except Exception as e:
-                logger.exception("poison: %r", event)
-                self._poison = self._hold = f"the supervisor failed on {event!r}: {e!r}"
-                self.notice(f"HOLD: nothing is decided from here on, training goes on: {self._poison}")
-                continue
-            must_publish |= self._journal.append(event, decided)
-            actions += decided
-            for line in notices(event, decided, self._supervisor.state):
-                self.notice(line)
-        if must_publish:
+            self._fold(event)
+        orders, self._orders = self._orders, []
+        if self._must_publish:
+            self._must_publish = False
             await self._until_stored(self._journal.publish)
-        return actions
+        # A timer runs from when its order could be given: a hold must not use up somebody's deadline.
+        now = self._now()
+        return [dataclasses.replace(a, at=a.at + now - at) if isinstance(a, SetTimer) else a for at, a in orders]
+
+    def _fold(self, event: ev.Event) -> None:
+        if self._poison:
+            self._check_stop_in_hold(self._poison)
+            return  # nothing is decided any more; the event is set aside
+        event = _redacted(dataclasses.replace(event, at=self._now()))
+        try:
+            decided = self._supervisor.handle(event)
+        except Exception as e:
+            logger.exception("poison: %r", event)
+            self._poison = self._hold = f"the supervisor failed on {event!r}: {e!r}"
+            self.notice(f"HOLD: nothing is decided from here on, training goes on: {self._poison}")
+            return
+        self._must_publish |= self._journal.append(event, decided)
+        self._orders += [(event.at, action) for action in decided]
+        for line in notices(event, decided, self._supervisor.state):
+            self.notice(line)
 
     async def _until_stored(self, work: Callable[[], T]) -> T:
-        """The result of work on the store; while the store fails, hold: nothing is decided, and training goes on.
+        """The result of work on the store; while the store fails, hold: nothing is ordered, and training goes on.
+
+        What happens meanwhile is still folded, so that people see it: steps, failed saves. Up to the first event that
+        forces a decision, which waits like the one before it.
 
         Raises:
             JournalError: the journal is damaged, or a newer controller has taken over.
             RuntimeError: somebody asked to stop during the hold.
         """
+        observing = asyncio.create_task(self._observe())
+        try:
+            return await self._hold_until(work)
+        finally:
+            observing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await observing
+
+    async def _observe(self) -> None:
+        while self._observes and not self._orders and not self._poison and self._journal.backlog < INBOX_EVENTS:
+            self._fold(await self._inbox.get())
+
+    async def _hold_until(self, work: Callable[[], T]) -> T:
         while True:
             try:
                 result = await asyncio.to_thread(work)
@@ -261,6 +339,12 @@ class Controller:
                 self.notice("the journal is written again, the hold is over")
                 self._hold = ""
             return result
+
+    def _tell_tail(self) -> None:
+        error = self._journal.tail_error
+        if error and not self._tail_told:
+            self.notice(f"the journal's local tail cannot be written, run.url holds it alone: {error}")
+        self._tail_told = bool(error)
 
     def _check_stop_in_hold(self, why: str) -> None:
         if self._stop_asked.is_set():
@@ -313,10 +397,13 @@ class Controller:
         self._last_at = max(self._last_at, at + round((time.monotonic() - monotonic) * 1_000_000))
         return self._last_at
 
+    def _quarantined(self) -> int:
+        return self._supervisor.state.counts["quarantined"]
+
     def notice(self, line: str) -> None:
         """A line for the people who watch."""
         self._noticed += 1
-        self._notices.append((self._noticed, line))
+        self._notices.append((self._noticed, redacted(line)))
         logger.info("%s", line)
 
     def _status(self) -> Status:
@@ -324,14 +411,20 @@ class Controller:
         return status_of(
             self._supervisor.state,
             at=self._now(),
-            hold=self._hold,
-            failure=self._failure,
+            hold=redacted(self._hold),
+            failure=redacted(self._failure),
             ended=self._ended.is_set(),
             metrics_address=f"{self._spec.metrics.bind}:{self._metrics_port}",
             newest=body.fold.last if body and body.fold else None,
             rates=body.rates if body else [],
             tracebacks=body.tracebacks if body else {},
         )
+
+
+def _redacted(event: ev.Event) -> ev.Event:
+    """Errors name URLs, and URLs may hold credentials: they must not get into the journal."""
+    texts: dict[str, Any] = {name: redacted(text) for name, text in vars(event).items() if isinstance(text, str)}
+    return dataclasses.replace(event, **texts)
 
 
 def metadata_version() -> str:

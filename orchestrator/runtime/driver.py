@@ -114,8 +114,20 @@ def follow(controller: Any, token: str, on_news: Callable[[Status, list[str]], N
 
 def stop(controller: Any, token: str, by: str, graceful: bool) -> None:
     """Ask a run to end. Raises PermissionError when the token is not the job's."""
-    try:
+    with _refused_as_it_was():
         ray.get(controller.stop.remote(token, by, graceful), timeout=POLL_DEADLINE_S)
+
+
+def where(controller: Any, token: str) -> str:
+    """run.url of an active run. Raises PermissionError when the token is not the job's."""
+    with _refused_as_it_was():
+        return str(ray.get(controller.where.remote(token), timeout=POLL_DEADLINE_S))
+
+
+@contextmanager
+def _refused_as_it_was() -> Iterator[None]:
+    try:
+        yield
     except ray.exceptions.RayTaskError as e:
         if isinstance(e.cause, PermissionError):
             raise e.cause from e
@@ -223,4 +235,5 @@ __all__ = [
     "run_log_dir",
     "start",
     "stop",
+    "where",
 ]

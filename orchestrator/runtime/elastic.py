@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -35,6 +36,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
+from orchestrator.runtime.hangs import Sighting
 from orchestrator.runtime.rendezvous import BACKEND, ControllerRendezvous
 from orchestrator.runtime.worker_log import LogFile
 from orchestrator.runtime.worker_process import ExitStatus, Worker
@@ -121,6 +123,30 @@ class NodeWorkers:
         """Process ids of the live workers by rank."""
         return {worker.rank: worker.pid for worker in self._workers.live()}
 
+    def signal(self, rank: int, signum: int) -> int:
+        """Send a signal to the worker of this rank; its process id. Raises LookupError when it has no live one."""
+        worker = self._worker(rank)
+        worker.signal(signum)
+        return worker.pid
+
+    def send(self, rank: int, message: object) -> None:
+        """Tell the worker of this rank. Raises LookupError when it has no live one, OSError when it does not listen."""
+        self._worker(rank).send(message)
+
+    def look(self, rank: int) -> Sighting | None:
+        """The process of this rank as it is now; None when it has ended."""
+        try:
+            worker = self._worker(rank)
+            return Sighting(status=psutil.Process(worker.pid).status(), unread=worker.has_unread())
+        except (LookupError, psutil.NoSuchProcess):
+            return None
+
+    def _worker(self, rank: int) -> Worker:
+        live = [worker for worker in self._workers.live() if worker.rank == rank]
+        if not live:
+            raise LookupError(f"rank {rank} has no live worker on this node")
+        return max(live, key=lambda worker: worker.generation)
+
     def stop_gracefully(self) -> None:
         """Ask every worker of the newest assigned generation to end at the next step boundary on which all agree.
 
@@ -129,7 +155,8 @@ class NodeWorkers:
         self._agent.request_stop()
 
     def halt(self, deadline_s: float) -> None:
-        """End the current generation: kill its workers; none of its messages or exits is reported from now on.
+        """End the current generation: kill its workers. Of its messages and exits only last words (Failed) that were
+        already said are reported from now on, before this returns.
 
         Raises:
             TimeoutError: a process is still there, or a start still under way, after `deadline_s`.
@@ -156,7 +183,8 @@ class NodeWorkers:
         self._log.close()
 
     def _message(self, worker: Worker, message: Any) -> None:
-        if not self._rendezvous.is_current(worker.generation):
+        # The last words of a generation that is being ended count: they may say which state must not be restored.
+        if not (self._rendezvous.is_current(worker.generation) or isinstance(message, contract.Failed)):
             return
         if (message.generation, message.rank) != (worker.generation, worker.rank):
             logger.error("g%d r%d sent a message of another: %r", worker.generation, worker.rank, message)

@@ -10,8 +10,8 @@ A controller takes epoch N+1 by exclusive create *before* it reads. The journal 
 and what that follows, record by record, by their digests: whatever else a controller that was replaced still wrote, or
 left in a tail, belongs to no history. Damage breaks the chain and is named.
 
-Without its tail (another machine, a lost disk) a controller misses at most the last `SEGMENT_INTERVAL_S` of progress
-reports. A decision is never missing: its segment is durable before the decision is sent.
+Without its tail (another machine, a lost or full disk) a controller misses at most the last `SEGMENT_INTERVAL_S` of
+progress reports. A decision is never missing: its segment is durable before the decision is sent.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class EpochClaim:
     epoch: int
     began_unix_us: int
     """The run's clock: wall-clock time of its microsecond 0."""
+
+
+def tail_path(folder: Path, url: str) -> Path:
+    """Where the local tail of the journal under `url` is, in a run's log folder."""
+    return folder / f"journal-tail-{hashlib.sha256(url.encode()).hexdigest()[:16]}.jsonl"
 
 
 def claim_epoch(url: str, version: str) -> EpochClaim:
@@ -159,7 +165,7 @@ def _name(record: Record) -> str:
 
 
 class Journal:
-    """Appends the records of one epoch. Not thread-safe: one thread at a time."""
+    """Appends the records of one epoch. One thread may `append` while another does the rest."""
 
     def __init__(self, url: str, tail: Path, epoch: int) -> None:
         """Open the journal under `url` for a controller that has claimed `epoch`, and read what is there (`records`).
@@ -177,76 +183,125 @@ class Journal:
         self._digest = lines[-1].digest if lines else ""
         self._segment_at = self._tail_at = time.monotonic()
         self._unkept, self._tail_bytes = b"", 0
-        make_folder(str(tail.parent))
-        self._tail = os.open(tail, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = threading.Lock()
+        self._tail = -1
+        self.tail_error = ""
+        """Why the tail could not be written last; a full local disk stops nobody."""
         try:
-            sync_folder(str(tail.parent))
-            self.publish()
+            self._publish()
         except BaseException:
-            os.close(self._tail)  # it is tried again for as long as the store is away
+            if self._tail >= 0:
+                os.close(self._tail)  # it is tried again for as long as the store is away
             raise
 
     @property
     def next_seq(self) -> int:
         return self._published + len(self._pending) + 1
 
+    @property
+    def backlog(self) -> int:
+        """Records that are not under run.url yet."""
+        return len(self._pending)
+
     def append(self, event: Event, actions: list[Action]) -> bool:
         """Add a record. Returns whether `publish` must succeed before the actions may be sent."""
+        with self._lock:
+            seq = self.next_seq
         document = {
-            "seq": self.next_seq,
+            "seq": seq,
             "epoch": self._epoch,
             "event": event_to_json(event),
             "actions": [action_to_json(action) for action in actions],
         }
         self._digest = _digest(self._digest, document)
         line = _encode(document | {"digest": self._digest})
-        self._pending.append(line)
-        self._unkept += line
+        with self._lock:
+            self._pending.append(line)
+            self._unkept += line
         return any(isinstance(action, DECISIONS) for action in actions)
 
     def keep(self) -> None:
-        """What is due by now: the tail on disk within a second, a segment within SEGMENT_INTERVAL_S. Blocks."""
+        """What is due by now: the tail on disk within a second, a segment within SEGMENT_INTERVAL_S. See `publish`."""
         now = time.monotonic()
         if self._pending and now - self._segment_at >= SEGMENT_INTERVAL_S:
             self.publish()
         elif now - self._tail_at >= TAIL_INTERVAL_S:
-            self._write_tail()
-            self._tail_at = now
+            self._keep_tail()
 
-    def _write_tail(self) -> None:
+    def _keep_tail(self) -> None:
         """Bring the tail up to date on the disk. What a full disk cut off is written again, at the same place."""
-        written = 0
-        while written < len(self._unkept):
-            written += os.pwrite(self._tail, self._unkept[written:], self._tail_bytes + written)
-        os.fsync(self._tail)
-        self._tail_bytes += written
-        self._unkept = b""
+        self._tail_at = time.monotonic()
+        unkept = self._unkept
+        try:
+            if self._tail < 0:
+                self._open_tail()
+            written = 0
+            while written < len(unkept):
+                written += os.pwrite(self._tail, unkept[written:], self._tail_bytes + written)
+            os.fsync(self._tail)
+        except OSError as e:
+            self.tail_error = repr(e)
+            return
+        self.tail_error = ""
+        self._tail_bytes += len(unkept)
+        with self._lock:
+            self._unkept = self._unkept[len(unkept) :]
+
+    def _open_tail(self) -> None:
+        make_folder(str(self._tail_path.parent))
+        self._tail = os.open(self._tail_path, os.O_RDWR | os.O_CREAT, 0o644)
+        sync_folder(str(self._tail_path.parent))
 
     def publish(self) -> None:
-        """Make every record durable under run.url. Blocks.
+        """Make every record of now durable under run.url. Blocks.
 
         Raises:
             JournalError: a newer controller has taken over: what this one writes counts no more.
-            StoreError, OSError: the store failed; nothing is lost, try again.
+            StoreError, OSError: the store failed; nothing is lost, try again. The tail holds it meanwhile.
         """
-        while self._pending:
-            # A batch that failed is tried again as it was: it may have arrived, and must then be found equal.
-            self._batch = self._batch or min(len(self._pending), SEGMENT_RECORDS)
+        try:
+            self._publish()
+        except JournalError:
+            raise
+        except Exception:
+            self._keep_tail()
+            raise
+
+    def _publish(self) -> None:
+        last = self.next_seq - 1
+        while self._published < last:
+            with self._lock:
+                # A batch that failed is tried again as it was: it may have arrived, and must then be found equal.
+                self._batch = self._batch or min(len(self._pending), SEGMENT_RECORDS)
+                lines = b"".join(self._pending[: self._batch])
             name = f"journal/{self._epoch:08d}-{self._published + 1:010d}.jsonl"
-            if not write_exclusive(self._url, name, b"".join(self._pending[: self._batch])):
+            if not write_exclusive(self._url, name, lines):
                 raise JournalError(f"{self._url}/{name} was written by somebody else")
-            self._published += self._batch
-            del self._pending[: self._batch]
-            self._batch = 0
+            with self._lock:
+                self._published += self._batch
+                del self._pending[: self._batch]
+                self._batch = 0
         check_not_replaced(self._url, self._epoch)
-        os.ftruncate(self._tail, 0)
-        self._unkept, self._tail_bytes = b"", 0
-        self._segment_at = self._tail_at = time.monotonic()
+        self._empty_tail()
+        self._segment_at = time.monotonic()
+
+    def _empty_tail(self) -> None:
+        """What the tail held is under run.url now; what came meanwhile goes to its begin."""
+        try:
+            if self._tail < 0:
+                self._open_tail()
+            os.ftruncate(self._tail, 0)
+        except OSError as e:
+            self.tail_error = repr(e)
+            return
+        with self._lock:
+            self._unkept, self._tail_bytes = b"".join(self._pending), 0
 
     def close(self) -> None:
         """Publish what is left and remove the tail."""
         self.publish()
-        os.close(self._tail)
+        if self._tail >= 0:
+            os.close(self._tail)
         self._tail_path.unlink(missing_ok=True)
 
 
@@ -341,4 +396,5 @@ __all__ = [
     "exists",
     "read",
     "replay",
+    "tail_path",
 ]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from orchestrator.core import events as ev
 from orchestrator.core.events import Snapshot
+from orchestrator.runtime import hangs
 from trainer import contract
 
 _Teller = TypeVar("_Teller")
@@ -87,6 +88,9 @@ Report = (
     | contract.ShardWritten
     | contract.SaveFailed
     | contract.Validated
+    | contract.Injected
+    | hangs.Silent
+    | hangs.Stalled
 )
 
 # Steps whose details an agent keeps for a controller that comes back: at a step a second, a quarter of an hour.
@@ -109,9 +113,8 @@ class NodeFold:
     _done: int = 0
     """Newest step that was reported."""
     _steps: dict[int, dict[int, contract.StepDone]] = field(default_factory=dict)
-    _checkpoint_us: dict[int, dict[int, int]] = field(default_factory=dict)
-    """Step to rank to the time of the save after that step: a part of the next one's."""
     _validation_us: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Step to rank to the time of the validation after that step: a part of the next one's."""
 
     def feed(self, message: contract.FromWorker) -> list[Report]:
         """The reports that this message completes."""
@@ -128,11 +131,12 @@ class NodeFold:
             case contract.Finished():
                 if _completes(self.finished, message.rank, message, len(self.ranks)):
                     return [NodeFinished(generation=self.generation, step=message.step, reason=message.reason)]
+            case contract.Injected():
+                return [message]
             case contract.Failed():
                 self.failed.add(message.rank)
                 return [message]
             case contract.ShardWritten() | contract.SaveFailed():
-                self._checkpoint_us.setdefault(message.step, {})[message.rank] = message.write_us
                 return [message]
             case contract.Validated():
                 self._validation_us.setdefault(message.step, {})[message.rank] = message.validate_us
@@ -156,14 +160,14 @@ class NodeFold:
     def _step(self, step: int) -> NodeStep:
         ranks = self._steps.pop(step).values()
         self._done = step
-        saves, validations = self._checkpoint_us.pop(step - 1, {}), self._validation_us.pop(step - 1, {})
+        validations = self._validation_us.pop(step - 1, {})
         teller = next((r for r in ranks if r.loss is not None), None)
         return NodeStep(
             generation=self.generation,
             step=step,
             step_us=max(r.step_us for r in ranks),
             data_us=max(r.data_us for r in ranks),
-            checkpoint_us=max(saves.get(r.rank, 0) + r.snapshot_us for r in ranks),
+            checkpoint_us=max(r.snapshot_us + r.save_us for r in ranks),
             validation_us=max(validations.values(), default=0),
             tokens=max(r.tokens for r in ranks),
             loss=teller.loss if teller else None,
@@ -189,6 +193,7 @@ class MeshFold:
     """The newest step of the node that tells loss and norm."""
     versions: dict[str, str] = field(default_factory=dict)
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
+    watch: hangs.MeshWatch = field(init=False)
     _newest: dict[str, int] = field(default_factory=dict)
     _steps: dict[int, dict[str, NodeStep]] = field(default_factory=dict)
     _write_us: dict[int, int] = field(default_factory=dict)
@@ -197,10 +202,20 @@ class MeshFold:
     _save_failed: int = -1
     """Newest step of which a failed save was told to the core."""
 
+    def __post_init__(self) -> None:
+        self.watch = hangs.MeshWatch(self.nodes)
+
     def feed(self, at: int, node: str, report: Report) -> list[ev.Event]:
         """The events that this report completes, at time `at`."""
         if report.generation != self.generation or node not in self.nodes:
             return []
+        match report:
+            case hangs.Silent() | hangs.Stalled():
+                return self._hung(at, self.watch.feed(node, report))
+            case NodeReady() | NodeStep() | NodeFinished():
+                self.watch.goes_on(node)
+            case contract.Failed() | Exited():
+                self.watch.has_lost_one()
         match report:
             case NodeReady():
                 return self._all_ready(at) if _completes(self.ready, node, report, len(self.nodes)) else []
@@ -219,6 +234,8 @@ class MeshFold:
                 self._validated = report.step
                 loss = round(report.loss * 1_000_000)
                 return [ev.Validated(at=at, generation=self.generation, step=report.step, loss_millionths=loss)]
+            case contract.Injected():
+                return [ev.FaultInjected(at=at, number=report.number, detail=report.detail)]
             case contract.Failed():
                 return [
                     ev.WorkerFailed(
@@ -247,6 +264,19 @@ class MeshFold:
             case StartFailed():
                 return [ev.GenerationFailed(at=at, generation=self.generation, node=node, error=report.error)]
         return []
+
+    def _hung(self, at: int, verdicts: list[hangs.Hung]) -> list[ev.Event]:
+        return [
+            ev.WorkerHung(
+                at=at,
+                node=verdict.node,
+                generation=self.generation,
+                slot=verdict.slot,
+                step=verdict.step,
+                detail=verdict.detail,
+            )
+            for verdict in verdicts
+        ]
 
     def _all_ready(self, at: int) -> list[ev.Event]:
         nodes = self.ready.values()

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from storage.redact import redacted
+
 # A line longer than this is cut in pieces: it bounds what is held in memory for a worker that never ends its line.
 LINE_MAX_BYTES = 16 * 1024
 # At this size the file becomes `<name>.log.1`, so a worker that warns in a loop costs a node at most twice as much.
@@ -46,6 +48,11 @@ class LogFile:
         self._file.close()
 
 
+def _redacted(line: bytes) -> bytes:
+    """Bytes that are no text come out as they went in."""
+    return redacted(line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+
+
 class LineBuffer:
     """Cuts one worker's output into lines with the worker's tag before each."""
 
@@ -59,7 +66,7 @@ class LineBuffer:
         while len(self._rest) > LINE_MAX_BYTES:
             lines.append(self._rest[:LINE_MAX_BYTES])
             self._rest = self._rest[LINE_MAX_BYTES:]
-        return b"".join(self._tag + line + b"\n" for line in lines)
+        return b"".join(self._tag + _redacted(line) + b"\n" for line in lines)
 
     def end(self) -> bytes:
         """The unfinished last line, if there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -54,6 +55,15 @@ class Worker:
         with self._lock, contextlib.suppress(ProcessLookupError):
             if self.status is None:
                 signal.pidfd_send_signal(self.pidfd, signum)
+
+    def has_unread(self) -> bool:
+        """Whether it has sent what nobody has read yet."""
+        with self._lock:
+            if self.status is not None:
+                return False
+            poll = select.poll()
+            poll.register(self.control, select.POLLIN)
+            return bool(poll.poll(0))
 
     def ended(self, status: ExitStatus) -> None:
         """Record the end and close what was open to the process. Only for the thread that listens to it."""

@@ -32,6 +32,7 @@ def step_done(rank: int, step: int, loss: float | None = None) -> contract.StepD
         step_us=1000 * step + rank,
         data_us=10 * step + rank,
         snapshot_us=step,
+        save_us=5 if step - 1 in SAVED else 0,
         tokens=64,
         loss=(step / 8 if loss is None else loss) if rank == 0 else None,
         grad_norm=1.5 if rank == 0 else None,

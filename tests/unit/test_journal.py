@@ -283,7 +283,7 @@ def test_a_decision_that_is_not_the_recorded_one_is_found(seed, data):
     kind = data.draw(st.sampled_from(["changed", "dropped", "added"]))
     actions = records[at].actions
     altered = {
-        "changed": (*actions[:-1], actions[-1] | {"type": "AskStop"}),
+        "changed": (*actions[:-1], actions[-1] | {"type": "SomethingElse"}),
         "dropped": actions[:-1],
         "added": (*actions, actions[0]),
     }[kind]

@@ -227,7 +227,7 @@ def test_a_store_that_is_away_when_a_controller_begins_keeps_the_tail(tmp_path, 
     assert as_log(Journal(url, tail, epoch).records) == as_json(log[:5])
 
 
-def test_a_full_disk_is_an_error_of_keep_and_its_second_try_repairs_the_tail(tmp_path, monkeypatch, clock):
+def test_a_full_local_disk_stops_nobody_and_the_next_try_repairs_the_tail(tmp_path, monkeypatch, clock):
     url, tail, log = str(tmp_path / "run"), tmp_path / "tail", recorded(1)
     one = begin(url, tail)
     append(one, log[:2])
@@ -244,9 +244,64 @@ def test_a_full_disk_is_an_error_of_keep_and_its_second_try_repairs_the_tail(tmp
             return write(fd, data[: free.pop()], offset)
 
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(OSError, match="No space left"):
-            one.keep()
+        one.keep()
+        assert "No space left" in one.tail_error
     assert as_log(read(url, tail)) == as_json(log[:2])
-    one.keep()
+    keep(one)
+    assert one.tail_error == ""
     crash(one)
     assert as_log(read(url, tail)) == as_json(log[:9])
+
+
+def test_with_no_room_for_a_tail_the_store_holds_the_journal(tmp_path, monkeypatch):
+    url, tail, log = str(tmp_path / "run"), tmp_path / "logs" / "tail", recorded(1)
+    with monkeypatch.context() as patch:
+
+        def full(path: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(journal, "make_folder", full)
+        one = begin(url, tail)
+        append(one, log[:5])
+        keep(one)
+        one.publish()
+        assert "No space left" in one.tail_error
+    append(one, log[5:9])
+    keep(one)
+    assert as_log(read(url)) == as_json(log[:5])
+    assert as_log(read(url, tail)) == as_json(log[:9])
+
+
+def test_while_the_store_is_away_the_tail_holds_what_is_appended(tmp_path, monkeypatch):
+    url, tail, log = str(tmp_path / "run"), tmp_path / "tail", recorded(1)
+    one = begin(url, tail)
+    append(one, log[:5])
+    with monkeypatch.context() as patch:
+        failing(patch, takes_effect=False, times=2)
+        with pytest.raises(StoreError):
+            one.publish()
+        append(one, log[5:8])
+        with pytest.raises(StoreError):
+            one.publish()
+    assert read(url) == []
+    assert as_log(read(url, tail)) == as_json(log[:8])
+
+
+def test_what_is_appended_while_a_segment_is_written_goes_to_the_tail_and_the_next_segment(tmp_path, monkeypatch):
+    url, tail, log = str(tmp_path / "run"), tmp_path / "tail", recorded(1)
+    one = begin(url, tail)
+    append(one, log[:5])
+    write, later = journal.write_exclusive, iter([log[5:8]])
+
+    def slow(url: str, name: str, data: bytes) -> bool:
+        append(one, next(later, []))
+        return write(url, name, data)
+
+    monkeypatch.setattr(journal, "write_exclusive", slow)
+    one.publish()
+    assert as_log(read(url)) == as_json(log[:5])
+    assert one.backlog == 3
+    keep(one)
+    assert as_log(read(url, tail)) == as_json(log[:8])
+    one.publish()
+    assert as_log(read(url)) == as_json(log[:8])

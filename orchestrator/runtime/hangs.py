@@ -1,0 +1,366 @@
+"""Hangs: who lives, but shows no sign of life or makes no progress. Pure: durations and messages in, findings out.
+
+Two findings, both from what a node sees of its own ranks:
+
+- *silent*: no message of a rank for `rank_silence_us`. Its process is stopped, or its loop never lets go of the
+  interpreter.
+- *stalled*: no rank of the node has made progress (a step, a phase) for longer than the run's own pace explains.
+  Because a step ends with a sum over all ranks, one rank that is stuck stalls every node, and each tells where its
+  ranks stand. Once all have, `MeshWatch` names the ranks that do not wait while others wait for them. A node that
+  still moves, or is dead, never tells, and nobody is accused.
+
+Each agent measures durations on its own clock, and only while it attends to it: the time in which the agent itself
+stood still counts for nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trainer import contract
+
+TICK_US = 1_000_000
+"""Between two looks of a watch; pulses come as often."""
+ATTENTION_US = 2 * TICK_US
+"""The most that one tick adds to a watch's clock. What an agent has missed longer it has not seen."""
+STALE_US = 5_000_000
+"""A rank whose last pulse is older than this cannot be said to wait still."""
+SETTLED_US = 3_000_000
+"""A rank that has waited in one place for less may be on its way between two exchanges: it does not count as waiting
+when somebody must be named."""
+PACE_FACTOR = 5
+"""Patience over the slowest of the recent steps: a stall within it may be a garbage collection, a cold file, a burst of
+other load."""
+PACE_STEPS = 32
+"""Recent steps (and, per phase, passes) whose pace counts: they forget a slow start, and span a few checkpoints."""
+WAIT_SHARE = 0.75
+"""Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
+NAMED_MAX = 16
+"""Ranks that one finding names, those furthest behind first."""
+
+# What a rank does between two steps, in order: who stands further to the left is behind.
+_PHASES = ("rendezvous", "build", "restore", "checkpoint", "validate", "compute", "finished")
+# The generation's start has its own deadline, and the controller's clock.
+_START = _PHASES[:3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long what may last; from the spec's [recovery]."""
+
+    rank_silence_us: int
+    stall_floor_us: int
+    start_us: int
+    """For what has no known pace: the first step of a generation, the first validation, each checkpoint."""
+    collective_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """A rank's process as its node sees it now."""
+
+    status: str
+    """As psutil calls it: running, sleeping, stopped and so on."""
+    unread: bool
+    """Whether it has sent what nobody has read: then it is not the one who is silent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a rank stands."""
+
+    rank: int
+    step: int
+    phase: str
+    where: str
+    """As its last pulse told."""
+    waited_us: int
+    """How long it has been waiting for others in one place; 0 when it does not wait."""
+    silent_us: int
+    status: str
+    """Of its process, if that was looked at: of one that is silent it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    """A report, repeated while it is true: one rank has fallen silent."""
+
+    generation: int
+    standing: Standing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stalled:
+    """A report, repeated while it is true: no rank of the node makes progress."""
+
+    generation: int
+    ranks: tuple[Standing, ...]
+    """Empty: the node goes on after all."""
+    stalled_us: int
+    patience_us: int
+    """For one who waits for others."""
+    hopeless: bool
+    """Whether it has lasted too long even if nobody waits for anybody."""
+
+
+def is_momentary(report: object) -> bool:
+    """Whether a report is told again while it is true, and must not be told any more when it is not."""
+    return isinstance(report, Silent) or (isinstance(report, Stalled) and bool(report.ranks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hung:
+    """A verdict; the event WorkerHung without its time."""
+
+    node: str
+    slot: int | None
+    step: int
+    detail: str
+
+
+@dataclass
+class _Rank:
+    """What a watch knows of one rank; times on the watch's clock."""
+
+    progress_at: int
+    heard_at: int | None = None
+    """None before its first message: until then the generation's start deadline watches over it."""
+    phase: str = "rendezvous"
+    step: int = 0
+    where: str = ""
+    waits_since: int | None = None
+    stepped: bool = False
+    """Whether it has completed a step in this generation."""
+
+    def silent_us(self, clock: int) -> int:
+        return 0 if self.heard_at is None else clock - self.heard_at
+
+    def waited_us(self, clock: int) -> int:
+        return 0 if self.waits_since is None or self.silent_us(clock) > STALE_US else clock - self.waits_since
+
+
+class NodeWatch:
+    """The ranks of one node in one generation. `now_us` is any monotonic clock of the caller's."""
+
+    def __init__(self, generation: int, ranks: tuple[int, ...], patience: Patience, now_us: int) -> None:
+        self.generation = generation
+        self._patience = patience
+        self._ranks = {rank: _Rank(progress_at=0) for rank in ranks}
+        self._clock = 0
+        self._ticked_at = now_us
+        self._over = False
+        self._stalled = False
+        self._pace: dict[str, deque[tuple[int, int]]] = {}
+        """Phase to (step, slowest rank's duration) of its recent passes."""
+
+    def hear(self, now_us: int, message: contract.FromWorker) -> None:
+        """A message of one of the ranks has come."""
+        clock = self._clock + self._attended(now_us)
+        rank = self._ranks[message.rank]
+        rank.heard_at = clock
+        match message:
+            case contract.Pulse():
+                if message.step > rank.step:
+                    self._progress(rank, clock)
+                if not message.waiting:
+                    rank.waits_since = None
+                elif rank.waits_since is None or message.where != rank.where:
+                    rank.waits_since = clock
+                rank.step, rank.where = message.step, message.where
+            case contract.Phase():
+                if rank.phase == "validate":  # told with each batch
+                    self._learn("validate", rank.step, clock - rank.progress_at)
+                rank.phase, rank.step = message.phase, message.step
+                self._progress(rank, clock)
+            case contract.StepDone():
+                self._learn("compute", message.step, message.step_us)
+                rank.step, rank.stepped = message.step, True
+                self._progress(rank, clock)
+            case contract.ShardWritten() | contract.SaveFailed():
+                self._learn("checkpoint", message.step, message.write_us)
+            case contract.Finished():
+                rank.phase = "finished"
+                self._progress(rank, clock)
+            case contract.Failed():
+                self._over = True  # its end is the cause of whatever the others wait for
+            case _:
+                pass
+
+    def exited(self, rank: int, in_good_order: bool) -> None:
+        """A rank's process has ended."""
+        self._ranks.pop(rank, None)
+        self._over |= not in_good_order
+
+    def tick(self, now_us: int, look: Callable[[int], Sighting | None]) -> list[Silent | Stalled]:
+        """What is to be told now; call it each TICK_US. `look` sees a rank's process; None when it has ended."""
+        was_away = now_us - self._ticked_at > ATTENTION_US
+        self._clock += self._attended(now_us)
+        self._ticked_at = now_us
+        if self._over or not self._ranks:
+            return []
+        return [*self._silent(look), *self._standstill(look, was_away)]
+
+    def _attended(self, now_us: int) -> int:
+        return min(now_us - self._ticked_at, ATTENTION_US)
+
+    def _progress(self, rank: _Rank, clock: int) -> None:
+        rank.progress_at, rank.waits_since = clock, None
+
+    def _learn(self, phase: str, step: int, duration_us: int) -> None:
+        passes = self._pace.setdefault(phase, deque(maxlen=PACE_STEPS))
+        if passes and passes[-1][0] == step:
+            passes[-1] = (step, max(passes[-1][1], duration_us))
+        else:
+            passes.append((step, duration_us))
+
+    def _silent(self, look: Callable[[int], Sighting | None]) -> list[Silent | Stalled]:
+        found: list[Silent | Stalled] = []
+        for number, rank in self._ranks.items():
+            if rank.silent_us(self._clock) <= self._patience.rank_silence_us:
+                continue
+            seen = look(number)
+            if seen is None or seen.unread or seen.status in ("zombie", "dead"):
+                continue
+            # Opening a device can hold the interpreter for many seconds; that comes before the first step.
+            if seen.status in ("stopped", "tracing-stop") or rank.stepped:
+                found.append(Silent(generation=self.generation, standing=self._standing(number, rank, seen)))
+        return found
+
+    def _standstill(self, look: Callable[[int], Sighting | None], was_away: bool) -> list[Silent | Stalled]:
+        patience_us = max(map(self._patience_us, self._ranks.values()))
+        stalled_us = self._clock - max(rank.progress_at for rank in self._ranks.values())
+        starting = any(rank.phase in _START for rank in self._ranks.values())
+        if starting or stalled_us <= patience_us:
+            goes_on_after_all, self._stalled = self._stalled, False
+            return [self._report((), 0, 0)] if goes_on_after_all else []
+        silent = [number for number, rank in self._ranks.items() if rank.silent_us(self._clock) > STALE_US]
+        seen = {number: look(number) for number in (self._ranks if was_away else silent)}
+        if any(sighting is not None and sighting.unread for sighting in seen.values()):
+            return []  # they speak, but nobody in this agent has read it yet: they may have gone on
+        self._stalled = True
+        standings = tuple(self._standing(number, rank, seen.get(number)) for number, rank in self._ranks.items())
+        return [self._report(standings, stalled_us, patience_us)]
+
+    def _patience_us(self, rank: _Rank) -> int:
+        """How long this rank may stand where it does, should others wait for it."""
+        p = self._patience
+        slowest_us = max((us for _, us in self._pace.get(rank.phase, ())), default=0)
+        paced = (rank.phase == "compute" and rank.stepped) or (rank.phase == "validate" and slowest_us > 0)
+        expected_us = max(PACE_FACTOR * slowest_us, 0 if paced else p.start_us)
+        return max(p.stall_floor_us, min(expected_us, round(WAIT_SHARE * p.collective_us)))
+
+    def _report(self, ranks: tuple[Standing, ...], stalled_us: int, patience_us: int) -> Stalled:
+        slowest_us = max((us for passes in self._pace.values() for _, us in passes), default=0)
+        p = self._patience
+        return Stalled(
+            generation=self.generation,
+            ranks=ranks,
+            stalled_us=stalled_us,
+            patience_us=patience_us,
+            hopeless=stalled_us > max(p.stall_floor_us, p.start_us, PACE_FACTOR * slowest_us),
+        )
+
+    def _standing(self, number: int, rank: _Rank, seen: Sighting | None) -> Standing:
+        return Standing(
+            rank=number,
+            step=rank.step,
+            phase=rank.phase,
+            where=rank.where,
+            waited_us=rank.waited_us(self._clock),
+            silent_us=rank.silent_us(self._clock),
+            status="" if seen is None else seen.status,
+        )
+
+
+@dataclass
+class MeshWatch:
+    """One generation over all its nodes: what their watches tell in, verdicts out, each once."""
+
+    nodes: tuple[str, ...]
+    _stalled: dict[str, Stalled] = field(default_factory=dict)
+    _confirmed: set[str] = field(default_factory=set)
+    """Nodes that have told it since all had: what the first of them told may be true no more."""
+    _named: set[int | None] = field(default_factory=set)
+    _over: bool = False
+
+    def goes_on(self, node: str) -> None:
+        """The node has made progress."""
+        if self._stalled.pop(node, None) is not None:
+            self._confirmed.clear()
+
+    def has_lost_one(self) -> None:
+        """A rank has failed or exited: from here on the others wait for it, and nobody hangs."""
+        self._over = True
+
+    def feed(self, node: str, report: Silent | Stalled) -> list[Hung]:
+        """The verdicts that this report completes."""
+        if self._over:
+            return []
+        if isinstance(report, Silent):
+            return self._new([_silent(node, report.standing)])
+        if not report.ranks:
+            self.goes_on(node)
+            return []
+        self._stalled[node] = report
+        if self._named or len(self._stalled) < len(self.nodes):
+            return []
+        self._confirmed.add(node)
+        if len(self._confirmed) < len(self.nodes):
+            return []
+        return self._new(_blame(self._stalled))
+
+    def _new(self, verdicts: list[Hung]) -> list[Hung]:
+        new = [verdict for verdict in verdicts if verdict.slot not in self._named]
+        self._named |= {verdict.slot for verdict in new}
+        return new
+
+
+def _blame(stalled: dict[str, Stalled]) -> list[Hung]:
+    """Who keeps the others waiting, when every node has come to a standstill."""
+    everyone = [(node, standing) for node, report in stalled.items() for standing in report.ranks]
+    everyone.sort(key=lambda each: _behind(each[1]))
+    long_us = max(report.stalled_us for report in stalled.values())
+    if any(s.waited_us > stalled[node].patience_us for node, s in everyone):
+        free = [(node, s) for node, s in everyone if s.waited_us < SETTLED_US]
+        waiting = len(everyone) - len(free)
+        if free:
+            return [_not_waiting(node, s, len(free), waiting, long_us) for node, s in free[:NAMED_MAX]]
+        said = f"all {waiting} ranks wait for each other"
+    elif all(report.hopeless for report in stalled.values()):
+        said = "nobody waits long for anybody"
+    else:
+        return []
+    _, last = everyone[0]
+    detail = f"no step for {_seconds(long_us)}, and {said}; furthest behind is rank {last.rank}, {_state(last)}"
+    return [Hung(node="", slot=None, step=last.step, detail=detail)]
+
+
+def _behind(standing: Standing) -> tuple[int, int, int]:
+    return standing.step, _PHASES.index(standing.phase), standing.rank
+
+
+def _not_waiting(node: str, standing: Standing, free: int, waiting: int, stalled_us: int) -> Hung:
+    others = f", nor do {free - 1} more" if free > 1 else ""
+    detail = f"rank {standing.rank} does not wait for anybody while {waiting} others do{others}, no step for "
+    detail += f"{_seconds(stalled_us)}; {_state(standing)}"
+    return Hung(node=node, slot=standing.rank, step=standing.step, detail=detail)
+
+
+def _silent(node: str, standing: Standing) -> Hung:
+    return Hung(
+        node=node, slot=standing.rank, step=standing.step, detail=f"rank {standing.rank} hangs: {_state(standing)}"
+    )
+
+
+def _state(standing: Standing) -> str:
+    place = f"last step {standing.step}, phase {standing.phase}, at {standing.where or 'an unknown place'}"
+    if standing.silent_us <= STALE_US:
+        return place
+    status = {"stopped": "stopped (SIGSTOP)", "": "unknown"}.get(standing.status, standing.status)
+    return f"silent for {_seconds(standing.silent_us)}, its process is {status}; {place}"
+
+
+def _seconds(us: int) -> str:
+    return f"{us / 1_000_000:.1f} s"

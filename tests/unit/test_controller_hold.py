@@ -1,0 +1,193 @@
+"""The controller while the journal's store is away: nothing is ordered, all is seen, and no deadline runs out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.core import events as ev
+from orchestrator.core.actions import Action, HaltGeneration, OpenGeneration, SetTimer
+from orchestrator.core.supervisor import Supervisor
+from orchestrator.observe.status import Status
+from orchestrator.runtime import controller as controllers
+from orchestrator.runtime import journal as journals
+from orchestrator.runtime.controller import Controller
+from orchestrator.runtime.journal import Journal, claim_epoch, read, replay
+from storage.urls import StoreError
+
+DEADLINE_S = 30.0
+HOLD_S = 0.5
+
+
+class RecordingBody:
+    """Notes what it is ordered; what agents report are events already."""
+
+    fold, rates, tracebacks = None, (), {}  # type: ignore[var-annotated]
+
+    def __init__(self) -> None:
+        self.performed: list[Action] = []
+
+    def hear(self, node: str, reports: list[Any]) -> list[ev.Event]:
+        return reports
+
+    def perform(self, action: Action) -> None:
+        self.performed.append(action)
+
+    def start(self) -> None:
+        pass
+
+    async def end(self) -> None:
+        pass
+
+
+class World:
+    """A controller without Ray, a store that can be away, and the run at step 3 of its first generation."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.url, self.folder, self.away = str(folder / "run"), folder, False
+        self.body = RecordingBody()
+        write = journals.write_exclusive
+
+        def write_or_fail(url: str, name: str, data: bytes) -> bool:
+            if self.away:
+                raise StoreError("503 the store is away")
+            return write(url, name, data)
+
+        async def begin(controller: Controller, restarted: bool) -> None:
+            epoch = claim_epoch(self.url, "test").epoch
+            controller._journal = Journal(self.url, folder / "tail", epoch)
+            controller._supervisor, controller._epoch = Supervisor(), epoch
+            controller._clock = (time.monotonic(), 0)
+            controller._body = self.body  # type: ignore[assignment]
+            spec = controller._spec
+            began: list[ev.Event] = [
+                ev.RunDeclared(at=0, run="r", layout=spec.layout, limits=spec.limits, total_steps=99, capabilities=()),
+                ev.EpochBegan(at=0, epoch=epoch, version="test"),
+                ev.CheckpointsFound(at=0, steps=()),
+            ]
+            for action in await controller._decide(began):
+                controller._perform(action)
+
+        runtime = SimpleNamespace(was_current_actor_reconstructed=False, current_actor=None)
+        ray = SimpleNamespace(get_runtime_context=lambda: runtime, kill=lambda actor, no_restart: None)
+        patch.setattr(journals, "write_exclusive", write_or_fail)
+        patch.setattr(controllers, "ray", ray)
+        patch.setattr(controllers, "HOLD_RETRY_S", 0.02)
+        patch.setattr(Controller, "_begin", begin)
+
+    async def open(self) -> None:
+        document = {"run": {"name": "r", "url": self.url, "steps": 99}, "model": {"preset": "tiny"}}
+        self.controller = Controller(spec_document=document, token="t", detached=True)
+        await self.until(lambda status: status.run == "r")
+        await self.tell(ev.NodeJoined(at=0, node="a", domain="", snapshots={}))
+        await self.until(lambda status: status.generation == 1)
+        ready = ev.GenerationReady(at=0, generation=1, step=0, rendezvous_us=1, build_us=1, restore_us=1)
+        await self.tell(ready, steps(3))
+        await self.until(lambda status: status.step == 3)
+
+    async def tell(self, *events: ev.Event) -> None:
+        await self.controller.report("a", list(events))  # type: ignore[arg-type]
+
+    async def until(self, condition: Callable[[Status], bool]) -> Status:
+        while True:
+            status, _ = await self.controller.poll(0, lease=False)
+            assert not status.failure, status.failure
+            if condition(status):
+                return status
+            await asyncio.sleep(0.01)
+
+    def ordered(self, kind: type) -> list[Any]:
+        return [action for action in self.body.performed if isinstance(action, kind)]
+
+
+def steps(last: int) -> ev.StepsDone:
+    return ev.StepsDone(
+        at=0,
+        generation=1,
+        first=last,
+        last=last,
+        data_wait_us=0,
+        checkpoint_us=0,
+        validation_us=0,
+        tokens=1,
+        loss_millionths=(),
+    )
+
+
+def run(world: World, work: Callable[[], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        await world.open()
+        await work()
+        world.controller._task.cancel()
+
+    asyncio.run(asyncio.wait_for(whole(), DEADLINE_S))
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+def test_steps_and_failed_saves_are_seen_while_nothing_can_be_written(world, monkeypatch):
+    monkeypatch.setattr(journals, "SEGMENT_INTERVAL_S", 0.0)
+
+    async def work() -> None:
+        world.away = True
+        await world.tell(steps(4))
+        await world.until(lambda status: "the store is away" in status.hold)
+        await world.tell(steps(5), ev.CheckpointFailed(at=0, step=5, error="rank 0: no"), steps(6))
+        status = await world.until(lambda status: status.step == 6)
+        assert (status.saves_failed, status.save_error) == (1, "step 5: rank 0: no")
+        assert status.hold
+        world.away = False
+        await world.until(lambda status: not status.hold)
+        await world.until(lambda status: len(read(world.url)) >= 8)
+
+    run(world, work)
+    assert replay(read(world.url)).state.step == 6
+
+
+def test_a_decision_waits_for_the_store_and_its_deadline_with_it(world):
+    async def work() -> None:
+        halt_deadline_us = world.controller._spec.limits.halt_deadline_us
+        world.away, fails_at = True, world.controller._now()
+        await world.tell(ev.WorkerExited(at=0, node="a", generation=1, slot=0, exit_code=None, signal=9))
+        await world.until(lambda status: bool(status.hold))
+        await world.tell(steps(4))
+        await world.until(lambda status: status.step == 4)
+        # What forces a second decision is the last that is folded.
+        await world.tell(ev.NodeHalted(at=0, node="a", generation=1, snapshots={}), steps(5))
+        status = await world.until(lambda status: status.generation == 2)
+        while world.controller._now() < fails_at + HOLD_S * 1e6:
+            await asyncio.sleep(0.01)
+        assert world.ordered(HaltGeneration) == []
+        assert [order.generation for order in world.ordered(OpenGeneration)] == [1]
+        assert status.job == "starting" and status.hold
+        world.away, back_at = False, world.controller._now()
+        await world.until(lambda status: len(world.ordered(OpenGeneration)) == 2)
+        (halt_timer,) = [timer for timer in world.ordered(SetTimer) if timer.timer == "halt/1"]
+        assert halt_timer.at >= back_at + halt_deadline_us
+        orders = [type(a) for a in world.body.performed if isinstance(a, HaltGeneration | OpenGeneration)]
+        assert orders == [OpenGeneration, HaltGeneration, OpenGeneration]
+
+    run(world, work)
+    replay(read(world.url))
+
+
+def test_to_stop_in_a_hold_ends_the_run(world):
+    async def work() -> None:
+        world.away = True
+        await world.tell(ev.WorkerExited(at=0, node="a", generation=1, slot=0, exit_code=None, signal=9))
+        await world.until(lambda status: bool(status.hold))
+        await world.controller.stop("t", "somebody", graceful=False)
+        while not (await world.controller.poll(0, lease=True))[0].ended:
+            await asyncio.sleep(0.01)
+        assert "stopped while nothing could be decided" in (await world.controller.poll(0, lease=True))[0].failure
+
+    run(world, work)
