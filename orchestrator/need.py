@@ -1,0 +1,143 @@
+"""What a run needs of each node, by arithmetic from the model's shape and the mesh, with the arithmetic to show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from orchestrator.core.placement import slots_of
+from orchestrator.runtime.worker_log import FILE_MAX_BYTES
+from orchestrator.spec import JobSpec
+from storage.ram import FILES
+
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint or a snapshot: itself and AdamW's two moments, float32 each."""
+TRAINING_BYTES = 16
+"""Of a parameter while it trains, activations not counted: the state and a float32 gradient."""
+SNAPSHOT_OVERHEAD_BYTES = 256 * 1024
+"""Of a snapshot: its header page, the random state (5,056 bytes), and up to 63 bytes after each tensor of a 405B."""
+PROCESS_BYTES = 300 * 1024**2
+"""Resident memory of a process that has imported torch with FSDP, pipelines and tensor parallelism, as measured."""
+NODE_PROCESSES = 3
+"""Beside the workers: the agent, its zygote, and the tool that prepares data."""
+PROCESS_FILES = 256
+"""Open files of a Ray actor or a worker that talks to nobody yet; measured are about 100, libraries come and go."""
+WORKER_FILES = 8
+"""That an agent keeps for each worker: socket, output, pidfd, store connections."""
+WORKER_THREADS = {"cpu": 64, "cuda": 160}
+"""Of a worker beside its OpenMP threads. On CPU some 20 were measured; NCCL and CUDA add their proxies and watchers."""
+NODE_THREADS = 256
+"""Of a node's agent, zygote and tools: a Ray actor has about 100."""
+LOG_BYTES = 2 * FILE_MAX_BYTES
+"""A worker log and its rotated predecessor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What each node must have for its part. Of nodes with different parts, the largest."""
+
+    parameters: int
+    """Of the whole model."""
+    node_parameters: int
+    """That the fullest node's slots hold after sharding, replicas counted as often as they are there."""
+    ram_bytes: int
+    """In cluster.ram_dir: every slot's snapshots."""
+    memory_bytes: int
+    """Of the host, ram_bytes included."""
+    device_bytes: int
+    """Of each CUDA device, activations not counted; 0 on CPU."""
+    checkpoint_bytes: int
+    """Of one durable checkpoint, on the store."""
+    part_bytes: int
+    """Of a node's parts of one checkpoint, which lie in its temporary folder before they go to a remote store."""
+    files: int
+    """Open files of one process."""
+    threads: int
+    """Of all processes of the run on the node."""
+    arithmetic: tuple[str, ...]
+    """How the figures come about, a line each."""
+
+
+def need_of(spec: JobSpec) -> Need:
+    layout, p, cuda = spec.layout, spec.parallel, spec.cluster.device == "cuda"
+    of_stage = [sum(_local_sizes(spec, stage)) for stage in range(p.pp)]
+    slots_per_stage = p.world_size // p.pp
+    node_parameters = max(
+        sum(of_stage[slot // slots_per_stage] for slot in slots_of(layout, place)) for place in range(layout.nodes)
+    )
+    parameters = _model_parameters(spec)
+    slots, fullest = layout.slots_per_node, max(of_stage)
+    snapshot_bytes = STATE_BYTES * node_parameters + slots * SNAPSHOT_OVERHEAD_BYTES
+    ram_bytes = FILES * snapshot_bytes
+    on_host = 0 if cuda else TRAINING_BYTES * node_parameters
+    processes = (slots + NODE_PROCESSES) * PROCESS_BYTES
+    groups = 2 * (p.world_size - 1) + (p.pp - 1) + (p.dp_replicate - 1) + (p.dp_shard - 1) + (p.tp - 1)
+    omp = max(1, int(spec.cluster.cpus_per_slot))
+    memory_bytes = ram_bytes + snapshot_bytes + on_host + processes
+    files = PROCESS_FILES + groups + 2 * layout.nodes + WORKER_FILES * slots
+    threads = NODE_THREADS + slots * (WORKER_THREADS[spec.cluster.device] + omp)
+    shards = f"pp {p.pp}, dp_shard {p.dp_shard}, tp {p.tp}"
+    return Need(
+        parameters=parameters,
+        node_parameters=node_parameters,
+        ram_bytes=ram_bytes,
+        memory_bytes=memory_bytes,
+        device_bytes=TRAINING_BYTES * fullest if cuda else 0,
+        checkpoint_bytes=STATE_BYTES * parameters,
+        part_bytes=snapshot_bytes,
+        files=files,
+        threads=threads,
+        arithmetic=(
+            f"model: {parameters:,} parameters; the fullest slot holds {fullest:,} of them ({shards}), the fullest "
+            f"node {node_parameters:,} in {slots} slots",
+            f"shared memory: {FILES} snapshots x {STATE_BYTES} bytes (parameter and two moments) x "
+            f"{node_parameters:,} = {size(ram_bytes)} on a node",
+            f"memory: {size(ram_bytes)} of snapshots + {size(snapshot_bytes)} for the copy of which a checkpoint is "
+            f"written + {size(on_host)} of training state ("
+            + ("on the devices" if cuda else f"{TRAINING_BYTES} bytes x {node_parameters:,}, activations not counted")
+            + f") + {slots + NODE_PROCESSES} processes x {size(PROCESS_BYTES)} = {size(memory_bytes)} on a node",
+            f"checkpoints: {STATE_BYTES} bytes x {parameters:,} = {size(STATE_BYTES * parameters)} each, of which "
+            f"{spec.checkpoint.keep + 1} are there at once (checkpoint.keep = {spec.checkpoint.keep}, and the one "
+            "being written)",
+            f"open files: {PROCESS_FILES} + {groups} connections to other ranks + 2 x {layout.nodes} nodes + "
+            f"{WORKER_FILES} x {slots} workers = {files} in a process",
+            f"threads: {NODE_THREADS} + {slots} workers x ({WORKER_THREADS[spec.cluster.device]} + {omp}) = {threads} "
+            "on a node",
+        ),
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n_bytes) < 1024 or unit == "TiB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
+
+
+def _model_parameters(spec: JobSpec) -> int:
+    m = spec.model
+    attention = 2 * m.dim * m.dim + 2 * m.dim * m.n_kv_heads * m.head_dim
+    block = attention + 3 * m.dim * m.ffn_dim + 2 * m.dim
+    return m.n_layers * block + 2 * m.vocab_size * m.dim + m.dim
+
+
+def _local_sizes(spec: JobSpec, stage: int) -> Iterator[int]:
+    """Elements of each parameter that a slot of this pipeline stage holds, as trainer/parallel.py divides them: tp cuts
+    rows or columns of matrices, then FSDP2 cuts rows, of which its last rank may have fewer."""
+    m, p = spec.model, spec.parallel
+    kv = m.n_kv_heads * m.head_dim
+
+    def shard(rows: int, columns: int) -> int:
+        return -(-rows // p.dp_shard) * columns
+
+    each, over = divmod(m.n_layers, p.pp)
+    for _ in range(each + (stage < over)):
+        yield from (shard(rows // p.tp, m.dim) for rows in (m.dim, kv, kv, m.ffn_dim, m.ffn_dim))
+        yield from (shard(m.dim, columns // p.tp) for columns in (m.dim, m.ffn_dim))
+        yield from (shard(m.dim, 1), shard(m.dim, 1))
+    if stage == 0:
+        yield shard(m.vocab_size // p.tp, m.dim)
+    if stage == p.pp - 1:
+        yield from (shard(m.vocab_size // p.tp, m.dim), shard(m.dim, 1))

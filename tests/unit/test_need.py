@@ -1,0 +1,83 @@
+"""The arithmetic of what a run needs, against the model as torch makes and divides it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.need import need_of, size
+from orchestrator.spec import JobSpec, parse
+from trainer.llama import Llama, load_preset, parameter_count
+from trainer.parallel import stage_layers
+
+
+def spec(preset: str = "tiny", slots: int = 1, **parallel: int) -> JobSpec:
+    document: dict[str, Any] = {
+        "run": {"name": "r", "url": "/r"},
+        "model": {"preset": preset},
+        "parallel": parallel,
+        "cluster": {"slots_per_node": slots},
+        "data": {"seq_len": 128, "global_batch": 96},
+    }
+    return parse(document)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "llama2_7b", "llama3_8b", "llama3_405b"])
+def test_the_whole_model_is_counted(preset):
+    need = need_of(spec(preset))
+    assert need.parameters == need.node_parameters == parameter_count(load_preset(preset))
+    assert need.checkpoint_bytes == 12 * need.parameters
+    assert need.ram_bytes >= 3 * 12 * need.parameters
+    assert need.memory_bytes >= need.ram_bytes + (12 + 16) * need.parameters
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+@pytest.mark.parametrize("dp_shard", [1, 2, 3])
+def test_the_fullest_slot_is_that_of_torchs_own_division(pp, dp_shard):
+    """Oracle: the stages of the model on torch's meta device, each parameter cut by torch.chunk as FSDP2 does."""
+    model = load_preset("tiny")
+    parallel = {"pp": pp, "dp_shard": dp_shard, "microbatches": 4}
+    job = spec(**parallel)
+    held = []
+    for stage in range(pp):
+        with torch.device("meta"):
+            part = Llama(model, stage_layers(model.n_layers, pp, stage))
+        held.append(sum(p.chunk(dp_shard)[0].numel() for p in part.parameters()))
+    assert need_of(job).node_parameters == max(held)
+
+
+def test_tensor_parallelism_halves_the_matrices_and_keeps_the_norms():
+    one, two = need_of(spec()), need_of(spec(slots=2, tp=2))
+    norms = 64 * (2 * 4 + 1)
+    assert two.node_parameters == one.node_parameters + norms
+
+
+def test_a_node_is_counted_with_all_its_slots():
+    """Four stages on two nodes: the node of the last two has the head, which weighs more than the embedding's norm."""
+    by_slot = [need_of(spec(slots=1, pp=4, microbatches=4)).node_parameters]
+    both = need_of(spec(slots=2, pp=4, microbatches=4))
+    assert by_slot[0] < both.node_parameters < 2 * by_slot[0]
+    replicas = need_of(spec(slots=2, dp_replicate=2))
+    assert replicas.node_parameters == 2 * replicas.parameters
+
+
+def test_cuda_trains_on_the_device():
+    job = spec("llama3_8b", slots=8, dp_shard=8)
+    cuda = job.model_copy(update={"cluster": job.cluster.model_copy(update={"device": "cuda"})})
+    assert need_of(job).device_bytes == 0
+    assert need_of(cuda).device_bytes * 8 == pytest.approx(16 * need_of(cuda).parameters, rel=1e-3)
+    assert need_of(cuda).memory_bytes < need_of(job).memory_bytes
+
+
+def test_the_arithmetic_is_printed_with_its_result():
+    need = need_of(spec("llama3_8b", slots=8, dp_shard=8))
+    text = "\n".join(need.arithmetic)
+    assert "8,030,261,248 parameters" in text
+    assert f"= {size(need.ram_bytes)} on a node" in text and f"= {size(need.memory_bytes)} on a node" in text
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3.0 TiB")])
+def test_sizes(n, text):
+    assert size(n) == text
