@@ -15,6 +15,7 @@ from orchestrator.core.goodput import LABELS
 from orchestrator.core.state import EXIT_STOPPED
 from orchestrator.observe.status import Status
 from orchestrator.spec import JobSpec
+from storage.redact import redacted
 
 PLAIN_INTERVAL_S = 10.0
 """Between two lines of progress where there is no terminal, as in a job's log."""
@@ -26,7 +27,7 @@ Show = Callable[[Status, list[str]], None]
 def view(spec: JobSpec) -> Iterator[Show]:
     """A function to call with each picture and its news, and the display around it."""
     console = new_console()
-    console.print(f"run {spec.run.name}: {spec.run.steps} steps, state in {spec.run.url}", markup=False)
+    console.print(f"run {spec.run.name}: {spec.run.steps} steps, state in {redacted(spec.run.url)}", markup=False)
     if not sys.stdout.isatty():
         yield _plain(console)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import Action, EndRun, HaltGeneration, OpenGeneration
+from orchestrator.core.actions import Action, EndRun, HaltGeneration, InjectFault, OpenGeneration
 from orchestrator.core.events import Event
 from orchestrator.core.state import State
 
@@ -25,6 +25,9 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                     f"generation {action.generation} opens at step {action.step} from {source} "
                     f"[{rung}: {action.reason}]"
                 )
+            case InjectFault():
+                who = f"rank {action.slot} on {action.node}" if action.slot is not None else action.node or "the run"
+                lines.append(f"chaos: fault {action.number} is ordered, {action.fault} for {who}")
             case EndRun():
                 lines.append(f"the run ends: {action.reason} (exit code {action.exit_code})")
     return lines
@@ -51,4 +54,6 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"checkpoint of step {event.step} is committed"]
         case ev.CheckpointFailed():
             return [f"checkpoint of step {event.step} failed: {event.error}"]
+        case ev.FaultInjected():
+            return [f"chaos: fault {event.number} is done: {event.detail}"]
     return []

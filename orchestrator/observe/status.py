@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from orchestrator.core.state import NODE_STATES, Incident, State
+from orchestrator.core.state import NODE_STATES, Fault, Incident, State
 
 
 class NewestStep(Protocol):
@@ -60,6 +60,8 @@ class Status:
     grad_norm: float | None
     lr: float | None
     tokens_per_s: float | None
+    step_s: float | None
+    """Mean time of the newest steps."""
     wall_clock_s: float
     places: int
     goodput: float | None
@@ -71,12 +73,21 @@ class Status:
     """Wall-clock x places in microseconds: what the ledger and its pending time add up to."""
     pending_us: int
     incidents: tuple[IncidentStatus, ...]
+    recoveries_without_progress: int
+    """Generations opened since a step was last completed for the first time."""
+    faults: tuple[Fault, ...]
+    """Chaos that was ordered, with its ground truth."""
     nodes: dict[str, str]
+    strikes: dict[str, int]
+    """Failures charged to each node that is not lost and has any."""
     mesh: tuple[str, ...]
     """Nodes of the current generation in mesh order."""
     checkpoints: tuple[int, ...]
     """Committed, ascending."""
     newest_checkpoint_age_s: float | None
+    saves_failed: int
+    save_error: str
+    """The newest failure of a save; empty once a later one has succeeded."""
     hold: str
     failure: str
     ended: bool
@@ -121,6 +132,7 @@ def status_of(
         grad_norm=newest.grad_norm if newest else None,
         lr=newest.lr if newest else None,
         tokens_per_s=_tokens_per_s(rates),
+        step_s=_step_s(rates),
         wall_clock_s=((ledger.mark if state.job == "ended" else at) - state.began_at) / 1e6,
         places=ledger.places,
         goodput=ledger.totals["productive"] / settled if settled else None,
@@ -129,10 +141,15 @@ def status_of(
         owed_us=ledger.owed,
         pending_us=ledger.pending_us,
         incidents=tuple(_incident(i) for i in incidents),
+        recoveries_without_progress=state.recoveries_without_progress,
+        faults=tuple(dataclasses.replace(fault) for fault in state.faults),
         mesh=state.mesh,
         nodes={name: node.state for name, node in state.nodes.items()},
+        strikes={name: n.strikes for name, n in state.nodes.items() if n.strikes and n.state != "lost"},
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
         newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,
+        saves_failed=state.saves_failed,
+        save_error=state.save_error,
         hold=hold,
         failure=failure,
         ended=ended,
@@ -182,3 +199,10 @@ def _tokens_per_s(rates: Sequence[tuple[float, int, int]]) -> float | None:
     if len(rates) < 2 or rates[-1][0] <= rates[0][0]:
         return None
     return sum(tokens for _, _, tokens in rates[1:]) / (rates[-1][0] - rates[0][0])
+
+
+def _step_s(rates: Sequence[tuple[float, int, int]]) -> float | None:
+    """Time between the first and the last of the newest steps over their number."""
+    if len(rates) < 2 or rates[-1][0] <= rates[0][0] or rates[-1][1] <= rates[0][1]:
+        return None
+    return (rates[-1][0] - rates[0][0]) / (rates[-1][1] - rates[0][1])

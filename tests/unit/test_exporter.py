@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import socket
 import subprocess
 import threading
@@ -20,11 +19,13 @@ from core_world import Tape
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from orchestrator.chaos.orders import SCENARIOS
+from orchestrator.core import recovery
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import JOB_STATES, NODE_STATES, State
+from orchestrator.core.state import JOB_STATES, NODE_STATES, Fault, State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe import exporter
-from orchestrator.observe.exporter import families, serve_metrics
+from orchestrator.observe.exporter import CAUSES, RUNGS, families, serve_metrics
 from orchestrator.observe.notices import notices
 from orchestrator.observe.status import IncidentStatus, Status, status_of
 from orchestrator.spec import JobSpec, parse
@@ -59,6 +60,7 @@ PICTURE = Status(
     grad_norm=0.5,
     lr=3e-4,
     tokens_per_s=1234.5,
+    step_s=0.5,
     wall_clock_s=200.0,
     places=5,
     goodput=0.75,
@@ -72,10 +74,19 @@ PICTURE = Status(
         replace(INCIDENT, number=3, cause="node", rung="spare", total_s=None, first_step_s=None),
         replace(INCIDENT, number=4, cause="collective", rung="", teardown_s=None, restart_s=None, total_s=None),
     ),
-    nodes={"n1": "active", "n2": "active", "n3": "spare", "n4": "lost"},
+    recoveries_without_progress=1,
+    faults=(
+        Fault(number=1, fault="flip", node="n2", slot=2, step=40, ordered_at=1, injected_at=2, detail="1 bit"),
+        Fault(number=2, fault="flip", node="n2", slot=2, step=40, ordered_at=3, injected_at=4, detail="not done: gone"),
+        Fault(number=3, fault="worker-kill", node="n1", slot=0, step=40, ordered_at=5),
+    ),
+    nodes={"n1": "active", "n2": "active", "n3": "spare", "n4": "lost", "n5": "quarantined"},
+    strikes={"n2": 2, "n5": 3},
     mesh=("n1", "n2"),
     checkpoints=(20, 40),
     newest_checkpoint_age_s=12.0,
+    saves_failed=4,
+    save_error="step 40: No space left on device: /secret/path",
     hold="",
     failure="",
     ended=False,
@@ -88,6 +99,7 @@ NOTHING_YET = replace(
     PICTURE, loss=None, grad_norm=None, lr=None, tokens_per_s=None, goodput=None, checkpoints=(), incidents=()
 )
 NOTHING_YET = replace(NOTHING_YET, newest_checkpoint_age_s=None, hold="disk full", job="waiting", nodes={})
+NOTHING_YET = replace(NOTHING_YET, run="", step_s=None, strikes={}, faults=(), saves_failed=0, save_error="")
 
 
 def spec(port: int = 0, bind: str = "127.0.0.1") -> JobSpec:
@@ -127,7 +139,7 @@ def test_a_scrape_shows_the_whole_picture(loop):
     found = samples(scrape(serve_metrics(spec(), lambda: PICTURE, loop)))
     assert {name: values[()] for name, values in found.items() if () in values} == {
         "shepherd_step": 41,
-        "shepherd_steps_target": 100,
+        "shepherd_steps_target": 1000,
         "shepherd_steps_high_water": 43,
         "shepherd_loss": 3.25,
         "shepherd_gradient_norm": 0.5,
@@ -140,15 +152,27 @@ def test_a_scrape_shows_the_whole_picture(loop):
         "shepherd_hold": 0,
         "shepherd_checkpoint_age_seconds": 12,
         "shepherd_checkpoint_step": 40,
+        "shepherd_checkpoint_interval_steps": 100,
+        "shepherd_checkpoint_failing": 1,
+        "shepherd_checkpoint_failures_total": 4,
+        "shepherd_step_seconds": 0.5,
         "shepherd_steps_lost_total": 5,
+        "shepherd_recoveries_without_progress": 1,
+        "shepherd_recoveries_without_progress_limit": 8,
     }
     assert found["shepherd_node_seconds_total"] == {(label,): n for n, label in enumerate(LABELS)}
-    assert found["shepherd_nodes"] == {("active",): 2, ("spare",): 1, ("quarantined",): 0, ("lost",): 1}
+    assert found["shepherd_nodes"] == {("active",): 2, ("spare",): 1, ("quarantined",): 1, ("lost",): 1}
     assert set(NODE_STATES) == {state for (state,) in found["shepherd_nodes"]}
+    assert found["shepherd_node_strikes"] == {("n2",): 2, ("n5",): 3}
+    assert found["shepherd_node_quarantined"] == {("n5",): 1}
     assert found["shepherd_job_state"] == {(state,): float(state == "training") for state in JOB_STATES}
-    assert found["shepherd_incidents_total"] == {("signal",): 2, ("node",): 1}, "the cause of the fourth may change"
-    assert found["shepherd_recoveries_total"] == {("replace",): 2}
-    assert found["shepherd_recovery_seconds_total"] == {
+    incidents = {("signal",): 2, ("node",): 1}  # the cause of the fourth may change
+    assert found["shepherd_incidents_total"] == {(cause,): incidents.get((cause,), 0) for cause in CAUSES}
+    assert seen(found["shepherd_incident_node_seconds_total"]) == {("signal",): 18}
+    assert found["shepherd_node_incidents_total"] == {("signal", "n2"): 2, ("node", "n2"): 1}
+    assert found["shepherd_faults_injected_total"] == {(fault,): float(fault == "flip") for fault in SCENARIOS}
+    assert found["shepherd_recoveries_total"] == {(rung,): 2 * (rung == "replace") for rung in RUNGS}
+    assert seen(found["shepherd_recovery_seconds_total"]) == {
         ("teardown", "replace"): 0.5,
         ("restart", "replace"): 3.0,
         ("restore", "replace"): 1.0,
@@ -156,10 +180,17 @@ def test_a_scrape_shows_the_whole_picture(loop):
     }
 
 
+def seen(values: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    """Without the counters that wait at 0 for their first time."""
+    return {labels: value for labels, value in values.items() if value}
+
+
 def test_what_is_not_known_yet_is_left_out(loop):
     found = samples(scrape(serve_metrics(spec(), lambda: NOTHING_YET, loop)))
     absent = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "goodput_ratio", "checkpoint_step")
-    assert not {f"shepherd_{name}" for name in (*absent, "checkpoint_age_seconds")} & set(found)
+    more = ("checkpoint_age_seconds", "step_seconds", "node_strikes", "node_quarantined")
+    assert not {f"shepherd_{name}" for name in (*absent, *more)} & set(found)
+    assert found["shepherd_checkpoint_failing"] == {(): 0}
     assert found["shepherd_hold"] == {(): 1}
     assert found["shepherd_steps_lost_total"] == {(): 0}
     assert set(found["shepherd_nodes"].values()) == {0}
@@ -191,8 +222,32 @@ def test_names_types_and_help_follow_the_conventions_of_prometheus(loop):
     assert all("seconds" in name or name.endswith("_ratio") for name in times), times
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_every_counter_is_there_before_its_first_event(loop):
+    """`increase` does not see a series that is born at 1."""
+    first = samples(scrape(serve_metrics(spec(), lambda: NOTHING_YET, loop)))
+    later = samples(scrape(serve_metrics(spec(), lambda: PICTURE, loop)))
+    late = {name for name in later if name.endswith("_total") and set(later[name]) - set(first.get(name, {}))}
+    assert late == {"shepherd_node_incidents_total"}, "which nodes it will be is not known before"
+    assert all(value == 0 for (cause,), value in first["shepherd_incidents_total"].items())
+
+
+def test_causes_and_rungs_are_those_of_the_supervisor():
+    assert set(CAUSES) == set(recovery._ROOTS)
+    assert set(RUNGS) == {*recovery._RAM_RUNGS, "durable"}
+
+
+def test_labels_hold_no_text_of_an_error_and_not_too_many_names(loop):
+    many = [replace(INCIDENT, number=n, culprit=f"n{n}", detail="token=abc") for n in range(1, 1500)]
+    text = scrape(serve_metrics(spec(), lambda: replace(PICTURE, incidents=tuple(many), failure="token=abc"), loop))
+    assert "secret" not in text and "abc" not in text and "not done" not in text
+    found = samples(text)["shepherd_node_incidents_total"]
+    assert (
+        len(found) == exporter.NODE_INCIDENT_SERIES and ("signal", "n1") in found and ("signal", "n1499") not in found
+    )
+
+
 def test_promtool_has_nothing_to_say(loop):
+    """It comes with Prometheus, which `make setup` installs."""
     text = scrape(serve_metrics(spec(), lambda: PICTURE, loop))
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, timeout=60)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
@@ -259,7 +314,7 @@ def picture_of(supervisor: Supervisor, at: int) -> Status:
 
 
 def counters(status: Status) -> dict[tuple[str, ...], float]:
-    metrics: list[Metric] = [family for family in families(status) if family.type == "counter"]
+    metrics: list[Metric] = [family for family in families(status, spec()) if family.type == "counter"]
     return {(s.name, *s.labels.values()): s.value for family in metrics for s in family.samples}
 
 
@@ -271,7 +326,7 @@ def test_counters_never_fall_whatever_happens_to_the_run(seed):
         assert set(last) <= set(now), "a counter is gone"
         assert all(now[name] >= value for name, value in last.items())
         last = now
-    assert last["shepherd_node_seconds_total", "run", "productive"] > 0
+    assert last["shepherd_node_seconds_total", "llama", "productive"] > 0
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -289,16 +344,16 @@ def test_every_picture_is_true_and_can_be_sent(seed):
             assert all(d is None or d >= 0 for d in durations), i
             assert i.cause and i.steps_lost >= 0
         assert all(line and "\n" not in line for line in lines)
+        assert set(status.strikes) <= set(state.nodes) and all(status.strikes.values())
         told += lines
     assert any("generation 1 opens at step 0 from new weights" in line for line in told)
     assert any(line.startswith("the run ends: all") and line.endswith("(exit code 0)") for line in told)
 
 
-def test_throughput_is_that_of_the_newest_steps():
-    def rate(rates: list[tuple[float, int, int]]) -> float | None:
-        state = Supervisor().state
-        return status_of(
-            state,
+def test_throughput_and_step_time_are_those_of_the_newest_steps():
+    def speed(rates: list[tuple[float, int, int]]) -> tuple[float | None, float | None]:
+        status = status_of(
+            Supervisor().state,
             at=0,
             hold="",
             failure="",
@@ -307,9 +362,11 @@ def test_throughput_is_that_of_the_newest_steps():
             newest=None,
             rates=rates,
             tracebacks={},
-        ).tokens_per_s
+        )
+        return status.tokens_per_s, status.step_s
 
-    assert rate([]) is None
-    assert rate([(1.0, 1, 64)]) is None
-    assert rate([(1.0, 1, 64), (1.0, 2, 64)]) is None
-    assert rate([(10.0, 1, 999), (10.5, 2, 64), (11.0, 3, 64), (12.0, 4, 64)]) == 96.0
+    assert speed([]) == (None, None)
+    assert speed([(1.0, 1, 64)]) == (None, None)
+    assert speed([(1.0, 1, 64), (1.0, 2, 64)]) == (None, None)
+    assert speed([(10.0, 1, 999), (10.5, 2, 64), (11.0, 3, 64), (12.0, 4, 64)]) == (96.0, 2 / 3)
+    assert speed([(10.0, 1, 999), (12.0, 5, 64)]) == (32.0, 0.5), "a report between was lost"
