@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 
 from orchestrator import spec as specs
+from orchestrator.chaos.orders import PATTERNS, SCENARIOS, TENSORS, Order
 from orchestrator.spec import JobSpec, SpecError
+from storage.redact import redact_logging, redacted
 
 app = typer.Typer(
     help="Shepherd: fault-tolerant training of Llama models.",
@@ -43,7 +45,7 @@ def spec_check(file: SpecFile, set_: Overrides = None) -> None:
     layout = spec.layout
     print(
         f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
-        f"{spec.run.steps} steps to {spec.run.url}"
+        f"{spec.run.steps} steps to {redacted(spec.run.url)}"
     )
 
 
@@ -86,6 +88,28 @@ def train(
 
 
 @app.command()
+def doctor(
+    file: SpecFile,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    address: Address = None,
+) -> None:
+    """Look at every node that the job SPEC could take, before it does, and say what to do."""
+    spec = _load(file, set_)
+    from orchestrator import doctor as doctors
+    from orchestrator.runtime import driver
+
+    with _refusals():
+        driver.connect(address)
+        findings = doctors.examine(spec)
+    if as_json:
+        print(json.dumps(doctors.document(spec, findings), indent=1))
+    else:
+        doctors.show(spec, findings)
+    raise typer.Exit(1 if doctors.verdict(findings) == "problem" else 0)
+
+
+@app.command()
 def status(
     run: RunName,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole picture as JSON.")] = False,
@@ -123,6 +147,81 @@ def stop(
 
 
 @app.command()
+def chaos(
+    scenario: Annotated[str, typer.Argument(help=f"What to do: {', '.join(SCENARIOS)}.", metavar="SCENARIO")],
+    run: Annotated[str, typer.Option(help="The run's name (run.name).")],
+    rank: Annotated[int | None, typer.Option(help="The rank to hurt; default: drawn by --seed.")] = None,
+    node: Annotated[str, typer.Option(help="For node-kill: the node; default: one of the mesh, drawn by --seed.")] = "",
+    times: Annotated[int, typer.Option(help="How often.", min=1, max=1000)] = 1,
+    every: Annotated[float, typer.Option(help="Seconds from one to the next, and until the run trains.", min=0)] = 30.0,
+    seed: Annotated[int, typer.Option(help="Draws what is left open; counts up with --times.")] = 0,
+    tensors: Annotated[str, typer.Option(help=f"For flip: {', '.join(TENSORS)}.")] = "any",
+    pattern: Annotated[str, typer.Option(help=f"For flip: {', '.join(PATTERNS)}.")] = "bit",
+    seconds: Annotated[float, typer.Option(help="For disk-full: how long.")] = 30.0,
+    ballast_gib: Annotated[float, typer.Option(help="For disk-full: more free space than this is not filled.")] = 10.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for recovery, and with --against for the end.")] = 600.0,
+    against: Annotated[str, typer.Option(help="run.url of an untouched run, to compare the final state with.")] = "",
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scorecard as JSON.")] = False,
+    address: Address = None,
+) -> None:
+    """Hurt an active run on purpose, and score how it takes it. Exit code 1 when anything was missed."""
+    from orchestrator.chaos import command, scorecard
+    from orchestrator.observe import live
+    from orchestrator.runtime import driver
+
+    order = Order(
+        scenario=scenario,
+        rank=rank,
+        node=node,
+        seed=seed,
+        tensors=tensors,
+        pattern=pattern,
+        seconds=seconds,
+        ballast_bytes=int(ballast_gib * 2**30),
+    )
+    news = Console(stderr=True, highlight=False, soft_wrap=True)
+    with _refusals():
+        driver.connect(address)
+        outcome = command.run(
+            run,
+            order,
+            times=times,
+            every_s=every,
+            wait_s=wait,
+            against=against,
+            log_dir=log_dir,
+            tell=lambda line: news.print(line, markup=False),
+        )
+    if as_json:
+        print(json.dumps(outcome.document(), indent=1))
+    else:
+        scorecard.show(live.new_console(), outcome.scores, outcome.note)
+    raise typer.Exit(0 if outcome.passed else 1)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(help="A run directory (path or fsspec URL), or the name of an active run.", metavar="RUN")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run: its token, its newest records.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    address: Address = None,
+) -> None:
+    """Write one self-contained HTML page about a run, from its journal."""
+    from orchestrator.observe import report as reports
+
+    with _refusals(reports.ReportError):
+        reports.write_report(reports.locate(run, log_dir, address), out, log_dir)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="Training steps of each of the two runs.", min=20)] = 60,
     out: Annotated[Path, typer.Option(help="Folder of the runs; made anew.")] = Path("out/demo"),
@@ -149,22 +248,24 @@ def _load(file: str, overrides: list[str] | None) -> JobSpec:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(*also: type[Exception]) -> Iterator[None]:
     """Errors that are the user's to mend: the message, no traceback."""
     from orchestrator.preflight import PreflightError
     from orchestrator.runtime.driver import RunError
 
+    refusals: tuple[type[Exception], ...] = (SpecError, PreflightError, RunError, PermissionError, *also)
     try:
         yield
-    except (SpecError, PreflightError, RunError, PermissionError) as e:
+    except refusals as e:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        for line in str(e).splitlines():
+        for line in redacted(str(e)).splitlines():
             console.print("error:", line, style="red", markup=False)
         raise typer.Exit(EXIT_REFUSED) from e
 
 
 def main() -> None:
     """Entry point of the console script."""
+    redact_logging()
     sys.exit(app())
 
 

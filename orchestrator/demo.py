@@ -1,7 +1,8 @@
 """The demo: two real runs on a local cluster of several Ray nodes, one untouched, one under fire, and their comparison.
 
-The run under fire loses a worker to SIGKILL, and later a whole node: its raylet, its agent, its workers and its memory.
-Everything that the outcome claims is read from what the runs left behind: the commit records, the journals, the ledger.
+Under fire, a worker is killed, bits of another's memory are flipped, the controller is killed, and a whole node: its
+raylet, its agent, its workers and its memory. Everything that the outcome claims is read from what the runs left
+behind: the commit records, the journals, the ledger.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,36 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator import preflight
-from orchestrator.chaos import faults
-from orchestrator.core import events as ev
+from orchestrator.chaos import command, scorecard
+from orchestrator.chaos.orders import SCENARIOS, Order
+from orchestrator.chaos.scorecard import Score
 from orchestrator.localcluster import local_cluster
-from orchestrator.observe import live
+from orchestrator.observe import live, prometheus
+from orchestrator.observe.report import write_report
+from orchestrator.observe.report_curves import curves
 from orchestrator.observe.status import Status
 from orchestrator.runtime import driver, journal
-from orchestrator.runtime.controller import namespace_of
 from orchestrator.spec import JobSpec, parse
 from storage.commits import read_commit, state_digest, verify
 
 NODES = 4
-SPARES = 1
+SPARES = 2  # one for the node whose memory is corrupt, one for the node that dies
 SLOTS_PER_NODE = 2
+
+ORDERS = (
+    Order(scenario="worker-kill", rank=7),
+    Order(scenario="flip", rank=2, tensors="exp_avg_sq", seed=1),
+    Order(scenario="controller-kill"),
+    Order(scenario="node-kill", seed=1),
+)
+"""One after the other, at even distances over the run."""
+
+RULES = Path(__file__).resolve().parent.parent / "deploy" / "prometheus" / "shepherd.rules.yml"
+NOT_WATCHED = (
+    "Prometheus is not installed here, so nobody kept the metrics; docs/monitoring.md says how to look at them."
+)
+SCRAPE_INTERVAL_S = 1.0
+"""A run of two minutes wants more points than the 15 s of a real one give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +60,12 @@ class Outcome:
     state_digest: dict[str, str]
     """Run to the digest of its final parameters, moments and RNG."""
     incidents: list[dict[str, Any]]
-    injected: list[dict[str, Any]]
+    scores: tuple[Score, ...]
+    """What became of each fault."""
+    report: str
+    """The page that tells the run under fire."""
+    look: str
+    """How to look at its metrics."""
     ledger: dict[str, float]
     """Label to node-seconds of the run under fire."""
     wall_clock_s: float
@@ -58,7 +82,7 @@ class Outcome:
 
     def document(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {"holds": self.holds, **dataclasses.asdict(self)}
+        return {"holds": self.holds, **dataclasses.asdict(self), "scores": [score.document() for score in self.scores]}
 
 
 def job(name: str, steps: int, out: Path) -> JobSpec:
@@ -85,7 +109,7 @@ def job(name: str, steps: int, out: Path) -> JobSpec:
 
 def run(steps: int, out: Path) -> Outcome:
     """Run both, and compare. Takes a few minutes."""
-    for mine in ("untouched", "under-fire", "logs"):
+    for mine in ("untouched", "under-fire", "logs", "prometheus"):
         shutil.rmtree(out / mine, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     console = live.new_console()
@@ -93,50 +117,53 @@ def run(steps: int, out: Path) -> Outcome:
     for spec in (untouched, fire):
         preflight.check_local(spec, resume=False)
     console.print(f"starting {NODES + SPARES} Ray nodes on this machine ...")
-    with local_cluster(NODES + SPARES, SLOTS_PER_NODE):
+    watched = _has_prometheus()
+    with (
+        local_cluster(NODES + SPARES, SLOTS_PER_NODE),
+        prometheus.recording(out / "prometheus", RULES, SCRAPE_INTERVAL_S) if watched else nullcontext() as recorder,
+    ):
         console.rule("first, the run that nobody touches")
-        reference = _train(untouched, lambda status: None)
+        reference = _train(untouched, lambda status: None, recorder)
         if reference.exit_code != 0:
             raise driver.RunError(f"the untouched run did not reach its end: {reference.failure or reference.verdict}")
         console.rule("now the same run under fire")
-        chaos = Chaos(fire, console)
-        status = _train(fire, chaos)
-    return _compare(untouched, reference, fire, status, chaos.injected)
+        status = _train(fire, Chaos(fire, console), recorder)
+    look = prometheus.hint(out / "prometheus", fire.run.name) if watched else NOT_WATCHED
+    return _compare(untouched, reference, fire, status, out / "report.html", look)
 
 
 class Chaos:
-    """Kills a worker once a third of the steps is done, and a node once two thirds are."""
+    """Gives the ORDERS, as `shepherd chaos` does."""
 
     def __init__(self, spec: JobSpec, console: Console) -> None:
-        self.injected: list[faults.Injected] = []
         self._spec, self._console = spec, console
-        self._namespace = namespace_of(spec.run.name)
+        self._given = 0
 
     def __call__(self, status: Status) -> None:
-        due = (len(self.injected) + 1) * self._spec.run.steps // 3
-        if status.job != "training" or len(self.injected) == 2 or status.step < due:
+        if self._given == len(ORDERS) or status.job != "training":
             return
-        active = [node for node, state in status.nodes.items() if state == "active"]
-        if not self.injected:
-            rank = self._spec.parallel.world_size - 1
-            holder = status.mesh[rank // self._spec.cluster.slots_per_node]
-            self._console.print(f"        SIGKILL for the worker of rank {rank} on {holder}", style="bold red")
-            done = faults.kill_worker(self._namespace, holder, rank, status.step)
-        else:
-            node = status.mesh[1]
-            assert node in active
-            self._console.print(f"        SIGKILL for every process of node {node}", style="bold red")
-            done = faults.kill_node(self._namespace, node, self._spec.run.name, status.step)
-        self.injected.append(done)
+        if status.step < (self._given + 1) * self._spec.run.steps // (len(ORDERS) + 1):
+            return
+        order = ORDERS[self._given]
+        name, log_dir = self._spec.run.name, self._spec.cluster.log_dir
+        self._console.print(f"        chaos: {SCENARIOS[order.scenario]}", style="bold red")
+        command.give(driver.find(name), driver.read_token(log_dir, name), order, by="the demo")
+        self._given += 1
 
 
-def _train(spec: JobSpec, on_status: Callable[[Status], None]) -> Status:
+def _has_prometheus() -> bool:
+    return RULES.exists() and shutil.which("prometheus") is not None
+
+
+def _train(spec: JobSpec, on_status: Callable[[Status], None], recorder: prometheus.Recorder | None) -> Status:
     preflight.check_cluster(spec)
     controller, token = driver.start(spec, detached=False)
     with live.view(spec) as show:
 
         def news(status: Status, lines: list[str]) -> None:
             show(status, lines)
+            if recorder is not None:
+                recorder.scrape(status.metrics_address)
             on_status(status)
 
         status = driver.follow(controller, token, news)
@@ -158,9 +185,7 @@ def _await_release(spec: JobSpec) -> None:
     raise driver.RunError(f"the controller of {spec.run.name} did not end within 30 s")
 
 
-def _compare(
-    untouched: JobSpec, reference: Status, fire: JobSpec, status: Status, injected: list[faults.Injected]
-) -> Outcome:
+def _compare(untouched: JobSpec, reference: Status, fire: JobSpec, status: Status, report: Path, look: str) -> Outcome:
     digests, versions, problems = {}, {}, []
     for spec in (untouched, fire):
         if (spec is untouched and reference.exit_code == 0) or (spec is fire and status.exit_code == 0):
@@ -173,15 +198,18 @@ def _compare(
     loss, validation = curves(records)
     reference_loss, _ = curves(journal.read(untouched.run.url))
     replayed = journal.replay(records).state
-    causes = [(i.cause, i.rung) for i in status.incidents]
+    scores = tuple(scorecard.score(records, identical))
+    write_report(fire.run.url, report)
     checks = {
         "both runs ended in good order": reference.exit_code == 0 and status.exit_code == 0,
         "the final state is bit-identical to the untouched run's": identical,
         "both were made by the same versions and numeric class": len(set(map(repr, versions.values()))) == 1,
         "every step's loss is the untouched run's": bool(loss) and loss == reference_loss,
         "both checkpoints read back with the right digests": not problems,
-        "the worker's death was found and mended": ("signal", "replace") in causes,
-        "the node's death was found and mended": any(cause == "node" and rung for cause, rung in causes),
+        "every fault was found, charged to the right place and mended": (
+            len(scores) == len(ORDERS) and all(score.passed for score in scores)
+        ),
+        "the node with corrupt memory was quarantined": "quarantined" in status.nodes.values(),
         "the validation loss fell": len(validation) > 1 and validation[-1][1] < validation[0][1],
         "the ledger adds up to wall-clock x nodes": _adds_up(status),
         "replaying the journal reproduces every decision": replayed.exit_code == status.exit_code,
@@ -191,7 +219,9 @@ def _compare(
         identical=identical,
         state_digest=digests,
         incidents=[dataclasses.asdict(i) for i in status.incidents],
-        injected=[dataclasses.asdict(i) for i in injected],
+        scores=scores,
+        report=str(report),
+        look=look,
         ledger=status.ledger_s,
         wall_clock_s=status.wall_clock_s,
         nodes=status.places,
@@ -206,20 +236,6 @@ def _compare(
 def _adds_up(status: Status) -> bool:
     """In whole microseconds: nothing is in flight once a run has ended."""
     return sum(status.ledger_us.values()) == status.owed_us == round(status.wall_clock_s * 1e6) * status.places
-
-
-def curves(records: list[journal.Record]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """The loss of every step (the last execution's), and the validation losses, from a journal."""
-    loss: dict[int, float] = {}
-    validation: dict[int, float] = {}
-    for record in records:
-        match record.event:
-            case ev.StepsDone() as done:
-                for step, value in zip(range(done.first, done.last + 1), done.loss_millionths, strict=False):
-                    loss[step] = value / 1e6
-            case ev.Validated() as validated:
-                validation[validated.step] = validated.loss_millionths / 1e6
-    return sorted(loss.items()), sorted(validation.items())
 
 
 def show(outcome: Outcome) -> None:
@@ -240,6 +256,7 @@ def show(outcome: Outcome) -> None:
     for step, value in outcome.validation:
         console.print(f"validation loss at step {step}: {value:.4f}")
     live.print_incidents(console, outcome.status)
+    scorecard.show(console, outcome.scores)
     live.print_ledger(console, outcome.status)
     goodput = outcome.status.goodput or 0.0
     console.print(
@@ -251,3 +268,5 @@ def show(outcome: Outcome) -> None:
         console.print(("[green]yes[/]" if holds else "[red] NO[/]") + f"  {check}")
     for name, digest in outcome.state_digest.items():
         console.print(f"     state of {name}: {digest}")
+    console.print(f"the run under fire, told as one page: {outcome.report}")
+    print(outcome.look)

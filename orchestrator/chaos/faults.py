@@ -1,18 +1,16 @@
-"""Faults for real runs. Each does to real processes what the world does to them, and says what it did."""
+"""Faults that a test does from outside to nodes on its own machine, past the run's own road for chaos."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import ray
 
+from orchestrator.chaos import node as on_node
 from orchestrator.runtime.nodes import agent_name
-from storage import ram
 
 CALL_DEADLINE_S = 10.0
 
@@ -37,30 +35,8 @@ def kill_worker(namespace: str, node: str, rank: int, step: int) -> Injected:
 
 
 def kill_node(namespace: str, node: str, run: str, step: int) -> Injected:
-    """SIGKILL every process of a node on this machine, its raylet too, and delete what its memory held.
-
-    Raylets on one machine share one /dev/shm: a real node takes its memory with it, so the fault must, too.
-    """
+    """SIGKILL every process of a node on this machine, its raylet too, and delete what its memory held."""
     agent = ray.get_actor(agent_name(node), namespace)
     info: Any = ray.get(agent.describe.remote(), timeout=CALL_DEADLINE_S)
-    raylet = psutil.Process(info.pid).parent()
-    assert raylet is not None and "raylet" in raylet.name(), f"the parent of agent {node} is no raylet: {raylet}"
-    victims = [raylet, *raylet.children(recursive=True)]
-    for process in victims:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    deadline = time.monotonic() + CALL_DEADLINE_S
-    while any(_runs(process) for process in victims) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    ram.delete(info.ram_dir, run, info.ray_node)
+    on_node.kill_node(info.pid, info.ram_dir, run, info.ray_node)
     return Injected(fault="node-kill", node=node, rank=None, step=step)
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Whether it is still there; a zombie that nobody has reaped yet is not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

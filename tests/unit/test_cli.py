@@ -91,7 +91,7 @@ def test_spec_show_prints_the_whole_document_which_is_the_same_job(job):
     assert shepherd("spec", "show", str(again)).stdout == result.stdout
 
 
-@pytest.mark.parametrize("command", [("spec", "check"), ("spec", "show"), ("train",)])
+@pytest.mark.parametrize("command", [("spec", "check"), ("spec", "show"), ("train",), ("doctor",)])
 @pytest.mark.parametrize(
     ("arguments", "complaints"),
     [
@@ -113,7 +113,7 @@ def test_a_job_that_cannot_run_is_refused_in_a_line_for_each_reason(job, command
     assert all(line.startswith(start) for line, start in zip(lines, complaints, strict=True)), lines
 
 
-@pytest.mark.parametrize("command", [("spec", "check"), ("spec", "show"), ("train",)])
+@pytest.mark.parametrize("command", [("spec", "check"), ("spec", "show"), ("train",), ("doctor",)])
 def test_a_file_that_is_not_there_is_refused(command, tmp_path):
     (line,) = refused(shepherd(*command, str(tmp_path / "none.toml")))
     assert line.startswith(f"{tmp_path}/none.toml: cannot be read: ")
@@ -208,6 +208,12 @@ def test_a_job_that_lacks_nothing_comes_to_ray_and_leaves_no_run_behind(job, tmp
     )
     assert without_ray == [None]
     assert list((tmp_path / "run").iterdir()) == [], "the probe is gone, and no epoch was taken"
+
+
+def test_doctor_without_a_cluster_is_refused(job, without_ray):
+    (line,) = refused(shepherd("doctor", job(), "--address", "head:1"))
+    assert line.startswith("no Ray cluster answers: ")
+    assert without_ray == ["head:1"]
 
 
 @pytest.mark.parametrize("arguments", [("status", "job"), ("stop", "job"), ("stop", "job", "--now")])
