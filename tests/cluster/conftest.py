@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flaky_s3
 import pytest
 
 from orchestrator.localcluster import local_cluster
@@ -26,6 +27,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     faults = tmp_path_factory.mktemp("faults")
     os.environ["SHEPHERD_TEST_FAULTS"] = str(faults)
+    os.environ.update(flaky_s3.environment())
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     with local_cluster(NODES, CPUS) as ray_cluster:
         yield Cluster(ray=ray_cluster, faults=faults)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{document:02d}.txt").write_text(" ".join(f"Sheep {a} follows sheep {b}." for a, b in pairs))
 
 
-def train(spec: JobSpec, on_status: Callable[[Status], None] = lambda status: None) -> tuple[Status, list[str]]:
+def train(
+    spec: JobSpec, on_status: Callable[[Status], None] = lambda status: None, resume: bool = False
+) -> tuple[Status, list[str]]:
     """Run a job to its end as `shepherd train` does; its last status and everything that it told."""
-    preflight.check_local(spec, resume=False)
+    preflight.check_local(spec, resume)
     preflight.check_cluster(spec)
     controller, token = driver.start(spec, detached=False)
     told: list[str] = []
@@ -131,6 +134,51 @@ def command(*arguments: str, **environment: str) -> Any:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.communicate()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def ray_started(*options: str, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """A cluster of one node with two CPUs as `ray start --head` makes it, with `environment` added; its address."""
+    port = free_port()
+    # As from an activated environment: jobs find `python` there.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [
+            Path(sys.executable).with_name("ray"),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            f"--port={port}",
+            f"--ray-client-server-port={free_port()}",
+            *options,
+        ],
+        env={**os.environ, "PATH": path, **(environment or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    family = psutil.Process(process.pid)
+    try:
+        yield f"{_ray_address(family)}:{port}"
+    finally:
+        members = [family, *family.children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(members, timeout=20)
+        for member in alive:
+            member.kill()
+
+
+def _ray_address(family: psutil.Process) -> str:
+    """The node's address, from the raylet's own command line."""
+    raylet = wait_for(
+        lambda: next((p for p in family.children(recursive=True) if "raylet" in p.name()), None), 60, "the raylet"
+    )
+    return next(part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--node_ip_address="))
 
 
 def leftovers(ram_dir: Path) -> list[str]:

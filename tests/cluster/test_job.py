@@ -10,10 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import Cluster
-from herd import await_nothing_left, command, job, spec_file, spec_of, train, wait_for
+from herd import await_nothing_left, command, free_port, job, ray_started, spec_file, spec_of, train, wait_for
 
 from orchestrator.runtime import driver
 from storage.commits import list_commits
@@ -56,13 +55,38 @@ def test_interrupt_checkpoints_and_resume_goes_on(cluster: Cluster, tmp_path: Pa
     assert f"opens at step {stopped_at} from the checkpoint" in out
     assert list_commits(document["run"]["url"])[-1] == stopped_at + 5
 
-    # Another model is the job's fault, not the checkpoint's: nothing is called damaged, nothing begins again.
+    # What decides the numbers is compared with the run's first start before anything is taken.
+    other = ("--resume", "--set", "model.ffn_dim=256", "--set", "run.seed=1", "--set", f"run.steps={stopped_at + 9}")
+    with command("train", file, *other, RAY_ADDRESS=cluster.ray.address) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "run.seed = 1: the run was started with 0" in out
+    assert "model.ffn_dim = 256: the run was started with 192" in out
+
+    # Without that record another model is the job's fault, not the checkpoint's: nothing is called damaged, nothing
+    # begins again.
+    Path(document["run"]["url"], "run.json").unlink()
     other = ("--resume", "--set", "model.ffn_dim=256", "--set", f"run.steps={stopped_at + 9}")
     with command("train", file, *other, RAY_ADDRESS=cluster.ray.address) as process:
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 93, out
     assert "StateMismatch" in out
     assert list_commits(document["run"]["url"]) == [stopped_at, stopped_at + 5]
+
+
+def test_a_resume_with_another_corpus_ends_before_it_trains(cluster: Cluster, tmp_path: Path) -> None:
+    one_node = {"parallel": {"dp_replicate": 1}, "run": {"steps": 2, "validation_interval_steps": 2}}
+    spec = spec_of(job("moved-text", tmp_path, **one_node))
+    assert train(spec)[0].exit_code == 0
+    (tmp_path / "corpus" / "40.txt").write_text("One sheep more. " * 40)
+    longer = spec.model_copy(update={"run": spec.run.model_copy(update={"steps": 4})})
+    status, told = train(longer, resume=True)
+    assert status.exit_code == 1, told
+    assert "the run's checkpoints were trained on" in status.verdict
+    assert "data.corpus" in status.verdict
+    assert status.generation == 1, "no second one was opened"
+    assert list_commits(spec.run.url) == [2]
+    await_nothing_left(tmp_path / "ram")
 
 
 def test_a_lost_driver_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
@@ -74,55 +98,18 @@ def test_a_lost_driver_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -
     await_nothing_left(tmp_path / "ram")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
-def plain_ray(tmp_path: Path) -> Iterator[tuple[str, str]]:
+def plain_ray() -> Iterator[tuple[str, str]]:
     """A cluster as `ray start --head` makes it: its address, and its dashboard's."""
-    port, dashboard = free_port(), free_port()
-    options = (f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0", "--num-cpus=2")
-    options = (*options, f"--ray-client-server-port={free_port()}")
-    # As from an activated environment: jobs find `python` there.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        [
-            Path(sys.executable).with_name("ray"),
-            "start",
-            "--head",
-            "--block",
-            f"--ray-client-server-port={free_port()}",
-            *options,
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    family = psutil.Process(process.pid)
-    try:
+    dashboard = free_port()
+    with ray_started(f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0") as address:
         wait_for(lambda: listens(dashboard), 60, "Ray's dashboard")
-        yield f"{ray_address(family)}:{port}", f"http://127.0.0.1:{dashboard}"
-    finally:
-        members = [family, *family.children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(members, timeout=20)
-        for member in alive:
-            member.kill()
+        yield address, f"http://127.0.0.1:{dashboard}"
 
 
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def ray_address(family: psutil.Process) -> str:
-    """The node's address, from the raylet's own command line."""
-    raylet = wait_for(
-        lambda: next((p for p in family.children(recursive=True) if "raylet" in p.name()), None), 30, "the raylet"
-    )
-    return next(part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--node_ip_address="))
 
 
 def test_ray_job_submit_and_ray_job_stop(plain_ray: tuple[str, str], tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_exporter import PICTURE
+from test_exporter import PICTURE, spec
 from typer.main import get_command
 
 from orchestrator import cli
 from orchestrator.core import state
 from orchestrator.core.goodput import LABELS
-from orchestrator.observe.exporter import families
+from orchestrator.observe.exporter import CAUSES, families
 from orchestrator.spec import load
 from trainer import contract
 
@@ -40,9 +40,25 @@ def test_the_page_of_fields_has_them_all() -> None:
     }
 
 
-def test_the_readme_has_every_metric_and_no_other() -> None:
-    served = {f.name + "_total" * (f.type == "counter") for f in families(PICTURE)}
-    assert set(re.findall(r"shepherd_[a-z_]+", README)) == served
+def test_the_page_of_metrics_is_the_exporters() -> None:
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    rows = re.findall(r"^\| `(shepherd_\w+)(?:\{([a-z,]+)\})?` \| (\w+) \| (.*) \|$", page, re.M)
+    served = [
+        (
+            f.name + "_total" * (f.type == "counter"),
+            ",".join(label for label in f.samples[0].labels if label != "run"),
+            f.type,
+            f.documentation,
+        )
+        for f in families(PICTURE, spec())
+    ]
+    assert rows == served
+    assert dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", page, re.M)) == CAUSES
+
+
+def test_the_readme_names_no_metric_that_is_not_served() -> None:
+    served = {f.name + "_total" * (f.type == "counter") for f in families(PICTURE, spec())}
+    assert {"shepherd_goodput_ratio"} <= set(re.findall(r"shepherd_[a-z_]+", README)) <= served
 
 
 def test_the_readme_has_the_ledgers_labels() -> None:
