@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup prometheus demo test test-long lint types clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed prometheus
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Shepherd needs Python 3.11: make PYTHON=python3.11"'
@@ -14,12 +14,25 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,s3]'
 	@touch $@
 
+# The tests want Prometheus and its promtool, which pip does not have; the demo uses them when they are there.
+prometheus:
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus; } \
+	|| echo "prometheus and promtool are not installed: make test needs them (Debian: sudo apt-get install prometheus)"
+
 # Two runs on a local Ray cluster, one of them under fire, and their comparison.
 demo: setup
 	$(BIN)/python -P -m orchestrator demo --json out/demo.json
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What takes an hour: tests marked long, kills of 60 seeds, 300 flipped bits and 2,000 clean steps.
+test-long: setup
+	$(BIN)/python -m pytest -m long
+	$(BIN)/python tests/chaos/sweep.py --seeds 60
+	$(BIN)/python tests/chaos/flips.py --flips 300 --clean-steps 2000
 
 lint: setup
 	$(BIN)/ruff check .
