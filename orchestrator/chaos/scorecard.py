@@ -138,11 +138,12 @@ def score(records: Sequence[Record], identical: bool | None = None) -> list[Scor
 def _match(
     faults: list[Fault], generations: list[int], incidents: list[Incident]
 ) -> dict[int, tuple[Incident, Evidence]]:
-    """By the number of the fault: what was found of it. Each piece of evidence explains one fault.
+    """By the number of the fault: what was found of it. Each piece of evidence explains one fault, or more of one worker.
 
     First come those that were found as what they were, where they were. A worker whose whole node died in the same
-    incident was found with its node. What is left is put down, as a wrong verdict, to the next incident that nothing
-    else explains. Only what struck the generation that was hurt counts.
+    incident was found with its node, and a worker dies once: what was found of it answers all that had been ordered for
+    it by then. What is left is put down, as a wrong verdict, to the next incident that nothing else explains. Only what
+    struck the generation that was hurt counts.
     """
     found: dict[int, tuple[Incident, Evidence]] = {}
     seen: dict[int, list[tuple[Incident, Evidence]]] = {}
@@ -165,12 +166,13 @@ def _match(
         if fault.number in found or fault.fault not in _KINDS:
             continue
         later = seen[fault.number]
-        of_its_node = [(i, e) for i, e in later if e.kind == "node" and e.node == fault.node]
+        shared = [(i, e) for i, e in later if e.kind == "node" and e.node == fault.node]
+        shared += [(i, e) for i, e in later if id(e) in taken and (e.node, e.slot) == (fault.node, fault.slot)]
         unexplained = [
             (i, recovery.root(i)) for i, e in later if not any(id(x) in taken for x in (*i.answered, *i.evidence))
         ]
-        if of_its_node or unexplained:
-            found[fault.number] = min(of_its_node or unexplained, key=lambda pair: pair[1].at)
+        if shared or unexplained:
+            found[fault.number] = min(shared or unexplained, key=lambda pair: pair[1].at)
     return found
 
 

@@ -23,6 +23,8 @@ def s3_bucket() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         boto3.client("s3").create_bucket(Bucket="bucket")
+        # fsspec keeps its file systems by their arguments, and the server is none of them: not those of other tests.
+        s3fs.S3FileSystem.clear_instance_cache()
         yield "s3://bucket"
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()

@@ -44,7 +44,7 @@ def wait_for_free(folder: Path, least: int) -> None:
 
 
 def holders() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if ballast.__name__ in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if ballast.__name__ in " ".join(_command(p))]
 
 
 def test_a_file_system_is_full_for_the_time_and_then_as_before(small: Path) -> None:

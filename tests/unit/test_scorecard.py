@@ -211,6 +211,19 @@ def test_a_worker_whose_node_died_at_once_is_found_with_its_node() -> None:
     assert (node_.right_node, node_.right_rank, node_.rung, node_.passed) == (True, None, "durable", True)
 
 
+def test_a_worker_that_is_hurt_again_before_it_falls_dies_once() -> None:
+    j = Journal()
+    j.order(12, "worker-exception", slot=2)
+    j.order(12.2, "worker-exception", slot=2)
+    j.order(12.3, "worker-exception", slot=3)
+    j.failed(12.5, "b", 2, "exception", "InjectedFault: fault 2, as ordered")
+    j.recover(13, 15, step=1)
+    first, second, other = score(j.records)
+    assert (first.incident, first.passed, second.incident, second.passed) == (1, True, 1, True)
+    assert (first.detected_after_s, second.detected_after_s) == (0.5, 0.3)
+    assert not other.detected, "another worker's death is not its own"
+
+
 def test_one_piece_of_evidence_explains_one_fault() -> None:
     j = Journal()
     j.order(12, "worker-kill", slot=2)
