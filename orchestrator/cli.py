@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tomli_w
 import typer
@@ -250,6 +250,8 @@ def _load(file: str, overrides: list[str] | None) -> JobSpec:
 @contextmanager
 def _refusals(*also: type[Exception]) -> Iterator[None]:
     """Errors that are the user's to mend: the message, no traceback."""
+    from ray.exceptions import GetTimeoutError, RayActorError
+
     from orchestrator.preflight import PreflightError
     from orchestrator.runtime.driver import RunError
 
@@ -257,10 +259,16 @@ def _refusals(*also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except refusals as e:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        for line in redacted(str(e)).splitlines():
-            console.print("error:", line, style="red", markup=False)
-        raise typer.Exit(EXIT_REFUSED) from e
+        _refuse(str(e), e)
+    except (RayActorError, GetTimeoutError) as e:
+        _refuse("the run's controller does not answer: it is busy, or was killed and comes back; try again", e)
+
+
+def _refuse(why: str, error: Exception) -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for line in redacted(why).splitlines():
+        console.print("error:", line, style="red", markup=False)
+    raise typer.Exit(EXIT_REFUSED) from error
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from orchestrator.doctor_node import TOOL_DEADLINE_S, NodeDoctor
 from orchestrator.need import need_of
 from orchestrator.observe.live import new_console
 from orchestrator.runtime import driver, journal
-from orchestrator.runtime.nodes import eligible
+from orchestrator.runtime.nodes import HEAD_RESOURCE, eligible
 from orchestrator.spec import JobSpec
 from storage.redact import redacted
 
@@ -93,7 +93,7 @@ def _list_nodes(spec: JobSpec) -> tuple[dict[str, tuple[str, str]], tuple[str, .
     rows = [row for row in ray.nodes() if row["Alive"]]  # type: ignore[no-untyped-call]
     names = {row["NodeID"]: f"{row['NodeID'][:8]} ({row['NodeManagerHostname']})" for row in rows}
     addresses = {row["NodeID"]: str(row["NodeManagerAddress"]) for row in rows}
-    head = next((row["NodeID"] for row in rows if "node:__internal_head__" in row["Resources"]), "")
+    head = next((row["NodeID"] for row in rows if HEAD_RESOURCE in row["Resources"]), "")
     here = ray.get_runtime_context().get_node_id()
     asked = {names[node]: (node, addresses[node]) for node in names if node in ids | {head, here}}
     candidates = tuple(names[node.id] for node in fit if node.id in names)

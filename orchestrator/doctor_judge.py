@@ -89,7 +89,7 @@ def judge(spec: JobSpec, facts: Facts) -> list[Finding]:
         *_versions(answers["versions"], answers["numeric"]),
         *_shared(spec, answers["sees"]),
         *_writable(answers["probe"]),
-        *_disk(spec, need, answers),
+        *_disk(spec, need, answers, facts.started),
         *_devices(spec, need, answers["numeric"], facts.candidates),
         *_token(facts),
     ]
@@ -301,7 +301,8 @@ def _writable(answers: Answers) -> list[Finding]:
     return merged(found)
 
 
-def _disk(spec: JobSpec, need: Need, answers: Mapping[str, Answers]) -> list[Finding]:
+def _disk(spec: JobSpec, need: Need, answers: Mapping[str, Answers], started: bool) -> list[Finding]:
+    """A run that was started has some of its checkpoints there: what they take is not wanted again."""
     rooms = [
         ("run.url", answers.get("run_dir", {}), (spec.checkpoint.keep + 1) * need.checkpoint_bytes, True),
         ("temporary files", answers.get("temporary", {}), need.part_bytes, True),
@@ -313,7 +314,8 @@ def _disk(spec: JobSpec, need: Need, answers: Mapping[str, Answers]) -> list[Fin
         place: Place
         for node, place in _told(told).items():
             level = _against(place.free_bytes, wanted)
-            if level == "problem" and not must:
+            enough = started and name == "run.url" and place.free_bytes >= need.checkpoint_bytes
+            if level == "problem" and (enough or not must):
                 level = "warning"
             advice = "free space there, " + ("lower checkpoint.keep, " if name == "run.url" else "")
             advice += "or set TMPDIR for `ray start`" if name == "temporary files" else f"or choose another {name}"

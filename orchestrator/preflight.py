@@ -7,13 +7,15 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import ray
 
 from orchestrator import identity
 from orchestrator.runtime import journal
 from orchestrator.runtime.agent import run_log_dir
-from orchestrator.runtime.nodes import bundle_of, eligible
+from orchestrator.runtime.nodes import HEAD_RESOURCE, bundle_of, eligible
 from orchestrator.spec import JobSpec
 from storage.urls import StoreError, probe
 
@@ -31,7 +33,7 @@ def check_local(spec: JobSpec, resume: bool) -> None:
     Raises:
         PreflightError: with all problems that were found.
     """
-    problems = [*problems_here(spec, resume), *_metrics_port(spec)]
+    problems = problems_here(spec, resume)
     if problems:
         raise PreflightError("\n".join(problems))
 
@@ -42,11 +44,14 @@ def problems_here(spec: JobSpec, resume: bool) -> list[str]:
 
 
 def check_cluster(spec: JobSpec) -> None:
-    """Whether the Ray cluster has the nodes that the mesh needs. Needs a connected Ray.
+    """Whether the Ray cluster has the nodes that the mesh needs, and a place for the metrics. Needs a connected Ray.
 
     Raises:
         PreflightError: it has not.
     """
+    problems = _metrics_port(spec) if _head_is_here() else []  # elsewhere, the controller itself finds out
+    if problems:
+        raise PreflightError("\n".join(problems))
     layout, deadline = spec.layout, time.monotonic() + RELEASE_DEADLINE_S
     while True:
         found = eligible(spec)
@@ -112,6 +117,13 @@ def _corpus(spec: JobSpec) -> list[str]:
     if not found:
         return [f"data.corpus = {corpus!r}: nothing is there; give a folder, a glob of text files, or python-stdlib"]
     return []
+
+
+def _head_is_here() -> bool:
+    """Whether this machine is the cluster's head node, on which the controller and its metrics will be."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(node["NodeID"] == here and HEAD_RESOURCE in node["Resources"] for node in nodes)
 
 
 def _metrics_port(spec: JobSpec) -> list[str]:

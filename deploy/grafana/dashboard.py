@@ -127,10 +127,11 @@ def now() -> list[Any]:
     )
     goodput.unit("percentunit").min(0).max(1).decimals(1)
     goodput.thresholds(thresholds(RED, (LOW, ORANGE), (OBJECTIVE, GREEN))).show_threshold_markers(True)
-    lost = "(1 - max by (run) (run:shepherd_goodput:ratio_rate{}{})) / (1 - scalar(shepherd:goodput_objective:ratio))"
+    lost = "(1 - max by (run) (run:shepherd_goodput_without_spares:ratio_rate{}{}))"
+    lost += " / (1 - scalar(shepherd:goodput_objective:ratio))"
     burn = figure(
         "Budget burn",
-        "Loss over the loss that 95% allows. Above 14.4 in an hour or 3 in a day people are told.",
+        "Loss over the loss that 95% allows, idle spares left out. People are told at 14.4 in an hour, 3 in a day.",
         3,
         query(lost.format("1h", RUN), "1 h", instant=True),
         query(lost.format("24h", RUN), "24 h", instant=True),

@@ -17,6 +17,7 @@ from orchestrator.chaos.orders import Order
 from orchestrator.chaos.scorecard import Score, score
 from orchestrator.runtime import driver, journal
 from storage.commits import list_commits, read_commit, state_digest
+from storage.redact import redacted
 
 POLL_INTERVAL_S = 0.5
 TRAINING_DEADLINE_S = 300.0
@@ -85,7 +86,7 @@ def run(
 
     def outcome(identical: bool | None = None, why: str = "") -> Outcome:
         found = scores(identical)
-        missing = "" if found else f"the run's journal is not at {url} as seen from this machine"
+        missing = "" if found else f"the run's journal is not at {redacted(url)} as seen from this machine"
         return Outcome(scores=found, note="; ".join(filter(None, (note, why, missing))))
 
     ended = False

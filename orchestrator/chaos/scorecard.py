@@ -138,7 +138,7 @@ def score(records: Sequence[Record], identical: bool | None = None) -> list[Scor
 def _match(
     faults: list[Fault], generations: list[int], incidents: list[Incident]
 ) -> dict[int, tuple[Incident, Evidence]]:
-    """By the number of the fault: what was found of it. Each piece of evidence explains one fault, or more of one worker.
+    """By the number of the fault: what was found of it. One piece of evidence is of one fault, or of one worker.
 
     First come those that were found as what they were, where they were. A worker whose whole node died in the same
     incident was found with its node, and a worker dies once: what was found of it answers all that had been ordered for

@@ -1,6 +1,8 @@
 """Prometheus metrics of a run, read from the controller's picture of it at each scrape.
 
-Counters come from the ledger and the journaled incidents, so they survive a controller's restart and never fall. Each
+Counters come from the ledger and the journaled incidents, so they survive a controller's restart and do not fall. (A
+resume after the loss of the head's disk lacks the last records before it, up to 30 s; and what nodes were doing between
+the last record and a resume counts as paused: counters may come back lower by that.) Each
 is there from the first scrape on, at 0 for the causes, rungs and faults that have not come up: `increase` does not see
 a series that is born at 1. Names follow Prometheus' conventions: base units, `_total` for counters, `_seconds` for
 time. Labels hold names of a bounded set only, never text from an error.
@@ -107,6 +109,7 @@ def _progress(s: Status, spec: JobSpec) -> Iterable[Family]:
     yield _labelled(
         run, GaugeMetricFamily, "job_state", "1 for the state that the run is in, 0 for the others.", ("state",), states
     )
+    yield _gauge(run, "exit_code", "Exit code of a run that has ended; absent before.", s.exit_code)
 
 
 def _time(s: Status, spec: JobSpec) -> Iterable[Family]:
@@ -125,7 +128,7 @@ def _time(s: Status, spec: JobSpec) -> Iterable[Family]:
 
 def _checkpoints(s: Status, spec: JobSpec) -> Iterable[Family]:
     run, interval = spec.run.name, spec.checkpoint.interval_steps
-    age, newest = s.newest_checkpoint_age_s, max(s.checkpoints, default=None)
+    age, newest = s.newest_checkpoint_age_s, s.newest_checkpoint
     yield _gauge(run, "checkpoint_step", "Step of the newest committed checkpoint.", newest)
     yield _gauge(run, "checkpoint_age_seconds", "Seconds since the newest committed checkpoint was committed.", age)
     yield _gauge(run, "checkpoint_interval_steps", "Steps between checkpoints, as the job wants them.", interval)

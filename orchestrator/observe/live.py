@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -81,14 +82,16 @@ def print_status(status: Status) -> None:
     """A run on one screen."""
     console = new_console()
     ready = sum(state in ("active", "spare") for state in status.nodes.values())
+    newest = "none" if status.newest_checkpoint is None else status.newest_checkpoint
     console.print(
         f"run {status.run}: {status.job}, step {status.step} of {status.total_steps}, generation {status.generation}, "
         f"epoch {status.epoch}\n{figures(status)}\n{ready} of {status.places} places filled, newest checkpoint "
-        f"{status.checkpoints[-1] if status.checkpoints else 'none'}, metrics http://{status.metrics_address}/metrics",
+        f"{newest}, metrics http://{status.metrics_address}/metrics",
         markup=False,
     )
     if status.hold:
-        console.print(f"HOLD: nothing is decided until the journal can be written: {status.hold}", style="red")
+        hold = f"HOLD: nothing is decided until the journal can be written: {status.hold}"
+        console.print(hold, style="red", markup=False)
     print_incidents(console, status)
     print_ledger(console, status)
 
@@ -117,7 +120,7 @@ def print_incidents(console: Console, status: Status) -> None:
     for i in status.incidents:
         phases = (i.teardown_s, i.restart_s, i.restore_s, i.first_step_s, i.total_s)
         cells = ("-" if s is None else f"{s:.2f} s" for s in phases)
-        what = f"{i.cause}: {i.detail}"[:40]
+        what = escape(f"{i.cause}: {i.detail}"[:40])
         table.add_row(str(i.number), f"{i.at_s:.1f} s", what, i.culprit, i.rung, *cells, f"{i.steps_lost} steps")
     console.print(table)
 

@@ -25,7 +25,7 @@ from orchestrator.observe.report_curves import curves
 from orchestrator.observe.report_fold import PHASES, History, fold
 from orchestrator.runtime import driver, journal
 from storage.redact import redacted
-from storage.urls import StoreError, read_bytes
+from storage.urls import read_bytes
 
 EVIDENCE_SHOWN = 16
 """Of one incident; a mesh's other ranks all say the same."""
@@ -85,13 +85,20 @@ def write_report(url: str, path: Path, log_dir: str | None = None) -> None:
         ReportError: there is no journal, this version cannot read it, or the page cannot be written.
     """
     try:
-        records = _read(url, log_dir)
-        page = render(records, _began_unix_us(url))
+        records, began_unix_us = _read(url, log_dir), _began_unix_us(url)
+    except Exception as e:  # every store has its own: botocore's NoCredentialsError is no OSError
+        raise _refusal(url, e) from e
+    try:
+        page = render(records, began_unix_us)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page)
-    except (ReportError, journal.JournalError, StoreError, OSError, ValueError, ImportError) as e:
-        message = str(e) if url in str(e) else f"{url}: {e}"
-        raise ReportError(redacted(" ".join(message.split()))) from e
+    except (ReportError, journal.JournalError, OSError) as e:
+        raise _refusal(url, e) from e
+
+
+def _refusal(url: str, error: Exception) -> ReportError:
+    message = str(error) if url in str(error) else f"{url}: {error}"
+    return ReportError(redacted(" ".join(message.split())))
 
 
 def render(records: list[journal.Record], began_unix_us: int | None = None) -> str:

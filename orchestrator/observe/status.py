@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from orchestrator.core.goodput import Ledger
 from orchestrator.core.state import NODE_STATES, Fault, Incident, State
 
 
@@ -84,6 +85,8 @@ class Status:
     """Nodes of the current generation in mesh order."""
     checkpoints: tuple[int, ...]
     """Committed, ascending."""
+    newest_checkpoint: int | None
+    """The step that a restore from durable storage would take; one beyond the last step belongs to a longer run."""
     newest_checkpoint_age_s: float | None
     saves_failed: int
     save_error: str
@@ -115,7 +118,7 @@ def status_of(
     tracebacks: dict[str, str],
 ) -> Status:
     """The picture at time `at`."""
-    ledger = state.ledger
+    ledger = _ledger_at(state, at)
     settled = sum(ledger.totals.values())
     incidents = [*state.incidents, *([state.incident] if state.incident else [])]
     newest_step = state.newest_checkpoint()
@@ -147,6 +150,7 @@ def status_of(
         nodes={name: node.state for name, node in state.nodes.items()},
         strikes={name: n.strikes for name, n in state.nodes.items() if n.strikes and n.state != "lost"},
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
+        newest_checkpoint=newest_step,
         newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,
         saves_failed=state.saves_failed,
         save_error=state.save_error,
@@ -159,6 +163,14 @@ def status_of(
         controller_pid=os.getpid(),
         tracebacks=tracebacks,
     )
+
+
+def _ledger_at(state: State, at: int) -> Ledger:
+    """The ledger as it is at `at`: a wait that no event interrupts is seen while it lasts, not when it is over."""
+    ledger = dataclasses.replace(state.ledger, totals=dict(state.ledger.totals))
+    if state.run and state.job != "ended":
+        ledger.advance(max(at, ledger.mark))
+    return ledger
 
 
 def nodes_by_state(status: Status) -> dict[str, int]:

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import ipaddress
 import logging
 import os
 import time
@@ -414,11 +415,19 @@ class Controller:
             hold=redacted(self._hold),
             failure=redacted(self._failure),
             ended=self._ended.is_set(),
-            metrics_address=f"{self._spec.metrics.bind}:{self._metrics_port}",
+            metrics_address=_reachable(self._spec.metrics.bind, self._metrics_port),
             newest=body.fold.last if body and body.fold else None,
             rates=body.rates if body else [],
             tracebacks=body.tracebacks if body else {},
         )
+
+
+def _reachable(bind: str, port: int) -> str:
+    """host:port by which a server that is bound to `bind` on this node can be reached."""
+    with contextlib.suppress(ValueError):  # a name stays a name
+        if ipaddress.ip_address(bind).is_unspecified:
+            bind = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return f"[{bind}]:{port}" if ":" in bind else f"{bind}:{port}"
 
 
 def _redacted(event: ev.Event) -> ev.Event:

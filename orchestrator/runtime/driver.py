@@ -18,6 +18,7 @@ import ray
 from orchestrator.observe.status import Status
 from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.controller import Controller, namespace_of
+from orchestrator.runtime.nodes import HEAD_RESOURCE
 from orchestrator.spec import JobSpec
 
 POLL_INTERVAL_S = 0.5
@@ -52,7 +53,7 @@ def start(spec: JobSpec, detached: bool) -> tuple[Any, str]:
         "max_task_retries": 0,
         "num_cpus": 0,
         "max_concurrency": 1000,
-        "resources": {"node:__internal_head__": 0.001},
+        "resources": {HEAD_RESOURCE: 0.001},
     }
     try:
         actor = ray.remote(Controller).options(**options)

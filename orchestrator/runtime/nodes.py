@@ -24,6 +24,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.runtime.agent import PREPARE_DEADLINE_S, ZYGOTE_DEADLINE_S, Agent, NodeInfo
 from orchestrator.spec import JobSpec
 
+HEAD_RESOURCE = "node:__internal_head__"
+"""Ray's own mark of the head node."""
 PLACE_DEADLINE_S = 60.0
 """For Ray to reserve the bundle on a node that has the resources free."""
 KILL_DEADLINE_S = 10.0

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import ray
 from click.testing import Result
 from typer.testing import CliRunner
 
+from orchestrator import preflight
 from orchestrator.cli import EXIT_REFUSED, app
 from orchestrator.runtime import driver, journal
+from orchestrator.runtime.nodes import HEAD_RESOURCE
 from orchestrator.spec import load, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,8 +141,6 @@ def test_markup_in_a_complaint_is_printed_as_it_is(job):
         ),
         (["[data]", 'corpus = "/nowhere"'], "data.corpus = '/nowhere': nothing is there; give a folder, a glob"),
         (["[data]", 'corpus = "nosuch://texts"'], "data.corpus = 'nosuch://texts': cannot be read: "),
-        (["[metrics]", "port = 9", 'bind = "192.0.2.1"'], "metrics.port = 9: cannot be bound on 192.0.2.1: "),
-        (["[metrics]", "port = 9", 'bind = "not an address"'], "metrics.port = 9: cannot be bound on not an address: "),
     ],
 )
 def test_train_without_what_it_needs_is_refused(job, lines, complaint, without_ray):
@@ -148,22 +149,38 @@ def test_train_without_what_it_needs_is_refused(job, lines, complaint, without_r
     assert without_ray == []
 
 
+@pytest.fixture
+def on_the_head(monkeypatch):
+    """The command is connected, and runs where the controller and its metrics would be: on a node of that name."""
+    monkeypatch.setattr(driver, "connect", lambda address: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "here", "Resources": {HEAD_RESOURCE: 1.0}, "Alive": True}])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+
+
+@pytest.mark.parametrize("bind", ["192.0.2.1", "not an address"])
+def test_train_with_metrics_that_cannot_be_there_is_refused(job, bind, on_the_head):
+    (line,) = refused(shepherd("train", job("[metrics]", "port = 9", f'bind = "{bind}"')))
+    assert line.startswith(f"metrics.port = 9: cannot be bound on {bind}: ")
+
+
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_train_on_a_taken_port_is_refused(job, family, without_ray):
+def test_train_on_a_port_that_is_taken_on_the_head_is_refused(job, family, on_the_head, monkeypatch):
     bind = "127.0.0.1" if family == socket.AF_INET else "::1"
     try:
         taken = socket.create_server((bind, 0), family=family)
     except OSError as e:
         pytest.skip(f"no {bind} here: {e}")
+    monkeypatch.setattr(preflight, "eligible", lambda spec: [])
+    monkeypatch.setattr(preflight, "RELEASE_DEADLINE_S", 0.0)
     with taken:
         port = taken.getsockname()[1]
         metrics = ["[metrics]", f"port = {port}", f'bind = "{bind}"']
         (line,) = refused(shepherd("train", job(*metrics)))
         assert line.startswith(f"metrics.port = {port}: cannot be bound on {bind}: Address already in use")
         assert line.endswith("; choose another, or 0 for any")
-    assert without_ray == []
-    (line,) = refused(shepherd("train", job(*metrics)))
-    assert line.startswith("no Ray cluster answers: "), "the port is free again"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "elsewhere"))
+        (line,) = refused(shepherd("train", job(*metrics)))
+        assert line.startswith("not enough nodes: "), "what is taken here says nothing about the head"
 
 
 @pytest.mark.parametrize("url", ["/proc/run", "/dev/null/run"])
@@ -193,9 +210,8 @@ def test_a_run_is_resumed_only_when_it_is_there_and_only_when_asked(job, tmp_pat
 
 
 def test_train_says_all_that_is_missing_at_once(job, without_ray):
-    file = job("[data]", 'corpus = "/nowhere"', "[metrics]", 'bind = "192.0.2.1"', "port = 9")
-    lines = refused(shepherd("train", file, "--resume"))
-    assert [line.split(" ")[0] for line in lines] == ["run.url", "data.corpus", "metrics.port"]
+    lines = refused(shepherd("train", job("[data]", 'corpus = "/nowhere"'), "--resume"))
+    assert [line.split(" ")[0] for line in lines] == ["run.url", "data.corpus"]
     assert without_ray == []
 
 

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_exporter import PICTURE, spec
+from test_exporter import ENDED, spec
 from typer.main import get_command
 
 from orchestrator import cli
@@ -50,14 +50,14 @@ def test_the_page_of_metrics_is_the_exporters() -> None:
             f.type,
             f.documentation,
         )
-        for f in families(PICTURE, spec())
+        for f in families(ENDED, spec())
     ]
     assert rows == served
     assert dict(re.findall(r"^\| `([a-z]+)` \| (.*) \|$", page, re.M)) == CAUSES
 
 
 def test_the_readme_names_no_metric_that_is_not_served() -> None:
-    served = {f.name + "_total" * (f.type == "counter") for f in families(PICTURE, spec())}
+    served = {f.name + "_total" * (f.type == "counter") for f in families(ENDED, spec())}
     assert {"shepherd_goodput_ratio"} <= set(re.findall(r"shepherd_[a-z_]+", README)) <= served
 
 

@@ -84,6 +84,7 @@ PICTURE = Status(
     strikes={"n2": 2, "n5": 3},
     mesh=("n1", "n2"),
     checkpoints=(20, 40),
+    newest_checkpoint=40,
     newest_checkpoint_age_s=12.0,
     saves_failed=4,
     save_error="step 40: No space left on device: /secret/path",
@@ -95,10 +96,14 @@ PICTURE = Status(
     metrics_address="127.0.0.1:1",
     controller_pid=1,
 )
+ENDED = replace(PICTURE, exit_code=94)
+"""Has a value for every metric."""
 NOTHING_YET = replace(
     PICTURE, loss=None, grad_norm=None, lr=None, tokens_per_s=None, goodput=None, checkpoints=(), incidents=()
 )
-NOTHING_YET = replace(NOTHING_YET, newest_checkpoint_age_s=None, hold="disk full", job="waiting", nodes={})
+NOTHING_YET = replace(
+    NOTHING_YET, newest_checkpoint=None, newest_checkpoint_age_s=None, hold="disk full", job="waiting", nodes={}
+)
 NOTHING_YET = replace(NOTHING_YET, run="", step_s=None, strikes={}, faults=(), saves_failed=0, save_error="")
 
 
@@ -188,7 +193,7 @@ def seen(values: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
 def test_what_is_not_known_yet_is_left_out(loop):
     found = samples(scrape(serve_metrics(spec(), lambda: NOTHING_YET, loop)))
     absent = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "goodput_ratio", "checkpoint_step")
-    more = ("checkpoint_age_seconds", "step_seconds", "node_strikes", "node_quarantined")
+    more = ("exit_code", "checkpoint_age_seconds", "step_seconds", "node_strikes", "node_quarantined")
     assert not {f"shepherd_{name}" for name in (*absent, *more)} & set(found)
     assert found["shepherd_checkpoint_failing"] == {(): 0}
     assert found["shepherd_hold"] == {(): 1}
@@ -348,6 +353,24 @@ def test_every_picture_is_true_and_can_be_sent(seed):
         told += lines
     assert any("generation 1 opens at step 0 from new weights" in line for line in told)
     assert any(line.startswith("the run ends: all") and line.endswith("(exit code 0)") for line in told)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_lasts_is_seen_while_it_lasts_and_still_adds_up(seed):
+    for state, status, _ in pictures(seed):
+        at = round(status.wall_clock_s * 1e6) + state.began_at
+        supervisor = Supervisor(state)
+        later = picture_of(supervisor, at + 7_000_000)
+        assert sum(later.ledger_us.values()) + later.pending_us == later.owed_us
+        grown = 0 if state.job == "ended" or not state.run else 7_000_000 * state.ledger.places
+        assert later.owed_us == status.owed_us + grown
+        assert all(later.ledger_us[label] >= us for label, us in status.ledger_us.items())
+        assert picture_of(supervisor, at).ledger_us == status.ledger_us, "looking changes nothing"
+
+
+def test_a_run_that_has_failed_tells_its_exit_code(loop):
+    found = samples(scrape(serve_metrics(spec(), lambda: ENDED, loop)))
+    assert found["shepherd_exit_code"] == {(): 94}
 
 
 def test_throughput_and_step_time_are_those_of_the_newest_steps():

@@ -48,8 +48,16 @@ def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):
 
 
 def test_a_picture_without_anything_yet_can_be_printed(capsys):
-    live.print_status(replace(PICTURE, incidents=(), owed_us=0, checkpoints=(), loss=None, tokens_per_s=None))
+    live.print_status(replace(PICTURE, incidents=(), owed_us=0, newest_checkpoint=None, loss=None, tokens_per_s=None))
     assert "newest checkpoint none" in capsys.readouterr().out
+
+
+def test_what_a_program_says_of_itself_is_no_markup(capsys):
+    """Rich would raise on a closing tag that nothing has opened, and a run's verdict would be lost with it."""
+    hurt = replace(INCIDENT, cause="exception", detail="KeyError: [/data/a]")
+    live.print_status(replace(PICTURE, incidents=(hurt,), hold="no [/mnt/run]"))
+    text = capsys.readouterr().out
+    assert "[/data/a]" in text and "no [/mnt/run]" in text
 
 
 @pytest.mark.parametrize(
