@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.events import Layout, Limits
 from orchestrator.runtime.hangs import Patience
+from storage.manifest import WRITE_DEADLINE_S
 from trainer.contract import (
     AuditConfig,
     CheckpointConfig,
@@ -189,6 +190,7 @@ class JobSpec(_Section):
             rank_silence_us=_us(r.rank_silence_s),
             stall_floor_us=_us(r.stall_floor_s),
             start_us=_us(r.start_deadline_s),
+            save_us=_us(1.2 * WRITE_DEADLINE_S),
             collective_us=_us(r.collective_timeout_s),
         )
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, distributed
 
 from storage.commits import read_commit
-from storage.durable import load, save_part
-from storage.durable_write import WRITE_DEADLINE_S, Writer
-from storage.manifest import ManifestError, RankPart
+from storage.durable import CheckpointFailed, load, save_part
+from storage.durable_write import Writer
+from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
 from storage.ram import drop_newer
 from storage.snapshots import RamTier
 from storage.staging import Staging
 from storage.state import TrainState, local_tensor
+from storage.urls import StoreError, portable_errors
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Longest that one rank waits for another in a save: for its write, and as long again for its checks and its planning.
 GROUP_TIMEOUT_S = 2 * WRITE_DEADLINE_S
 # Longest that a save takes to end one way or the other: planning and writing wait for the group twice each.
 SAVE_DEADLINE_S = 4 * GROUP_TIMEOUT_S
+
+# Waits between tries to read a checkpoint: a store that restarts or is overloaded by so many ranks is back in seconds.
+LOAD_RETRIES_S = (2.0, 5.0, 10.0, 20.0)
 
 Unchanged = Callable[[Mapping[str, Tensor]], list[str]]
 """Given this rank's local tensors by name, the names of those that are not what the last step has left."""
@@ -64,6 +73,8 @@ class Checkpointer:
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation)
         self._staging = Staging()
         self._saving = threading.Thread()
+        self._writer: Writer | None = None
+        """Of the newest save that has got as far as the store."""
         self._told = threading.Event()
         self._told.set()
         self._group: distributed.ProcessGroup | None = None
@@ -101,7 +112,8 @@ class Checkpointer:
             done: called from the saving thread with the part, or with the reason why nothing may be committed.
         """
         assert not self.busy, "one save at a time"
-        copy, failure = TrainState(state.step, {}, {}), None
+        copy = TrainState(state.step, {}, {})
+        failure: RuntimeError | MemoryError | None = None
         try:
             copy = self._staging.copy(state)
         except (RuntimeError, MemoryError) as error:
@@ -110,11 +122,19 @@ class Checkpointer:
         def check() -> None:
             if failure is not None:
                 raise failure
-            self._staging.wait()
-            _check_unchanged(copy, unchanged)
+            try:
+                _check_unchanged(copy, unchanged)
+            except ManifestError:
+                self._staging.forget()  # it may be the copy's memory that is bad: the next one gets another
+                raise
 
         def save() -> None:
-            writer = self._writer(copy.step)
+            nonlocal failure
+            try:
+                self._staging.wait()
+            except RuntimeError as error:
+                failure = error
+            writer = self._new_writer(copy.step)
             try:
                 result: RankPart | Exception = save_part(writer, copy, self._rank, check=check, group=self._group)
             except Exception as error:
@@ -151,11 +171,23 @@ class Checkpointer:
             ManifestError, CheckpointFailed: nothing may be committed; training can go on.
         """
         assert self._told.is_set(), "one save at a time"
-        writer = self._writer(state.step)
-        return save_part(writer, state, self._rank, check=lambda: _check_unchanged(state, unchanged), group=self._group)
+        before = self._writer
+        hangs = before is not None and before.step == state.step and before.hangs
 
-    def _writer(self, step: int) -> Writer:
-        return Writer(self._url, step=step, epoch=self._epoch, generation=self._generation, rank=self._rank)
+        def check() -> None:
+            if hangs:  # it would come back to files of the same names
+                raise StoreError("the save before still waits for the store")
+            _check_unchanged(state, unchanged)
+
+        writer = self._new_writer(state.step)
+        if hangs:
+            self._writer = before
+        return save_part(writer, state, self._rank, check=check, group=self._group)
+
+    def _new_writer(self, step: int) -> Writer:
+        step_of = {"step": step, "epoch": self._epoch, "generation": self._generation, "rank": self._rank}
+        self._writer = Writer(self._url, **step_of)
+        return self._writer
 
     def restore(self, state: TrainState, restore: Source) -> None:
         """Fill `state` in place and set its step. Collective when the source is ``durable``.
@@ -164,20 +196,40 @@ class Checkpointer:
 
         Raises:
             ManifestError: the source is missing, damaged or of another state. No tensor has changed.
-            CheckpointFailed: a rank could not read the durable checkpoint. No tensor has changed.
+            CheckpointFailed, StoreError: a rank could not read the durable checkpoint. No tensor has changed.
         """
         if restore.source == "ram":
             self._ram.restore(restore.step, state)
         elif restore.source == "durable":
-            commit = read_commit(self._url, restore.commit)
-            if commit.step != restore.step:
-                raise ManifestError(f"{restore.commit} holds step {commit.step}, step {restore.step} was assigned")
-            load(self._url, commit, state)
+            commit = _asked_again(lambda: self._assigned(restore), StoreError)
+            # A failure is every rank's, so all try again together.
+            _asked_again(lambda: load(self._url, commit, state), CheckpointFailed)
         elif restore.source == "init":
             state.step = 0
         else:
             raise ValueError(f"restore.source {restore.source!r} is not one of init, ram, durable")
         drop_newer(self._ram_dir, self._run, self._node, state.step, slot=self._rank)
+
+    def _assigned(self, restore: Source) -> Commit:
+        with portable_errors():
+            try:
+                commit = read_commit(self._url, restore.commit)
+            except FileNotFoundError as error:
+                raise ManifestError(f"{restore.commit} is not there any more") from error
+        if commit.step != restore.step:
+            raise ManifestError(f"{restore.commit} holds step {commit.step}, step {restore.step} was assigned")
+        return commit
+
+
+def _asked_again(read: Callable[[], T], failures: type[Exception]) -> T:
+    """What `read` brings from the store; tried again, within bounds, after one of `failures`."""
+    for wait_s in LOAD_RETRIES_S:
+        try:
+            return read()
+        except failures as error:
+            log.warning("the store failed, tried again in %g s: %s", wait_s, error)
+            time.sleep(wait_s)
+    return read()
 
 
 def _check_unchanged(state: TrainState, unchanged: Unchanged | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,20 @@ from torch.futures import Future
 
 from storage.blocks import BlockDigester
 from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
-from storage.manifest import ManifestError, RankPart, data_name, index_name
+from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
 from storage.state import dtype_name, host_bytes
-from storage.urls import Store, StoreError, locate, make_folder, portable_errors, sync_folder, upload
+from storage.urls import (
+    Store,
+    StoreError,
+    drop_scratch,
+    locate,
+    make_folder,
+    portable_errors,
+    scratch_folder,
+    sync_folder,
+    upload,
+)
 
-WRITE_DEADLINE_S = 600.0
-"""For one rank's part on the store; then the save has failed. A part of 15 GB (70B with AdamW on 64 ranks) takes 150 s
-at the 100 MB/s of a slow object store; a store that takes four times as long hangs."""
 DISCARD_DEADLINE_S = 60.0
 """To remove a part that nobody will commit; what is left then, `commits.prune` finds."""
 
@@ -37,16 +43,19 @@ class SavePlanner(DefaultSavePlanner):
     """DCP's planner, refusing what it drops in silence: one name for different shapes, dtypes or content."""
 
     def __init__(self, check: Callable[[], None]) -> None:
-        """`check` is called before anything else; what it raises fails the save on every rank."""
+        """`check` is called once the content's digests are taken; what it raises fails the save on every rank.
+
+        So what it has found good is what the digests name, and the writer compares with them what it has written.
+        """
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.digests: dict[MetadataIndex, str] = {}
         self._check = check
 
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
-            self._check()
             plan = super().create_local_plan()
             self.digests = {item.index: xxhash.xxh3_128_hexdigest(self.content(item)) for item in plan.items}
+            self._check()
             return dataclasses.replace(plan, planner_data=self.digests)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -109,9 +118,18 @@ class Writer(StorageWriter):
         self._at_work = threading.Thread()
         self._given_up = False
 
+    @property
+    def step(self) -> int:
+        return self._identity["step"]
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a store that did not answer in time still has not: till then it uses state, files and their names."""
+        return self._at_work.is_alive()
+
     def linger(self) -> None:
-        """Until a store that did not answer in time does: till then it reads the state that it was given."""
-        if self._at_work.is_alive():
+        """Until the store has answered."""
+        if self.hangs:
             self._at_work.join()
 
     def discard(self) -> None:
@@ -194,11 +212,17 @@ class Writer(StorageWriter):
         if store.fs.exists(store.path(name)):
             raise FileExistsError(f"{name} exists: a generation saves a step once")
         self._began = True
-        with tempfile.TemporaryDirectory(prefix="shepherd-") as folder:
-            path = Path(folder, "part.bin")
+        scratch = scratch_folder(self._url, self._identity["rank"])
+        drop_scratch(scratch)  # of a save that was killed
+        folder = scratch / f"step-{self.step:08d}"
+        folder.mkdir(parents=True, mode=0o700)
+        try:
+            path = folder / "part.bin"
             part = self._write_files(path, plan, planner)
             upload(store, str(path), name)
             upload(store, str(path.with_suffix(".json")), index_name(**self._identity))
+        finally:
+            drop_scratch(folder)
         return part
 
     def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> RankPart:
@@ -214,6 +238,9 @@ class Writer(StorageWriter):
                 for piece in (data, memoryview(bytes(-len(data) % ALIGN_BYTES))):
                     file.write(piece)
                     digester.update(piece)
+                # Block digests name what is in memory now; only this one tells whether that is still what was checked.
+                if xxhash.xxh3_128_hexdigest(data) != chunks[-1].digest:
+                    raise ManifestError(f"{item.index.fqn}: changed in memory while it was written")
             size = file.tell()
             file.flush()
             os.fsync(file.fileno())

@@ -23,6 +23,9 @@ FORMAT_VERSION = 1
 
 DATA_DIR = "checkpoints/data"
 COMMIT_DIR = "checkpoints/commits"
+WRITE_DEADLINE_S = 600.0
+"""For one rank's part on the store; then the save has failed. A part of 15 GB (70B with AdamW on 64 ranks) takes 150 s
+at the 100 MB/s of a slow object store; a store that takes four times as long hangs."""
 _GENERATION_DIR = re.compile(rf"{DATA_DIR}/step-\d+-e(\d+)-g\d+")
 
 

@@ -59,8 +59,12 @@ class Staging:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
+    def forget(self) -> None:
+        """Let go of the buffers: the next copy gets other memory."""
+        self._copy, self._key = TrainState(0, {}, {}), []
+
     def _allocate(self, state: TrainState) -> None:
-        self._copy, self._key = TrainState(0, {}, {}), []  # two copies need not fit
+        self.forget()  # two copies need not fit
         self._copy = TrainState(
             step=0,
             tensors={name: _like(tensor) for name, tensor in state.tensors.items()},

@@ -9,12 +9,15 @@ exception passes through them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -161,6 +164,20 @@ def remove(url: str, name: str) -> None:
         return
     if store.local:
         sync_folder(os.path.dirname(path))
+
+
+def scratch_folder(url: str, rank: int) -> Path:
+    """Where a rank of the run under `url` puts a part together before it is uploaded: one place, found again."""
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"shepherd-{os.getuid()}", key, f"rank-{rank:05d}")
+
+
+def drop_scratch(folder: Path) -> None:
+    """Remove a scratch folder, or what lies in one: a save that was killed could not do so itself."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in folder.parents[:3]:
+        with contextlib.suppress(OSError):  # other saves, ranks and runs have theirs there
+            parent.rmdir()
 
 
 def upload(store: Store, local_path: str, name: str) -> None:

@@ -325,7 +325,7 @@ class Failed:
     generation: int
     rank: int
     step: int
-    kind: Literal["exception", "collective", "memory", "state", "audit", "corrupt", "diverged", "unclean"]
+    kind: Literal["exception", "collective", "memory", "state", "store", "audit", "corrupt", "diverged", "unclean"]
     """``collective``: a peer broke the exchange, its cause lies elsewhere. ``state``: the state given is damaged.
     ``corrupt``: this rank's own state has changed at rest, or is the odd one among its replicas. ``diverged``: replicas
     differ, and which is wrong cannot be told. ``unclean``: another rank said so of its own."""

@@ -3,9 +3,9 @@
 Numbering: a state has `step` completed steps; step k is the k-th, the first is 1.
 
 Once a step, one all-reduce over the world tells every rank what all must agree on before anybody's parameters change:
-the mean loss, the gradient norm, whether to stop, whether a rank's state was found corrupt, and whether to begin a
-durable save. So either every rank takes the optimizer's step or none does, all stop or save at the same boundary, and
-no rank is ever more than one step ahead of another.
+the mean loss, the gradient norm, whether to stop, and whether to begin a durable save. A second one follows the audit,
+which must come as late as it can: whether a rank's state was found corrupt. So either every rank takes the optimizer's
+step or none does, all stop or save at the same boundary, and no rank is ever more than one step ahead of another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, distributed
 from torch.optim import AdamW
 
 from trainer import optim
-from trainer.audit import Finding, StateAudit, stop_on
+from trainer.audit import StateAudit, stop_on
 from trainer.contract import Finished, Phase, StepDone, Validated, WorkerConfig
 from trainer.parallel import Stage, forward_backward, forward_only
 from trainer.saves import Saves
@@ -127,19 +127,18 @@ def train_step(session: Session) -> StepResult:
 
     loss_share = forward_backward(session.stage, inputs_BT, targets_BT)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wants_save, saves = session.saves.shares(session, step)
+    squared_norm, loss, stops, saves_wanted, savers = _sum_over_ranks(
+        session.stage,
+        optim.squared_norm_share(parameters),
+        loss_share,
+        torch.tensor(session.stop.is_set()),
+        torch.tensor(wants_save),
+        torch.tensor(saves),
+    )
     with session.at_rest:
-        finding = session.audit.check()
-        wants_save, saves = session.saves.shares(session, step)
-        squared_norm, loss, stops, saves_wanted, savers, corrupt, diverged = _sum_over_ranks(
-            session.stage,
-            optim.squared_norm_share(parameters),
-            loss_share,
-            torch.tensor(session.stop.is_set()),
-            torch.tensor(wants_save),
-            torch.tensor(saves),
-            *_counts(finding),
-        )
-        stop_on(finding, int(corrupt), int(diverged))
+        # After the wait for the slowest rank, which may be long: what changes in it is found, too.
+        agree_on_state(session)
         grad_norm = math.sqrt(squared_norm)
         if config.audit.finite and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}")
@@ -163,15 +162,23 @@ def check_last_state(session: Session) -> None:
         StateCorruptError, StateDivergedError, PeerStateError: as in `train_step`.
     """
     with session.at_rest:
-        finding = session.audit.check()
-    corrupt, diverged = _sum_over_ranks(session.stage, *_counts(finding))
-    stop_on(finding, int(corrupt), int(diverged))
+        agree_on_state(session)
 
 
-def _counts(finding: Finding | None) -> tuple[Tensor, Tensor]:
-    """This rank's shares of the numbers of corrupt and of diverged ranks."""
+def agree_on_state(session: Session) -> None:
+    """Audit the state at rest, and stop on every rank alike if any has a finding. Collective.
+
+    Raises:
+        StateCorruptError, StateDivergedError, PeerStateError: by what the audit holds against this rank.
+    """
+    config = session.config.audit
+    if not (config.at_rest or config.replicas):
+        return
+    finding = session.audit.check()
     kind = None if finding is None else finding.kind
-    return torch.tensor(kind == "corrupt"), torch.tensor(kind == "diverged")
+    found = (torch.tensor(kind == "corrupt"), torch.tensor(kind == "diverged"))
+    corrupt, diverged = _sum_over_ranks(session.stage, *found)
+    stop_on(finding, int(corrupt), int(diverged))
 
 
 def validate(session: Session) -> None:

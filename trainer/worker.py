@@ -28,7 +28,9 @@ from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from storage.checkpointer import Checkpointer
+from storage.durable import CheckpointFailed
 from storage.manifest import ManifestError
+from storage.urls import StoreError
 from trainer import harm, pulse
 from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, replica_group
 from trainer.contract import (
@@ -75,7 +77,7 @@ SPEAK_LAST_S = 1.0
 
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
-FailureKind = Literal["exception", "collective", "memory", "state", "audit", "corrupt", "diverged", "unclean"]
+FailureKind = Literal["exception", "collective", "memory", "state", "store", "audit", "corrupt", "diverged", "unclean"]
 
 
 class Agent:
@@ -310,6 +312,8 @@ def failure_kind(error: BaseException) -> FailureKind:
         return "audit"
     if any(isinstance(link, ManifestError) for link in chain):
         return "state"
+    if any(isinstance(link, CheckpointFailed | StoreError) for link in chain):
+        return "store"
     if any(isinstance(link, MemoryError) for link in chain) or any(m in text for m in MEMORY_MESSAGES):
         return "memory"
     if any(isinstance(link, distributed.DistError) for link in chain) or any(m in text for m in COLLECTIVE_MESSAGES):

@@ -36,6 +36,7 @@ _ROOTS = (
     "audit",
     "exception",
     "state",
+    "store",
     "exit",
     "start",
     "save",
@@ -59,8 +60,9 @@ CORRUPTION = ("corrupt", "diverged")
 UNCLEAN = (*CORRUPTION, "unclean")
 
 # Failures of a recovery that the rung is not to blame for, and that cannot come back: the node is gone, the state that
-# was refused or found corrupt is not offered again. A save that failed says nothing about how its state was restored.
-_NOT_THE_RUNGS = ("node", "state", "save", *UNCLEAN)
+# was refused or found corrupt is not offered again. A save that failed says nothing about how its state was restored,
+# and a store that could not be read, after tries of its own, may be back.
+_NOT_THE_RUNGS = ("node", "state", "store", "save", *UNCLEAN)
 
 # The rungs that restore from shared memory, the cheaper first.
 _RAM_RUNGS = ("replace", "spare")

@@ -41,6 +41,7 @@ CAUSES = {
     "diverged": "replicas differ, and which of them is wrong cannot be told",
     "unclean": "a rank's state was corrupt or had diverged, and it left no word",
     "state": "a snapshot or checkpoint was refused as damaged",
+    "store": "a checkpoint could not be read, because the store failed",
     "start": "a generation did not come up",
     "save": "the last checkpoint could not be saved",
     "collective": "an exchange between ranks broke, and nothing else explains it",

@@ -194,6 +194,8 @@ def what_happened(evidence: Evidence) -> str:
             return f"{worker} was stopped because another rank's state was corrupt: {detail}"
         case "state":
             return f"{worker} refused the state that it was given: {detail}"
+        case "store":
+            return f"{worker} could not read the checkpoint, because the store failed: {detail}"
         case "collective":
             return f"{worker} lost its peers in an exchange: {detail}"
         case "start":

@@ -53,7 +53,9 @@ class Patience:
     rank_silence_us: int
     stall_floor_us: int
     start_us: int
-    """For what has no known pace: the first step of a generation, the first validation, each checkpoint."""
+    """For what has no known pace: the first step of a generation, the first validation."""
+    save_us: int
+    """For the last save, which waits for the store alone and not for `collective_us`: beyond its own deadline."""
     collective_us: int
 
 
@@ -178,8 +180,6 @@ class NodeWatch:
                 self._learn("compute", message.step, message.step_us)
                 rank.step, rank.stepped = message.step, True
                 self._progress(rank, clock)
-            case contract.ShardWritten() | contract.SaveFailed():
-                self._learn("checkpoint", message.step, message.write_us)
             case contract.Finished():
                 rank.phase = "finished"
                 self._progress(rank, clock)
@@ -246,6 +246,8 @@ class NodeWatch:
     def _patience_us(self, rank: _Rank) -> int:
         """How long this rank may stand where it does, should others wait for it."""
         p = self._patience
+        if rank.phase == "checkpoint":
+            return max(p.stall_floor_us, p.save_us)
         slowest_us = max((us for _, us in self._pace.get(rank.phase, ())), default=0)
         paced = (rank.phase == "compute" and rank.stepped) or (rank.phase == "validate" and slowest_us > 0)
         expected_us = max(PACE_FACTOR * slowest_us, 0 if paced else p.start_us)
@@ -254,12 +256,13 @@ class NodeWatch:
     def _report(self, ranks: tuple[Standing, ...], stalled_us: int, patience_us: int) -> Stalled:
         slowest_us = max((us for passes in self._pace.values() for _, us in passes), default=0)
         p = self._patience
+        saving_us = max((p.save_us for rank in self._ranks.values() if rank.phase == "checkpoint"), default=0)
         return Stalled(
             generation=self.generation,
             ranks=ranks,
             stalled_us=stalled_us,
             patience_us=patience_us,
-            hopeless=stalled_us > max(p.stall_floor_us, p.start_us, PACE_FACTOR * slowest_us),
+            hopeless=stalled_us > max(p.stall_floor_us, p.start_us, saving_us, PACE_FACTOR * slowest_us),
         )
 
     def _standing(self, number: int, rank: _Rank, seen: Sighting | None) -> Standing:

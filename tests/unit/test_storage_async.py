@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch.distributed as dist
 from parallel_pool import run_ranks
 from test_storage_ranks import check_against, ran, sharded_state, tmp_path_for
 
-from storage import durable_write
+from storage import blocks, durable_write
+from storage import checkpointer as checkpointers
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, read_commit, state_digest, verify
-from storage.durable import load, write_part
-from storage.manifest import Commit, RankPart
+from storage.durable import CheckpointFailed, load, write_part
+from storage.manifest import Commit, ManifestError, RankPart, commit_name
 from storage.state import TrainState, local_tensor
+from storage.urls import StoreError
 
 WAIT_S = 30.0
 LAYOUTS = [(1, 2, 2), (2, 1, 2), (2, 2, 1)]
@@ -163,13 +166,68 @@ def test_the_last_state_is_not_held_up_by_a_writer_that_hangs(tmp_path, monkeypa
         gate = Gate(held.setattr)
         saver, ended = checkpointer(str(tmp_path)), Ended()
         saver.begin_save(small_state(9), None, ended)
-        ended.result()
+        assert isinstance(ended.result(), CheckpointFailed) and gate.reached.wait(WAIT_S)
     saver.wait()
     assert saver.busy
     monkeypatch.setattr(durable_write, "WRITE_DEADLINE_S", WAIT_S)
     assert verify(str(tmp_path), commit_of(saver.save(small_state(10)), step=10)) == []
     gate.open.set()
     saver._saving.join(WAIT_S)
+
+
+def test_a_try_that_hangs_is_not_tried_again_over_itself(tmp_path, monkeypatch):
+    """It will remove what it has written when the store answers, and the next try's files have the same names."""
+    monkeypatch.setattr(durable_write, "WRITE_DEADLINE_S", 0.2)
+    saver = checkpointer(str(tmp_path))
+    with monkeypatch.context() as held:
+        gate = Gate(held.setattr)
+        with pytest.raises(CheckpointFailed, match=r"has not answered for 0\.2 s"):
+            saver.save(small_state())
+        assert gate.reached.wait(WAIT_S)
+    monkeypatch.setattr(durable_write, "WRITE_DEADLINE_S", WAIT_S)
+    for _ in range(2):
+        with pytest.raises(CheckpointFailed, match="the save before still waits for the store"):
+            saver.save(small_state())
+    gate.open.set()
+    assert saver._writer is not None
+    saver._writer.linger()
+    assert verify(str(tmp_path), commit_of(saver.save(small_state()))) == []
+
+
+def test_what_changes_in_memory_while_it_is_written_fails_the_save(tmp_path, monkeypatch):
+    """The audit has passed the copy, and block digests are those of what is written: only the chunk's can tell."""
+    state = small_state()
+    saver, ended = checkpointer(str(tmp_path)), Ended()
+    content = durable_write.SavePlanner.content
+    asked: dict[str, int] = {}
+
+    def flipped_at_the_second_look(planner: Any, item: Any) -> memoryview:
+        asked[item.index.fqn] = asked.get(item.index.fqn, 0) + 1
+        if item.index.fqn == "w" and asked["w"] == 2:
+            planner.resolve_data(item).view(torch.int32).reshape(-1)[7] ^= 1 << 20
+        return content(planner, item)
+
+    monkeypatch.setattr(durable_write.SavePlanner, "content", flipped_at_the_second_look)
+    saver.begin_save(state, lambda copies: [], ended)
+    assert "w: changed in memory while it was written" in str(ended.result())
+    assert not list(tmp_path.rglob("rank-*"))
+    saver._saving.join(WAIT_S)
+
+
+def test_a_copy_that_is_found_changed_gives_its_memory_back(tmp_path):
+    saver, state, places = checkpointer(str(tmp_path)), small_state(), []
+
+    def changed(copies: Any) -> list[str]:
+        places.append(copies["w"])  # kept, so that no new tensor can get the same place
+        return ["w"] if len(places) == 1 else []
+
+    for _ in range(2):
+        ended = Ended()
+        saver.begin_save(state, changed, ended)
+        last = ended.result()
+        saver._saving.join(WAIT_S)
+    assert isinstance(last, RankPart)
+    assert places[0].data_ptr() != places[1].data_ptr()
 
 
 def test_no_memory_for_the_copy_fails_the_save(tmp_path, monkeypatch):
@@ -185,6 +243,65 @@ def test_no_memory_for_the_copy_fails_the_save(tmp_path, monkeypatch):
     ended = Ended()
     saver.begin_save(small_state(), None, ended)
     assert isinstance(ended.result(), RankPart)
+
+
+# --- restoring from a store that fails ---
+
+
+@dataclass(frozen=True)
+class Assigned:
+    source: str = "durable"
+    step: int = 9
+    commit: str = commit_name(9)
+
+
+def saved(url: str) -> TrainState:
+    """A state of zeros, beside a committed checkpoint of `small_state`."""
+    create_commit(url, commit_of(write_part(url, small_state(), rank=0, **IDENTITY)))
+    like = small_state()
+    return TrainState(0, {n: torch.zeros_like(t) for n, t in like.tensors.items()}, {"rng": torch.zeros(8)})
+
+
+@pytest.mark.parametrize("failing", ["read_commit", "load"])
+def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, monkeypatch, failing):
+    monkeypatch.setattr(checkpointers, "LOAD_RETRIES_S", (0.0, 0.0))
+    works, tries = getattr(checkpointers, failing), []
+
+    def flaky(*args: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise CheckpointFailed("rank 0: 503") if failing == "load" else OSError(5, "Input/output error")
+        return works(*args)
+
+    monkeypatch.setattr(checkpointers, failing, flaky)
+    state = saved(str(tmp_path))
+    checkpointer(str(tmp_path)).restore(state, Assigned())
+    assert state.step == 9 and torch.equal(state.tensors["w"], small_state().tensors["w"])
+
+    tries.clear()
+    monkeypatch.setattr(checkpointers, "LOAD_RETRIES_S", (0.0,))
+    with pytest.raises((CheckpointFailed, StoreError)):
+        checkpointer(str(tmp_path)).restore(state, Assigned())
+    assert len(tries) == 2
+
+
+def test_a_checkpoint_that_is_not_there_is_not_asked_for_again(tmp_path):
+    with pytest.raises(ManifestError, match=r"step-00000009\.json is not there any more"):
+        checkpointer(str(tmp_path)).restore(small_state(), Assigned())
+
+
+def test_a_block_that_was_damaged_on_its_way_is_read_again(tmp_path, monkeypatch):
+    state, read = saved(str(tmp_path)), blocks.read_blocks
+    calls: list[tuple[int, int]] = []
+
+    def noisy(store: Any, index: Any, begin: int, end: int) -> Any:
+        calls.append((begin, end))
+        return [ManifestError("damaged")] * (end - begin) if len(calls) == 1 else read(store, index, begin, end)
+
+    monkeypatch.setattr(blocks, "read_blocks", noisy)
+    checkpointer(str(tmp_path)).restore(state, Assigned())
+    assert torch.equal(state.tensors["w"], small_state().tensors["w"])
+    assert len(calls) == 2
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +14,7 @@ from storage.commits import CommitConflict, create_commit, delete_checkpoint, li
 from storage.durable import CheckpointFailed, load, write_part
 from storage.manifest import Commit, ManifestError
 from storage.state import TrainState
-from storage.urls import StoreError, list_names, probe, read_bytes, write_exclusive
+from storage.urls import StoreError, list_names, probe, read_bytes, scratch_folder, write_exclusive
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,15 @@ def test_a_checkpoint_returns_and_is_deleted(url):
     delete_checkpoint(url, 20)
     assert 20 not in list_commits(url)
     assert list_names(url, commit.parts[0].data.rsplit("/", 1)[0]) == []
+
+
+def test_what_a_killed_save_left_in_the_temporary_folder_goes_with_the_next(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = scratch_folder(url, 0) / "step-00000024" / "part.bin"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    save(url, 25)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_object_is_found(url):

@@ -23,7 +23,9 @@ from rank_sessions import SeededTokens, config_of
 from torch import distributed
 
 from storage.commits import create_commit
+from storage.durable import CheckpointFailed
 from storage.manifest import Commit, ManifestError, RankPart
+from storage.urls import StoreError
 from trainer import contract, worker
 from trainer.audit import PeerStateError, StateCorruptError, StateDivergedError
 from trainer.contract import Assign, ParallelConfig, Receiver, Restore, WorkerConfig, send
@@ -239,6 +241,8 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (StateDivergedError("replicas differ: rank 0 a, rank 1 b"), "diverged"),
         (PeerStateError("the audit of state stopped all ranks"), "unclean"),
         (ManifestError("block 7 is damaged"), "state"),
+        (CheckpointFailed("rank 3: StoreError('Connection refused')"), "store"),
+        (StoreError("503 slow down"), "store"),
         (MemoryError(), "memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "memory"),
