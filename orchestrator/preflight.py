@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import glob
 import socket
 import tempfile
@@ -15,7 +16,8 @@ import ray
 from orchestrator import identity
 from orchestrator.runtime import journal
 from orchestrator.runtime.agent import run_log_dir
-from orchestrator.runtime.nodes import HEAD_RESOURCE, bundle_of, eligible
+from orchestrator.runtime.controller import namespace_of
+from orchestrator.runtime.nodes import HEAD_RESOURCE, bundle_of, eligible, sweep
 from orchestrator.spec import JobSpec
 from storage.urls import StoreError, probe
 
@@ -52,6 +54,7 @@ def check_cluster(spec: JobSpec) -> None:
     problems = _metrics_port(spec) if _head_is_here() else []  # elsewhere, the controller itself finds out
     if problems:
         raise PreflightError("\n".join(problems))
+    _end_leftovers(spec)
     layout, deadline = spec.layout, time.monotonic() + RELEASE_DEADLINE_S
     while True:
         found = eligible(spec)
@@ -124,6 +127,15 @@ def _head_is_here() -> bool:
     here = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return any(node["NodeID"] == here and HEAD_RESOURCE in node["Resources"] for node in nodes)
+
+
+def _end_leftovers(spec: JobSpec) -> None:
+    """A controller that could not end its run has left agents that hold the very nodes which a resume needs."""
+    namespace = namespace_of(spec.run.name)
+    try:
+        ray.get_actor("controller", namespace)
+    except ValueError:
+        asyncio.run(sweep(namespace, set()))
 
 
 def _metrics_port(spec: JobSpec) -> list[str]:

@@ -153,8 +153,9 @@ def delete(ram_dir: str, run: str, node: str) -> None:
     """Delete all snapshots of a run on a node."""
     folder = node_folder(ram_dir, run, node)
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # other nodes' snapshots of the run may lie on the same machine
-        folder.parent.rmdir()
+    for parent in folder.parents[:2]:
+        with contextlib.suppress(OSError):  # other nodes' snapshots of the run may lie on the same machine
+            parent.rmdir()
 
 
 def _files(ram_dir: str, run: str, node: str) -> list[Path]:

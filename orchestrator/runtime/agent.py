@@ -38,10 +38,12 @@ from orchestrator.runtime.reports import (
     NodeStep,
     Report,
     StartFailed,
+    still_true,
 )
 from orchestrator.spec import JobSpec, parse
 from storage import peer, ram
 from storage.redact import redact_logging
+from storage.urls import drop_scratch, scratch_folder
 from trainer import contract
 
 logger = logging.getLogger(__name__)
@@ -54,10 +56,9 @@ REPORT_RETRY_S = 0.3
 ORPHAN_GRACE_S = 60.0
 """How long a controller's name may be unknown to Ray before its agents end: longer than an actor's restart."""
 DISOWNED_GRACE_S = 300.0
-"""How long a controller may refuse reports: far longer than it takes to read its journal and to adopt its agents."""
+"""How long a controller may say that it does not know this agent: far longer than it takes to adopt its agents."""
 OUTBOX_REPORTS = 20_000
 """Beyond this the oldest are dropped; a thousand a minute fill it in 20 minutes without a controller."""
-KEPT_SAVES = 3
 LAST_ANSWER_S = 0.2
 """Between the answer to the order to kill this node and the deed; an answer within a cluster takes milliseconds."""
 PREPARE_DEADLINE_S = 1800.0
@@ -89,14 +90,23 @@ class Agent:
     """The actor. Methods are coroutines on one loop; what blocks runs in threads."""
 
     def __init__(
-        self, *, run: str, node: str, ray_node: str, namespace: str, token: str, spec_document: dict[str, Any]
+        self,
+        *,
+        run: str,
+        node: str,
+        ray_node: str,
+        namespace: str,
+        token: str,
+        instance: str,
+        spec_document: dict[str, Any],
     ) -> None:
+        """`instance` tells this run from others of its name: their snapshots, should any have stayed, are not its."""
         redact_logging()
         self._spec: JobSpec = parse(spec_document)
         self._run, self._node, self._ray_node = run, node, ray_node
         self._namespace = namespace
         self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        self._ram_dir = self._spec.cluster.ram_dir or f"/dev/shm/shepherd-{os.getuid()}"
+        self._ram_dir = f"{self._spec.cluster.ram_dir or f'/dev/shm/shepherd-{os.getuid()}'}/{run}-{instance}"
         self._epoch = 0
         self._fold: NodeFold | None = None
         self._watch: NodeWatch | None = None
@@ -107,6 +117,8 @@ class Agent:
         self._sent = 0
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
         self._facts: list[Report] = []
+        self._copies: dict[tuple[int, int], asyncio.Task[None]] = {}
+        """Snapshots that are being fetched from peers, by generation and slot."""
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._parent = os.getppid()
@@ -189,17 +201,30 @@ class Agent:
         self._refuse_ended(generation)
         if self._fold is not None and generation <= self._fold.generation:
             return
-        await peer.fetch_snapshot(
-            address,
-            self._token,
-            run=self._run,
-            source_node=source_node,
-            source_slot=transfer.from_slot,
-            step=step,
-            ram_dir=self._ram_dir,
-            node=self._ray_node,
-            slot=transfer.slot,
-        )
+        copying = self._copies.get((generation, transfer.slot))
+        if copying is None or (copying.done() and copying.exception() is not None):
+            copying = self._copies[generation, transfer.slot] = asyncio.create_task(
+                peer.fetch_snapshot(
+                    address,
+                    self._token,
+                    run=self._run,
+                    source_node=source_node,
+                    source_slot=transfer.from_slot,
+                    step=step,
+                    ram_dir=self._ram_dir,
+                    node=self._ray_node,
+                    slot=transfer.slot,
+                )
+            )
+        # A controller that comes back orders it again: two must not write one file.
+        await asyncio.shield(copying)
+
+    async def _end_copies(self) -> None:
+        """Nothing is written into the tier from outside any more."""
+        copies, self._copies = list(self._copies.values()), {}
+        for copy in copies:
+            copy.cancel()
+        await asyncio.gather(*copies, return_exceptions=True)
 
     async def open(self, epoch: int, plan: NodeAssignment) -> None:
         """Start this generation's workers; an order that comes again changes nothing."""
@@ -209,6 +234,7 @@ class Agent:
             return
         if self._fold is not None and plan.generation < self._fold.generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, not before {plan.generation}")
+        await self._end_copies()
         self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
         self._watch = NodeWatch(plan.generation, plan.ranks, self._spec.patience, _now_us())
         self._facts.clear()
@@ -225,7 +251,9 @@ class Agent:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
         self._watch = None
+        await self._end_copies()
         await asyncio.to_thread(self._workers.halt, self._spec.recovery.halt_deadline_s)
+        self._drop_scratch()
         self._fact(Halted(generation=generation, snapshots=self._inventory()))
 
     async def ask_stop(self, epoch: int, generation: int) -> None:
@@ -261,11 +289,19 @@ class Agent:
         self._accept(epoch)
         for task in self._tasks:
             task.cancel()
+        await self._end_copies()
         try:
             await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
         finally:
-            ram.delete(self._ram_dir, self._run, self._ray_node)
+            self._drop_scratch()
+            # Hundreds of gigabytes take the kernel seconds to give back.
+            await asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
             await self._peer.close()
+
+    def _drop_scratch(self) -> None:
+        """What saves of workers that were killed have left in the temporary folder."""
+        for rank in self._fold.ranks if self._fold is not None else ():
+            drop_scratch(scratch_folder(self._spec.run.url, rank))
 
     def _refuse_ended(self, generation: int) -> None:
         if generation <= self._ended_generation:
@@ -323,12 +359,8 @@ class Agent:
                 self._push(report)
 
     def _fact(self, report: Report) -> None:
-        """A report that a controller which comes back is told again; of saves and validations the newest are enough."""
-        if isinstance(report, (contract.ShardWritten, contract.SaveFailed, contract.Validated)):
-            steps = {r.step for r in self._facts if isinstance(r, type(report))} | {report.step}
-            oldest = sorted(steps)[-KEPT_SAVES:][0]
-            self._facts = [r for r in self._facts if not isinstance(r, type(report)) or r.step >= oldest]
-        self._facts.append(report)
+        """A report that a controller which comes back is told again."""
+        self._facts = [*still_true(self._facts, report), report]
         self._push(report)
 
     def _push(self, report: Report) -> None:
@@ -367,7 +399,7 @@ class Agent:
             try:
                 reports = [report for _, report in batch]
                 answer = asyncio.wrap_future(controller.report.remote(self._node, reports).future())
-                await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
+                taken = await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
             except Exception as e:
                 controller = None
                 disowned = isinstance(e, ray.exceptions.RayTaskError) and self._epoch > 0
@@ -376,6 +408,9 @@ class Agent:
                 await asyncio.sleep(REPORT_RETRY_S)
                 continue
             taken_at = time.monotonic()
+            if not taken:  # it lives, and reads its journal or is behind: that may take its time
+                await asyncio.sleep(REPORT_RETRY_S)
+                continue
             while batch and self._outbox and self._outbox[0][0] <= batch[-1][0]:
                 self._outbox.popleft()
 

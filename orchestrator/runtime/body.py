@@ -36,6 +36,7 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import nodes
+from orchestrator.runtime.agent import StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
@@ -53,8 +54,10 @@ logger = logging.getLogger(__name__)
 DISCOVER_INTERVAL_S = 1.0
 ORDER_DEADLINE_S = 30.0
 """For an agent to take an order; the work that it starts is reported later."""
+ORDER_RETRY_S = 0.5
+LEAVE_DEADLINE_S = 5.0
+"""For an agent that is let go to end its workers and to give its memory back; most that are let go are dead."""
 STORE_PORT_DEADLINE_S = 30.0
-TRANSFER_DEADLINE_S = 120.0
 COMMIT_DEADLINE_S = 60.0
 COMMIT_RETRIES_S = (1.0, 5.0, 15.0)
 """Waits between tries of one commit. Its order was journaled under the same run.url a moment before, so a store that
@@ -89,6 +92,7 @@ class Body:
         namespace: str,
         token: str,
         epoch: int,
+        instance: str,
         trained_on: str,
         now: Callable[[], int],
         post: Callable[[ev.Event], None],
@@ -96,6 +100,8 @@ class Body:
         quarantined: Callable[[], int],
     ) -> None:
         self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
+        self._instance = instance
+        """Tells this run from others of its name; the same for all of its controllers."""
         self._now, self._post, self._notice = now, post, notice
         self.agents: dict[str, AgentHandle] = {}
         self.fold: MeshFold | None = None
@@ -112,6 +118,9 @@ class Body:
         self._failed_starts: dict[str, int] = {}
         self._given_up: dict[str, str] = {}
         """Ray nodes on which no agent comes up, and why."""
+        self._refusal_told = False
+        self._losses_told: set[str] = set()
+        """Nodes whose loss has been posted. While nothing can be decided it would be seen again each second."""
         self._used_names: set[str] = set()
         self._trained_on = self._data_digest = trained_on
         """Digest of the run's data, and what its checkpoints say of it; empty as long as nobody has told."""
@@ -260,16 +269,25 @@ class Body:
         assert source.info is not None
         place = (source.info.address, source.ray_node)
         fetched = target.actor.fetch.remote(self._epoch, generation, transfer, step, *place)
-        await call(fetched, TRANSFER_DEADLINE_S)
+        # The copy itself is bounded by its size (storage/peer.py), and the whole start by its timer.
+        await call(fetched, self._spec.recovery.start_deadline_s)
 
     async def _order(self, node: str, method: str, *args: Any) -> None:
         """An order whose effect the agent reports; an agent that is dead answers with its loss."""
-        try:
-            await call(getattr(self._agent(node).actor, method).remote(*args), ORDER_DEADLINE_S)
-        except ray.exceptions.RayActorError as e:
-            self._lost(node, f"its agent is dead ({type(e).__name__})")
-        except Exception as e:
-            logger.warning("%s did not take %s: %r", node, method, e)
+        deadline = time.monotonic() + ORDER_DEADLINE_S
+        while True:
+            try:
+                await call(getattr(self._agent(node).actor, method).remote(*args), ORDER_DEADLINE_S)
+            except ray.exceptions.ActorUnavailableError as e:  # a connection that broke is no death: its line tells
+                if time.monotonic() < deadline:
+                    await asyncio.sleep(ORDER_RETRY_S)
+                    continue
+                logger.warning("%s did not take %s: %r", node, method, e)
+            except ray.exceptions.RayActorError as e:
+                self._lost(node, f"its agent is dead ({type(e).__name__})")
+            except Exception as e:
+                logger.warning("%s did not take %s: %r", node, method, e)
+            return
 
     async def _commit(self, action: CommitCheckpoint) -> None:
         """The checkpoint exists when its record does; only the newest controller may make it."""
@@ -359,7 +377,7 @@ class Body:
         handle = self.agents.pop(action.node, None)
         if handle is not None:
             self._rests_until[handle.ray_node] = time.monotonic() + REST_S
-            await release(handle)
+            await self._end_agent(handle, LEAVE_DEADLINE_S)
 
     async def _timer(self, action: SetTimer) -> None:
         await asyncio.sleep(max(0.0, (action.at - self._now()) / 1_000_000))
@@ -398,11 +416,11 @@ class Body:
     async def _discover_forever(self) -> None:
         """Keep an agent on as many nodes as the run has places, and notice those that fall silent."""
         while not self._closing:
+            found: list[RayNode] = []
             try:
                 found = await asyncio.to_thread(nodes.eligible, self._spec)
             except Exception as e:  # Ray's head may be away for a while
                 logger.warning("Ray does not list its nodes: %r", e)
-                found = []
             taken = {handle.ray_node for handle in self.agents.values()} | self._starting
             now = time.monotonic()
             free = [
@@ -416,10 +434,20 @@ class Body:
                 self._joins.add(join)
                 join.add_done_callback(self._joins.discard)
             self._check_silence()
-            hopeful = sum(node.id not in self._given_up for node in found)
-            if self._given_up and not self._starting and hopeful < self._spec.layout.nodes:
-                self._post(ev.NodesRefused(at=0, error=next(iter(self._given_up.values()))))
+            self._check_hope(found)
             await asyncio.sleep(DISCOVER_INTERVAL_S)
+
+    def _check_hope(self, found: list[RayNode]) -> None:
+        """Whether the cluster has nodes enough, and agents have failed on too many of them for the mesh to be filled.
+
+        Nodes that are not there may still come: for them the wait's deadline decides.
+        """
+        wanted = self._spec.layout.nodes
+        refused = [self._given_up[node.id] for node in found if node.id in self._given_up]
+        hopeless = len(found) >= wanted and len(found) - len(refused) < wanted and not self._starting
+        if hopeless and not self._refusal_told:
+            self._post(ev.NodesRefused(at=0, error=refused[0]))
+        self._refusal_told = hopeless
 
     def _tries_left(self, ray_node: str) -> bool:
         return self._failed_starts.get(ray_node, 0) < START_TRIES
@@ -428,7 +456,7 @@ class Body:
         name = self._fresh_name(node.id)
         handle: AgentHandle | None = None
         try:
-            handle, info = await start_agent(self._spec, self._namespace, name, node, self._token)
+            handle, info = await start_agent(self._spec, self._namespace, name, node, self._token, self._instance)
             self._data_digest = self._data_digest or info.data_digest
             if info.data_digest != self._data_digest:
                 raise OtherData(
@@ -497,7 +525,9 @@ class Body:
                 self._lost(handle.node, f"silent for {silence_s:g} s")
 
     def _lost(self, node: str, cause: str) -> None:
-        self._post(ev.NodeLost(at=0, node=node, cause=cause))
+        if node not in self._losses_told:
+            self._losses_told.add(node)
+            self._post(ev.NodeLost(at=0, node=node, cause=cause))
 
     def _agent(self, node: str) -> AgentHandle:
         if node not in self.agents:
@@ -512,18 +542,23 @@ class Body:
         joins = list(self._joins)
         for task in (*joins, *([self._opening] if self._opening else [])):
             task.cancel()  # an agent that is coming up is released on the way out
-        await asyncio.gather(
-            *(self._end_agent(handle) for handle in self.agents.values()), *joins, return_exceptions=True
-        )
+        deadline_s = self._spec.recovery.halt_deadline_s + 5
+        ends = (self._end_agent(handle, deadline_s) for handle in self.agents.values())
+        await asyncio.gather(*ends, *joins, return_exceptions=True)
         self.agents.clear()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
 
-    async def _end_agent(self, handle: AgentHandle) -> None:
+    async def _end_agent(self, handle: AgentHandle, deadline_s: float) -> None:
+        """End an agent: by itself, so that its workers and its memory go with it, else by force."""
         try:
-            await call(handle.actor.shutdown.remote(self._epoch), self._spec.recovery.halt_deadline_s + 5)
+            if handle.actor is not None:
+                await call(handle.actor.shutdown.remote(self._epoch), deadline_s)
         except Exception as e:
+            if isinstance(e, ray.exceptions.RayTaskError) and isinstance(e.cause, StaleOrder):
+                logger.warning("agent %s belongs to a newer controller: %s", handle.node, e.cause)
+                return
             logger.warning("agent %s did not shut down by itself: %r", handle.node, e)
         try:
             await release(handle)

@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any, TypeVar
@@ -55,14 +55,20 @@ BATCH_EVENTS = 256
 """Events that share one journal write."""
 HOLD_RETRY_S = 2.0
 """Between tries to write a journal whose store has failed; training goes on meanwhile."""
-RELEASE_DEADLINE_S = 20.0
-"""For the end of all agents, and for the journal's last segment."""
+STORE_SILENCE_S = 15.0
+"""A store that does not answer for so long is away, though it does not say so: a mount whose server has vanished."""
+RELEASE_SLACK_S = 10.0
+"""For the end of all agents, beyond recovery.halt_deadline_s for their workers; and for the journal's last segment."""
 THREADS = 32
 """For what blocks: a failure of many ranks writes its evidence beside the journal."""
 END_LINGER_S = 20.0
 """How long an ended controller waits for its driver to read the verdict."""
 NOTICES = 500
 """Lines kept for the driver; it reads them each second."""
+
+
+class EndedInHold(RuntimeError):
+    """Somebody asked for an end at once while nothing could be decided."""
 
 
 def namespace_of(run: str) -> str:
@@ -92,7 +98,10 @@ class Controller:
         self._must_publish = False
         """Whether they have to be durable first."""
         self._tail_told = False
-        self._stop_asked = asyncio.Event()
+        self._end_asked = asyncio.Event()
+        """Somebody wants an end at once, also if nothing can be decided."""
+        self._replaced = False
+        """A newer controller has taken over: what is there is its own now."""
         self._ended = asyncio.Event()
         self._verdict_read = asyncio.Event()
         self._metrics_port = 0
@@ -105,14 +114,19 @@ class Controller:
 
     # --- what drivers and agents call -----------------------------------------------------------------------------
 
-    async def report(self, node: str, reports: list[Report]) -> None:
-        """An agent's outbox. Acknowledged when it has been taken in; an agent repeats what was not."""
-        if self._body is None:
-            raise RuntimeError("the controller is still reading its journal")
-        if self._inbox.qsize() > INBOX_EVENTS // 2:
-            raise RuntimeError("the controller is behind; send again")
+    async def report(self, node: str, reports: list[Report]) -> bool:
+        """An agent's outbox. True when it has been taken in; an agent repeats what was not.
+
+        False when this controller still reads its journal, or is behind.
+
+        Raises:
+            RuntimeError: it knows no such agent (yet).
+        """
+        if self._body is None or self._inbox.qsize() > INBOX_EVENTS // 2:
+            return False
         for event in self._body.hear(node, reports):
             self._post(event)
+        return True
 
     async def poll(self, noticed: int, lease: bool) -> tuple[Status, list[tuple[int, str]]]:
         """The run as it stands, and the notices after number `noticed`. With `lease`, the driver's sign of life."""
@@ -135,7 +149,8 @@ class Controller:
         """
         if not hmac.compare_digest(token, self._token):
             raise PermissionError("stopping a run needs its token")
-        self._stop_asked.set()
+        if not graceful:
+            self._end_asked.set()
         self._post(ev.StopRequested(at=0, by=by, graceful=graceful))
 
     async def inject(self, token: str, order: Order, by: str) -> str:
@@ -177,6 +192,7 @@ class Controller:
         except Exception as e:
             logger.exception("the controller cannot go on")
             self._failure = f"{type(e).__name__}: {e}"
+            self._replaced = isinstance(e, journals.Replaced)
             self.notice(f"the controller cannot go on: {self._failure}")
         lease.cancel()
         await self._release()
@@ -209,17 +225,26 @@ class Controller:
         found = await self._until_stored(lambda: list_commits(url))
         data = await self._until_stored(lambda: identity.data_digest(url, found))
         self._body = Body(
-            spec, namespace, self._token, claim.epoch, data, self._now, self._post, self.notice, self._quarantined
+            spec,
+            namespace,
+            self._token,
+            claim.epoch,
+            f"{claim.began_unix_us:x}",
+            data,
+            self._now,
+            self._post,
+            self.notice,
+            self._quarantined,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
         if restarted and records:
             self.notice(f"controller back in epoch {claim.epoch}, {len(records)} records replayed")
             again = await self._decide([began, *self._survived()])
             known = {name for name, node in self._supervisor.state.nodes.items() if node.state != "lost"}
-            await sweep(namespace, known)
+            await self._sweep(known)
             await self._body.adopt(self._supervisor.state)
         else:
-            await sweep(namespace, set())
+            await self._sweep(set())
             declared = ev.RunDeclared(
                 at=0,
                 run=spec.run.name,
@@ -230,8 +255,8 @@ class Controller:
             )
             again = await self._decide([declared, began])
         again += await self._decide([ev.CheckpointsFound(at=0, steps=tuple(found))])
-        for action in again:
-            self._perform(action)
+        for at, action in again:
+            self._perform(at, action)
         self._body.start()
 
     def _survived(self) -> list[ev.Event]:
@@ -265,28 +290,26 @@ class Controller:
                     events.append(await asyncio.wait_for(self._inbox.get(), 0.5))
             while not self._inbox.empty() and len(events) < BATCH_EVENTS:
                 events.append(self._inbox.get_nowait())
-            for action in await self._decide(events):
-                self._perform(action)
+            for at, action in await self._decide(events):
+                self._perform(at, action)
             if time.monotonic() - keep_at > 0.5:
                 keep_at = time.monotonic()
                 await self._until_stored(self._journal.keep)
                 self._tell_tail()
 
-    async def _decide(self, events: list[ev.Event]) -> list[Action]:
-        """What is to be done about these events; durable, where it must be, when this returns."""
+    async def _decide(self, events: list[ev.Event]) -> list[tuple[int, Action]]:
+        """What is to be done about these events, with each one's time; durable, where it must be, when this returns."""
         for event in events:
             self._fold(event)
         orders, self._orders = self._orders, []
         if self._must_publish:
             self._must_publish = False
             await self._until_stored(self._journal.publish)
-        # A timer runs from when its order could be given: a hold must not use up somebody's deadline.
-        now = self._now()
-        return [dataclasses.replace(a, at=a.at + now - at) if isinstance(a, SetTimer) else a for at, a in orders]
+        return orders
 
     def _fold(self, event: ev.Event) -> None:
         if self._poison:
-            self._check_stop_in_hold(self._poison)
+            self._check_end_in_hold(self._poison)
             return  # nothing is decided any more; the event is set aside
         event = _redacted(dataclasses.replace(event, at=self._now()))
         try:
@@ -309,7 +332,7 @@ class Controller:
 
         Raises:
             JournalError: the journal is damaged, or a newer controller has taken over.
-            RuntimeError: somebody asked to stop during the hold.
+            EndedInHold: somebody asked for an end at once during the hold.
         """
         observing = asyncio.create_task(self._observe())
         try:
@@ -326,14 +349,11 @@ class Controller:
     async def _hold_until(self, work: Callable[[], T]) -> T:
         while True:
             try:
-                result = await asyncio.to_thread(work)
-            except journals.JournalError:
+                result = await self._answer(work)
+            except (journals.JournalError, EndedInHold):
                 raise
             except Exception as e:  # every store has its own exceptions
-                if not self._hold:
-                    self.notice(f"HOLD: the journal cannot be written, nothing is decided until it can: {e!r}")
-                self._hold = repr(e)
-                self._check_stop_in_hold(self._hold)
+                self._begin_hold(repr(e))
                 await asyncio.sleep(HOLD_RETRY_S)
                 continue
             if self._hold and not self._poison:
@@ -341,34 +361,67 @@ class Controller:
                 self._hold = ""
             return result
 
+    async def _answer(self, work: Callable[[], T]) -> T:
+        """The result of work on the store. One that does not answer is held for, and asked no second time."""
+        began = time.monotonic()
+        asked = asyncio.ensure_future(asyncio.to_thread(work))
+        while not (await asyncio.wait({asked}, timeout=HOLD_RETRY_S))[0]:
+            silent_s = time.monotonic() - began
+            if silent_s > STORE_SILENCE_S:
+                self._begin_hold(f"the store has not answered for {silent_s:.0f} s")
+        return asked.result()
+
+    def _begin_hold(self, why: str) -> None:
+        if not self._hold:
+            self.notice(f"HOLD: the journal cannot be written, nothing is decided until it can: {why}")
+        self._hold = why
+        self._check_end_in_hold(why)
+
     def _tell_tail(self) -> None:
         error = self._journal.tail_error
         if error and not self._tail_told:
             self.notice(f"the journal's local tail cannot be written, run.url holds it alone: {error}")
         self._tail_told = bool(error)
 
-    def _check_stop_in_hold(self, why: str) -> None:
-        if self._stop_asked.is_set():
-            raise RuntimeError(f"stopped while nothing could be decided: {why}")
+    def _check_end_in_hold(self, why: str) -> None:
+        if self._end_asked.is_set():
+            raise EndedInHold(f"stopped while nothing could be decided: {why}")
 
-    def _perform(self, action: Action) -> None:
+    def _perform(self, at: int, action: Action) -> None:
+        """Have an action carried out that the event at time `at` was answered with."""
         assert self._body is not None
         if isinstance(action, EndRun):
             self._over = True
+        elif isinstance(action, SetTimer):
+            # It runs from when its order could be given: a hold must not use up somebody's deadline.
+            self._body.perform(dataclasses.replace(action, at=action.at + self._now() - at))
         else:
             self._body.perform(action)
 
     async def _release(self) -> None:
         """Give everything back, whatever state the run is in. Bounded: an end must come."""
+        if self._replaced:
+            return
+        deadline_s = self._spec.recovery.halt_deadline_s + RELEASE_SLACK_S
+        steps: list[Callable[[], Awaitable[Any]]] = [lambda: sweep(namespace_of(self._spec.run.name), set())]
+        if self._body is not None:
+            steps.insert(0, self._body.end)
+        if self._over:
+            steps.append(lambda: asyncio.to_thread(self._journal.close))
+        for step in steps:
+            try:
+                await asyncio.wait_for(step(), deadline_s)
+            except Exception as e:
+                logger.exception("not everything was released")
+                self._failure = self._failure or f"at the end: {e!r}"
+                self.notice(f"at the end: {e!r}")
+
+    async def _sweep(self, known: set[str]) -> None:
+        """End agents that the journal does not know. What Ray does not do now, the run's end will."""
         try:
-            if self._body is not None:
-                await asyncio.wait_for(self._body.end(), RELEASE_DEADLINE_S)
-            if self._over:
-                await asyncio.wait_for(asyncio.to_thread(self._journal.close), RELEASE_DEADLINE_S)
+            await sweep(namespace_of(self._spec.run.name), known)
         except Exception as e:
-            logger.exception("not everything was released")
-            self._failure = self._failure or f"at the end: {e!r}"
-            self.notice(f"at the end: {e!r}")
+            logger.warning("agents that are not known could not be ended: %r", e)
 
     async def _watch_lease(self) -> None:
         lease_s = self._spec.recovery.driver_lease_s
@@ -380,7 +433,7 @@ class Controller:
                 self._leased_at = now  # this process stood still: what the driver sent waits to be read
             looked_at = now
             if now - self._leased_at > lease_s:
-                self._stop_asked.set()
+                self._end_asked.set()
                 self._post(ev.StopRequested(at=0, by=f"the driver's silence of {lease_s:g} s", graceful=False))
                 return
 

@@ -24,7 +24,9 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ TAIL_INTERVAL_S = 1.0
 """Progress reports lost with the controller's process or its machine's power, at most."""
 SEGMENT_RECORDS = 10_000
 """A longer backlog goes in several segments; the largest records, of 16,384 ranks, are few and have 2 MB."""
+READERS = 16
+"""Segments that are read at once."""
 CLAIM_TRIES = 8
 """More controllers than these never begin at once: one tries again only when another has begun."""
 
@@ -49,6 +53,10 @@ _EPOCH = re.compile(r"(\d{8})\.json")
 
 class JournalError(RuntimeError):
     """The journal cannot be read, or somebody else has taken the run over."""
+
+
+class Replaced(JournalError):
+    """A newer controller has taken the run over: nothing that this one decides counts any more."""
 
 
 class ReplayMismatch(JournalError):
@@ -113,9 +121,13 @@ def _read_lines(url: str, tail: Path | None) -> tuple[list[_Line], int]:
     candidates: dict[int, list[_Line]] = {}
     head: _Line | None = None
     segments = sorted(m.groups() for name in list_names(url, "journal") if (m := _SEGMENT.fullmatch(name)))
-    for epoch, first in segments:
-        name = f"journal/{epoch}-{first}.jsonl"
-        for line in _segment(read_bytes(url, name), name, int(first)):
+    names = [f"journal/{epoch}-{first}.jsonl" for epoch, first in segments]
+    # A run leaves thousands a day, and an object store answers each in tens of milliseconds.
+    with ThreadPoolExecutor(READERS) as readers:
+        contents = readers.map(partial(read_bytes, url), names)
+        segments_read = list(zip(names, segments, contents, strict=True))
+    for name, (_, first), content in segments_read:
+        for line in _segment(content, name, int(first)):
             candidates.setdefault(line.seq, []).append(line)
             head = line
     lines = _history(url, head, candidates) if head is not None else []
@@ -172,7 +184,7 @@ class Journal:
 
         Raises:
             JournalError: what is there is damaged, or a newer controller has taken over.
-        StoreError, OSError: the store failed; nothing is lost, try again.
+            StoreError, OSError: the store failed; nothing is lost, try again.
         """
         lines, kept = _read_lines(url, tail)
         self.records = [_record(line) for line in lines]
@@ -306,10 +318,10 @@ class Journal:
 
 
 def check_not_replaced(url: str, epoch: int) -> None:
-    """Raises JournalError when a newer epoch has been taken: nothing that this controller decides counts any more."""
+    """Raises Replaced when a newer epoch has been taken."""
     newest = max((int(m.group(1)) for name in list_names(url, "epochs") if (m := _EPOCH.fullmatch(name))), default=0)
     if newest > epoch:
-        raise JournalError(f"{url}: epoch {newest} has taken over from epoch {epoch}")
+        raise Replaced(f"{url}: epoch {newest} has taken over from epoch {epoch}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ def bundle_of(spec: JobSpec) -> dict[str, float]:
 
 
 async def start_agent(
-    spec: JobSpec, namespace: str, node: str, ray_node: RayNode, token: str
+    spec: JobSpec, namespace: str, node: str, ray_node: RayNode, token: str, instance: str
 ) -> tuple[AgentHandle, NodeInfo]:
     """Reserve the node and bring an agent up on it, prepared.
 
@@ -116,6 +116,7 @@ async def start_agent(
                 ray_node=ray_node.id,
                 namespace=namespace,
                 token=token,
+                instance=instance,
                 spec_document=spec.document(),
             )
         )

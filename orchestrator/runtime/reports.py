@@ -98,6 +98,9 @@ KEPT_STEPS = 1000
 # Checkpoints whose parts wait for the order to commit them; that order comes within seconds, the next checkpoint later.
 KEPT_CHECKPOINTS = 4
 
+# Newest steps whose saves and validations a controller that comes back is told again.
+KEPT_SAVES = 3
+
 
 @dataclass
 class NodeFold:
@@ -174,6 +177,20 @@ class NodeFold:
             grad_norm=teller.grad_norm if teller else None,
             lr=teller.lr if teller else None,
         )
+
+
+def still_true(facts: list[Report], report: Report) -> list[Report]:
+    """What of `facts` a controller that comes back must still be told once `report` is, too.
+
+    Of saves and validations the newest are enough; and that a save has failed is over once a later try is written.
+    """
+    if isinstance(report, contract.ShardWritten):
+        facts = [f for f in facts if not (isinstance(f, contract.SaveFailed) and f.step <= report.step)]
+    if isinstance(report, (contract.ShardWritten, contract.SaveFailed, contract.Validated)):
+        steps = {f.step for f in facts if isinstance(f, type(report))} | {report.step}
+        oldest = sorted(steps)[-KEPT_SAVES:][0]
+        facts = [f for f in facts if not isinstance(f, type(report)) or f.step >= oldest]
+    return facts
 
 
 @dataclass

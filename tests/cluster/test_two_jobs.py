@@ -107,11 +107,12 @@ def apart(specs: dict[str, JobSpec], seen: dict[str, Status], folder: Path) -> N
     assert len(set().union(*pids.values())) == 2 * len(names)
     groups = [row["name"] for row in ray.util.placement_group_table().values() if row["state"] == "CREATED"]
     assert sorted(groups) == sorted(f"{namespace_of(name)}/{seen[name].mesh[0]}" for name in names)
-    assert sorted(path.name for path in (folder / "ram").iterdir()) == sorted(names)
+    ram = {path.name.rpartition("-")[0]: path for path in (folder / "ram").iterdir()}
+    assert sorted(ram) == sorted(names)
     for name, spec in specs.items():
         assert (folder / "logs" / name / f"{infos[name].ray_node}.log").exists()
         need = need_of(spec)
-        held = sum(path.stat().st_blocks * 512 for path in (folder / "ram" / name).rglob("slot-*"))
+        held = sum(path.stat().st_blocks * 512 for path in ram[name].rglob("slot-*"))
         state = 3 * 12 * need.node_parameters
         assert state <= held <= need.ram_bytes, "what the doctor says that a node needs"
         for process in map(psutil.Process, [*pids[name], infos[name].pid, seen[name].controller_pid]):

@@ -34,7 +34,7 @@ def write(url: str, step: int) -> dict[str, Any]:
 
 def body_of(url: str, events: list[ev.Event]) -> Body:
     spec = parse({"run": {"name": "r", "url": url, "steps": 9}, "model": {"preset": "tiny"}})
-    body = Body(spec, "namespace", "token", 1, "", lambda: 0, events.append, lambda line: None, lambda: 0)
+    body = Body(spec, "namespace", "token", 1, "instance", "", lambda: 0, events.append, lambda line: None, lambda: 0)
     body.fold = MeshFold(generation=1, nodes=("a",), ranks=1, done=0)
     return body
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import Action, HaltGeneration, OpenGeneration, SetTimer
+from orchestrator.core.actions import Action, AskStop, HaltGeneration, OpenGeneration, SetTimer
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe.status import Status
 from orchestrator.runtime import controller as controllers
@@ -51,10 +52,15 @@ class World:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.url, self.folder, self.away = str(folder / "run"), folder, False
+        self.answers = threading.Event()
+        """Cleared: the store neither works nor fails."""
+        self.answers.set()
+        self.swept = 0
         self.body = RecordingBody()
         write = journals.write_exclusive
 
         def write_or_fail(url: str, name: str, data: bytes) -> bool:
+            assert self.answers.wait(DEADLINE_S)
             if self.away:
                 raise StoreError("503 the store is away")
             return write(url, name, data)
@@ -71,13 +77,18 @@ class World:
                 ev.EpochBegan(at=0, epoch=epoch, version="test"),
                 ev.CheckpointsFound(at=0, steps=()),
             ]
-            for action in await controller._decide(began):
-                controller._perform(action)
+            for at, action in await controller._decide(began):
+                controller._perform(at, action)
 
         runtime = SimpleNamespace(was_current_actor_reconstructed=False, current_actor=None)
         ray = SimpleNamespace(get_runtime_context=lambda: runtime, kill=lambda actor, no_restart: None)
+
+        async def sweep(namespace: str, known: set[str]) -> None:
+            self.swept += 1
+
         patch.setattr(journals, "write_exclusive", write_or_fail)
         patch.setattr(controllers, "ray", ray)
+        patch.setattr(controllers, "sweep", sweep)
         patch.setattr(controllers, "HOLD_RETRY_S", 0.02)
         patch.setattr(Controller, "_begin", begin)
 
@@ -178,6 +189,88 @@ def test_a_decision_waits_for_the_store_and_its_deadline_with_it(world):
 
     run(world, work)
     replay(read(world.url))
+
+
+def test_a_store_that_does_not_answer_at_all_is_a_hold_too(world, monkeypatch):
+    monkeypatch.setattr(controllers, "STORE_SILENCE_S", 0.05)
+
+    async def work() -> None:
+        world.answers.clear()
+        await world.tell(ev.WorkerExited(at=0, node="a", generation=1, slot=0, exit_code=None, signal=9))
+        await world.until(lambda status: "the store has not answered for" in status.hold)
+        assert world.ordered(HaltGeneration) == []
+        world.answers.set()
+        await world.until(lambda status: not status.hold)
+        await world.until(lambda status: len(world.ordered(HaltGeneration)) == 1)
+
+    run(world, work)
+    replay(read(world.url))
+
+
+def test_an_end_is_had_from_a_store_that_does_not_answer(world, monkeypatch):
+    monkeypatch.setattr(controllers, "STORE_SILENCE_S", 0.05)
+
+    async def work() -> None:
+        world.answers.clear()
+        await world.tell(ev.WorkerExited(at=0, node="a", generation=1, slot=0, exit_code=None, signal=9))
+        await world.until(lambda status: bool(status.hold))
+        await world.controller.stop("t", "somebody", graceful=False)
+        while not (await world.controller.poll(0, lease=True))[0].ended:
+            await asyncio.sleep(0.01)
+        world.answers.set()
+
+    run(world, work)
+    assert world.swept == 1
+
+
+def test_a_graceful_stop_does_not_end_the_run_because_one_write_fails(world, monkeypatch):
+    """The ranks are saving: to end them now would lose what the stop was to keep."""
+    monkeypatch.setattr(journals, "SEGMENT_INTERVAL_S", 0.0)
+
+    async def work() -> None:
+        await world.controller.stop("t", "somebody", graceful=True)
+        await world.until(lambda status: bool(world.ordered(AskStop)))
+        world.away = True
+        await world.tell(steps(4))
+        await world.until(lambda status: bool(status.hold))
+        await world.tell(steps(5))
+        await world.until(lambda status: status.step == 5)
+        world.away = False
+        await world.until(lambda status: not status.hold)
+
+    run(world, work)
+
+
+def test_reports_are_not_taken_but_not_disowned_either_while_the_controller_is_behind(world, monkeypatch):
+    async def work() -> None:
+        body, world.controller._body = world.controller._body, None
+        assert await world.controller.report("a", [steps(4)]) is False
+        world.controller._body = body
+        assert await world.controller.report("a", [steps(4)]) is True
+        await world.until(lambda status: status.step == 4)
+        monkeypatch.setattr(controllers, "INBOX_EVENTS", -1)
+        assert await world.controller.report("a", [steps(5)]) is False
+
+    run(world, work)
+
+
+def test_who_has_been_replaced_leaves_the_agents_to_the_successor(world, monkeypatch):
+    ends = []
+
+    async def end(body: Any) -> None:
+        ends.append(body)
+
+    monkeypatch.setattr(RecordingBody, "end", end)
+
+    async def work() -> None:
+        claim_epoch(world.url, "test")
+        await world.tell(ev.WorkerExited(at=0, node="a", generation=1, slot=0, exit_code=None, signal=9))
+        while not (await world.controller.poll(0, lease=True))[0].ended:
+            await asyncio.sleep(0.01)
+        assert "has taken over" in (await world.controller.poll(0, lease=True))[0].failure
+
+    run(world, work)
+    assert ends == [] and world.swept == 0
 
 
 def test_to_stop_in_a_hold_ends_the_run(world):

@@ -20,6 +20,7 @@ from report_life import (
 )
 
 from orchestrator.runtime.reports import (
+    KEPT_SAVES,
     MeshFold,
     NodeFinished,
     NodeFold,
@@ -27,6 +28,7 @@ from orchestrator.runtime.reports import (
     NodeStep,
     Report,
     StartFailed,
+    still_true,
 )
 from trainer import contract
 
@@ -134,3 +136,20 @@ def test_versions_that_differ_between_ranks_or_nodes_are_mixed():
     mesh.feed(0, "a", ready)
     mesh.feed(0, "b", replace(ready, versions={"torch": "2", "isa": "avx2", "threads": "2", "more": "1"}))
     assert mesh.versions == {"torch": "2", "isa": "mixed", "threads": "mixed", "more": "mixed"}
+
+
+def test_a_failed_save_is_not_told_again_once_a_later_try_is_written() -> None:
+    failed = contract.SaveFailed(generation=1, rank=0, step=20, error="E", write_us=1)
+    later = contract.SaveFailed(generation=1, rank=0, step=30, error="E", write_us=1)
+    written = contract.ShardWritten(generation=1, rank=0, step=20, part={}, write_us=1)
+    assert still_true([failed, later], written) == [later]
+    assert still_true([written], later) == [written]
+
+
+def test_of_saves_only_the_newest_are_told_again() -> None:
+    facts: list[Report] = []
+    for step in range(1, 9):
+        for rank in (0, 1):
+            written = contract.ShardWritten(generation=1, rank=rank, step=step, part={}, write_us=1)
+            facts = [*still_true(facts, written), written]
+    assert [(f.step, f.rank) for f in facts] == [(s, r) for s in range(9 - KEPT_SAVES, 9) for r in (0, 1)]

@@ -1,0 +1,111 @@
+"""What the body makes of the nodes that Ray lists, and of agents that do not answer."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.core import events as ev
+from orchestrator.core.actions import AskStop
+from orchestrator.runtime import body as bodies
+from orchestrator.runtime.body import Body
+from orchestrator.runtime.nodes import AgentHandle, RayNode
+from orchestrator.runtime.reports import MeshFold
+from orchestrator.spec import parse
+
+DEADLINE_S = 30.0
+
+
+def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
+    """Of a mesh that wants four nodes."""
+    document = {
+        "run": {"name": "r", "url": str(tmp_path), "steps": 9},
+        "model": {"preset": "tiny"},
+        "parallel": {"dp_replicate": 4},
+    }
+    body = Body(
+        parse(document), "namespace", "token", 1, "i", "", lambda: 0, events.append, lambda line: None, lambda: 0
+    )
+    assert body._spec.layout.nodes == 4
+    return body
+
+
+def there(*names: str) -> list[RayNode]:
+    return [RayNode(id=name, domain="", free=True) for name in names]
+
+
+def test_a_node_that_is_left_alone_ends_no_wait_for_another(tmp_path):
+    """Of five nodes one was given up long ago, and one is away for a reboot: the mesh can be filled when it is back."""
+    events: list[ev.Event] = []
+    body = body_of(tmp_path, events)
+    body._given_up["e"] = "node e did not come up: no memory"
+    body._check_hope(there("a", "b", "c", "d", "e"))
+    body._check_hope(there("a", "c", "d"))
+    body._check_hope([])  # Ray did not answer
+    assert events == []
+    body._check_hope(there("a", "c", "d", "e"))
+    assert events == [ev.NodesRefused(at=0, error="node e did not come up: no memory")]
+    body._check_hope(there("a", "c", "d", "e"))
+    assert len(events) == 1, "told once"
+
+
+def test_the_loss_of_a_node_is_told_once_however_often_it_is_seen(tmp_path):
+    events: list[ev.Event] = []
+    body = body_of(tmp_path, events)
+    body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=None, group=None, heard_at=0.0)
+    body._check_silence()
+    body.agents["a"].heard_at = 0.0
+    body._check_silence()
+    assert [type(event) for event in events] == [ev.NodeLost]
+
+
+class Order:
+    """An actor's method that fails some times."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.times, self.asked = error, times, 0
+
+    def remote(self, *args: Any) -> Any:
+        self.asked += 1
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.asked <= self.times:
+            answer.set_exception(self.error)
+        else:
+            answer.set_result(None)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("error", "times", "asked", "lost"),
+    [
+        (ray.exceptions.ActorUnavailableError("reset", b"0" * 16), 2, 3, False),
+        (ray.exceptions.ActorDiedError(), 1, 1, True),
+        (ValueError("refused"), 1, 1, False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_a_broken_connection_is_no_death(tmp_path, monkeypatch, error, times, asked, lost):
+    events: list[ev.Event] = []
+    order = Order(error, times)
+
+    async def call(ref: Any, deadline_s: float) -> Any:
+        return await ref
+
+    monkeypatch.setattr(bodies, "call", call)
+    monkeypatch.setattr(bodies, "ORDER_RETRY_S", 0.0)
+
+    async def work() -> None:
+        body = body_of(tmp_path, events)
+        actor = SimpleNamespace(ask_stop=order)
+        body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=actor, group=None)
+        body.fold = MeshFold(generation=1, nodes=("a",), ranks=1, done=0)
+        body.perform(AskStop(generation=1))
+        await asyncio.gather(*body._tasks)
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert order.asked == asked
+    assert [type(event) for event in events] == [ev.NodeLost] * lost
