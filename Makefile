@@ -25,8 +25,9 @@ prometheus:
 demo: setup
 	$(BIN)/python -P -m orchestrator demo --json out/demo.json
 
+# Two processes: tests with a Ray cluster one after the other in the first, all others beside them (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # What takes an hour: tests marked long, kills of 60 seeds, 300 flipped bits and 2,000 clean steps.
 test-long: setup

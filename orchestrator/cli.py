@@ -227,7 +227,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs; made anew.")] = Path("out/demo"),
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the outcome as JSON to this file.")] = None,
 ) -> None:
-    """Train on a local cluster of several Ray nodes, kill a worker and a node, and prove that nothing was lost."""
+    """Train on a local cluster, hurt the run in four ways, prove that nothing was lost, and write its report."""
     from orchestrator import localcluster
 
     localcluster.isolate()

@@ -44,9 +44,6 @@ ORDERS = (
 """One after the other, at even distances over the run."""
 
 RULES = Path(__file__).resolve().parent.parent / "deploy" / "prometheus" / "shepherd.rules.yml"
-NOT_WATCHED = (
-    "Prometheus is not installed here, so nobody kept the metrics; docs/monitoring.md says how to look at them."
-)
 SCRAPE_INTERVAL_S = 1.0
 """A run of two minutes wants more points than the 15 s of a real one give."""
 
@@ -86,7 +83,7 @@ class Outcome:
 
 
 def job(name: str, steps: int, out: Path) -> JobSpec:
-    """The demo's job: 5 million parameters at pp 2 x dp 2 x tp 2 on four nodes and a spare."""
+    """The demo's job: 5 million parameters at pp 2 x dp 2 x tp 2 on four nodes and two spares."""
     return parse(
         {
             "run": {
@@ -117,10 +114,12 @@ def run(steps: int, out: Path) -> Outcome:
     for spec in (untouched, fire):
         preflight.check_local(spec, resume=False)
     console.print(f"starting {NODES + SPARES} Ray nodes on this machine ...")
-    watched = _has_prometheus()
+    missing = _unwatched()
     with (
         local_cluster(NODES + SPARES, SLOTS_PER_NODE),
-        prometheus.recording(out / "prometheus", RULES, SCRAPE_INTERVAL_S) if watched else nullcontext() as recorder,
+        prometheus.recording(out / "prometheus", RULES, SCRAPE_INTERVAL_S)
+        if not missing
+        else nullcontext() as recorder,
     ):
         console.rule("first, the run that nobody touches")
         reference = _train(untouched, lambda status: None, recorder)
@@ -128,7 +127,7 @@ def run(steps: int, out: Path) -> Outcome:
             raise driver.RunError(f"the untouched run did not reach its end: {reference.failure or reference.verdict}")
         console.rule("now the same run under fire")
         status = _train(fire, Chaos(fire, console), recorder)
-    look = prometheus.hint(out / "prometheus", fire.run.name) if watched else NOT_WATCHED
+    look = missing or prometheus.hint(out / "prometheus", fire.run.name)
     return _compare(untouched, reference, fire, status, out / "report.html", look)
 
 
@@ -151,8 +150,15 @@ class Chaos:
         self._given += 1
 
 
-def _has_prometheus() -> bool:
-    return RULES.exists() and shutil.which("prometheus") is not None
+def _unwatched() -> str:
+    """Why nobody keeps the metrics; empty when Prometheus can."""
+    if shutil.which("prometheus") is None:
+        return (
+            "Prometheus is not installed here, so nobody kept the metrics; docs/monitoring.md says how to look at them."
+        )
+    if not RULES.exists():
+        return f"There are no rules at {RULES}, so nobody kept the metrics: run the demo from Shepherd's source tree."
+    return ""
 
 
 def _train(spec: JobSpec, on_status: Callable[[Status], None], recorder: prometheus.Recorder | None) -> Status:

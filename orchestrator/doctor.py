@@ -203,9 +203,9 @@ def _clocks(awake: Mapping[str, Any]) -> dict[str, Any]:
             before = time.time_ns()
             there = _collect({name: actor.clock.remote()}, left)[name]
             after = time.time_ns()
-            if isinstance(there, Silent):
-                answers[name] = there
-                break
+            if isinstance(there, Silent):  # busy with another question, perhaps
+                answers.setdefault(name, there)
+                continue
             error_s = (after - before) / 2e9
             if best is None or error_s < best[1]:
                 best = ((there - (before + after) / 2) / 1e9, error_s)

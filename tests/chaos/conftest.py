@@ -1,4 +1,4 @@
-"""A cluster for each file of this folder, gone before those of others start theirs: a process has one at a time."""
+"""The cluster of this folder's tests, gone before that of others starts: a process has one at a time."""
 
 from collections.abc import Iterator
 

@@ -46,7 +46,7 @@ MESHES = {
     "fsdp 2 x tp 2": {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "tp": 2, "microbatches": 1},
 }
 LOOK_S = 0.003
-BACK_WITHIN_S = 10.0
+BACK_WITHIN_S = 60.0
 """For a victim that is just being replaced to be there."""
 LATE_STEPS = 3
 """A save may be left out while another one is written: its kill comes at the latest so many steps after it."""

@@ -9,7 +9,7 @@ from typing import Any
 import flaky_s3
 import pytest
 
-from orchestrator.localcluster import local_cluster
+from orchestrator.localcluster import OBJECT_STORE_BYTES, local_cluster
 
 NODES = 4
 CPUS = 2
@@ -22,12 +22,24 @@ class Cluster:
     faults: Path
     """Folder in which `<run>.py` is a fault for that run's workers."""
 
+    def mend(self) -> None:
+        """Replace the nodes that have lost their raylet; their processes are reaped."""
+        for node in list(self.ray.worker_nodes):
+            if node.dead_processes():
+                self.ray.remove_node(node, allow_graceful=False)
+                self.ray.add_node(num_cpus=CPUS, object_store_memory=OBJECT_STORE_BYTES)
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     faults = tmp_path_factory.mktemp("faults")
+    before = dict(os.environ)
     os.environ["SHEPHERD_TEST_FAULTS"] = str(faults)
     os.environ.update(flaky_s3.environment())
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    with local_cluster(NODES, CPUS) as ray_cluster:
-        yield Cluster(ray=ray_cluster, faults=faults)
+    try:
+        with local_cluster(NODES, CPUS) as ray_cluster:
+            yield Cluster(ray=ray_cluster, faults=faults)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

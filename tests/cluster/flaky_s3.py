@@ -8,15 +8,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from herd import free_port
+
 RECV_BYTES = 64 * 1024
 
 
 def environment() -> dict[str, str]:
-    """What leads every S3 client to the wire, on a port that is free now; few tries, so that a cut is told soon."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    """What leads every S3 client to the wire, on a free port; few tries, so that a cut is told soon."""
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -74,8 +74,10 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 def s3_behind_a_wire(port: int, bucket: str) -> Iterator[Wire]:
     """A running server with `bucket`, and the wire to it at `port`, mended."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
+    s3fs.S3FileSystem.clear_instance_cache()  # they are kept by their arguments, and the server is none of them
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     wire = Wire(port, server.get_host_and_port())
@@ -86,3 +88,4 @@ def s3_behind_a_wire(port: int, bucket: str) -> Iterator[Wire]:
     finally:
         wire.cut()
         server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 from orchestrator import preflight
 from orchestrator.chaos import faults
@@ -38,6 +40,9 @@ def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "parallel": {"pp": 2, "dp_replicate": 2, "microbatches": 2},
         "optimizer": {"lr": 3e-3, "warmup_steps": 4},
         "checkpoint": {"interval_steps": 10},
+        # Who is found by a closed connection or a dead process need not be found by silence, too: a machine that is
+        # busy with other things is silent. Tests of silence set their own.
+        "recovery": {"node_silence_s": 60, "rank_silence_s": 30, "driver_lease_s": 30},
         "cluster": {"slots_per_node": 2, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
     }
     for section, fields in sections.items():
@@ -113,6 +118,14 @@ def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
         time.sleep(0.05)
 
 
+def look(controller: Any, lease: bool = False) -> Status | None:
+    """One look at a run; None while its controller does not answer, as one that begins or comes back does not."""
+    try:
+        return driver.poll(controller, lease=lease)[0]
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return None
+
+
 def kill_worker(spec: JobSpec, status: Status, rank: int) -> None:
     node = status.mesh[rank // spec.cluster.slots_per_node]
     faults.kill_worker(namespace_of(spec.run.name), node, rank, status.step)
@@ -137,8 +150,11 @@ def command(*arguments: str, **environment: str) -> Any:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """One that stays free until it is bound: not of those that the kernel gives to whoever asks for any."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 @contextmanager
@@ -175,10 +191,16 @@ def ray_started(*options: str, environment: dict[str, str] | None = None) -> Ite
 
 def _ray_address(family: psutil.Process) -> str:
     """The node's address, from the raylet's own command line."""
-    raylet = wait_for(
-        lambda: next((p for p in family.children(recursive=True) if "raylet" in p.name()), None), 60, "the raylet"
-    )
-    return next(part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--node_ip_address="))
+
+    def raylet() -> list[str]:
+        for process in family.children(recursive=True):
+            with suppress(psutil.Error):
+                if "raylet" in process.name():
+                    return process.cmdline()
+        return []
+
+    command: list[str] = wait_for(raylet, 60, "the raylet")
+    return next(part.partition("=")[2] for part in command if part.startswith("--node_ip_address="))
 
 
 def leftovers(ram_dir: Path) -> list[str]:
@@ -195,7 +217,10 @@ def leftovers(ram_dir: Path) -> list[str]:
 
 
 def await_nothing_left(ram_dir: Path) -> None:
-    wait_for(lambda: not leftovers(ram_dir), GONE_WITHIN_S, f"nothing to be left, but there is {leftovers(ram_dir)}")
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while left := leftovers(ram_dir):
+        assert time.monotonic() < deadline, f"still there after {GONE_WITHIN_S:g} s: {left}"
+        time.sleep(0.05)
 
 
 def spec_file(document: dict[str, Any], path: Path) -> Path:

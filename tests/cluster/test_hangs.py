@@ -25,6 +25,8 @@ FOUND_WITHIN_S = 12.0
 # Once each: an endless loop that lets others run, and a call that never lets go of the interpreter.
 FAULTS = """
 import ctypes, pathlib, time
+while session.state.step >= 8 and not pathlib.Path({folder!r}, "stopped").exists():
+    time.sleep(0.05)
 time.sleep(0.1)
 for rank, step, how in ((1, 10, "loop"), (2, 15, "grip")):
     mark = pathlib.Path({folder!r}, how)
@@ -52,6 +54,7 @@ class Stopped:
             agent = ray.get_actor(agent_name(status.mesh[1]), namespace_of(self.spec.run.name))
             os.kill(ray.get(agent.workers.remote(), timeout=10)[3], signal.SIGSTOP)
             self.at = time.monotonic()
+            Path(self.spec.run.url).with_name("stopped").touch()
 
     def agent(self, status: Status) -> None:
         """For longer than a rank may be silent."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cluster
-from herd import await_nothing_left, command, free_port, job, ray_started, spec_file, spec_of, train, wait_for
+from herd import await_nothing_left, command, free_port, job, look, ray_started, spec_file, spec_of, train, wait_for
 
 from orchestrator.runtime import driver
 from storage.commits import list_commits
@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def await_step(run: str, step: int) -> None:
     def reached() -> bool:
         try:
-            return driver.poll(driver.find(run))[0].step >= step
+            status = look(driver.find(run))
         except driver.RunError:
             return False
+        return status is not None and status.step >= step
 
     wait_for(reached, 120, f"step {step} of {run}")
 

@@ -1,5 +1,6 @@
 """The node's workers with a real zygote and real processes: start, die, halt, restart, and leave nothing behind."""
 
+import contextlib
 import gc
 import os
 import queue
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 
 from orchestrator.runtime import workers as workers_module
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
@@ -77,11 +79,13 @@ class Node:
         self._known = before
 
     def zygote_pid(self) -> int:
-        zygotes = [
-            c for c in psutil.Process().children() if c.pid not in self._known and "zygote" in " ".join(c.cmdline())
-        ]
+        zygotes = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # other tests' processes end
+                if child.pid not in self._known and "zygote" in " ".join(child.cmdline()):
+                    zygotes.append(child.pid)
         assert len(zygotes) == 1, zygotes
-        return zygotes[0].pid
+        return zygotes[0]
 
     def begin(self, generation: int, behaviour: str, *, epoch: int = 1, ranks: tuple[int, ...] | None = None) -> None:
         """A generation of this node alone."""
@@ -164,15 +168,18 @@ def test_exit_by_signal_is_known_at_once_and_touches_no_sibling(node: Node) -> N
     assert node.next_exit() == WorkerExit(generation=1, rank=0, pid=pids[0], exit_code=0, signal=None)
 
 
-def test_exits_are_known_by_event_within_milliseconds(node: Node) -> None:
-    took = []
+def test_exits_are_known_by_event_and_nobody_polls(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch elastic's own loop, which looks for dead workers at intervals, is never entered."""
+
+    def polled(*args: object, **kwargs: object) -> None:
+        raise AssertionError("somebody polls the workers")
+
+    monkeypatch.setattr(SimpleElasticAgent, "_invoke_run", polled)
     for generation in range(1, 6):
         node.begin(generation, "wait")
         pids = node.pids()
-        killed = time.monotonic()
         os.kill(pids[0], signal.SIGKILL)
-        took.append(node.exits.get(timeout=WAIT_S)[0] - killed)
-    assert min(took) < 0.03, took  # the least, because the machine may be busy; torch elastic polls each 0.1 s
+        assert node.next_exit().pid == pids[0]
 
 
 def test_stop_reaches_a_generation_that_is_just_being_started(node: Node) -> None:
@@ -381,7 +388,7 @@ def test_killed_agent_leaves_no_process(tmp_path: Path) -> None:
     for pid in (pids[0], pids[2]):
         os.kill(pid, signal.SIGSTOP)  # the kernel does it, so nobody has to be awake
     agent.kill()
-    assert gone(pids, 1.0)
+    assert gone(pids, WAIT_S)
     agent.wait()
     agent.stdout.close()
 
@@ -425,7 +432,10 @@ def test_twenty_generations_leave_no_descriptor_and_no_thread(node: Node) -> Non
             os.kill(pids[0], signal.SIGKILL)
             node.next_exit()
         node.workers.halt(10)
-    assert count() == before
+    deadline = time.monotonic() + WAIT_S
+    while any(now > then for now, then in zip(count(), before, strict=True)):
+        assert time.monotonic() < deadline, (count(), before)
+        time.sleep(0.1)  # a thread that has done its work is gone a moment later
 
 
 def test_two_nodes_sum_over_gloo_through_each_generations_store(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import CPUS, Cluster
+from conftest import Cluster
 from herd import (
     await_gone,
     await_nothing_left,
     final_digest,
     job,
     kill_worker,
+    look,
     spec_of,
     train,
     wait_for,
@@ -55,14 +56,23 @@ def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Unt
     return Untouched(digest=final_digest(spec), status=status, metrics=pages[-1])
 
 
+def slow_down(cluster: Cluster, run: str, after: int = 0) -> Path:
+    """Steps that leave time for a fault, from step `after` on; until the file is removed."""
+    file = cluster.faults / f"{run}.py"
+    file.write_text(f"import time; time.sleep(0.7 if session.state.step >= {after} else 0.0)")
+    return file
+
+
 def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     spec = spec_of(job("worker-dies", tmp_path))
+    slow = slow_down(cluster, "worker-dies")
     killed: list[int] = []
 
     def chaos(status: Status) -> None:
         if status.job == "training" and status.step >= 6 and not killed:
             kill_worker(spec, status, rank=2)
             killed.append(status.step)
+            slow.unlink()
 
     status, told = train(spec, chaos)
     assert status.exit_code == 0, told
@@ -86,6 +96,7 @@ def test_killed_node_without_replicas_restarts_from_the_checkpoint(
     cluster: Cluster, untouched: Untouched, tmp_path: Path
 ) -> None:
     spec = spec_of(job("node-dies", tmp_path, cluster={"spares": 1}))
+    slow = slow_down(cluster, "node-dies", after=11)
     killed: list[str] = []
 
     def chaos(status: Status) -> None:
@@ -93,11 +104,12 @@ def test_killed_node_without_replicas_restarts_from_the_checkpoint(
         if status.job == "training" and status.step >= 12 and spares and not killed:
             killed.append(status.mesh[0])
             faults.kill_node(namespace_of(spec.run.name), status.mesh[0], spec.run.name, status.step)
+            slow.unlink()
 
     try:
         status, told = train(spec, chaos)
     finally:
-        cluster.ray.add_node(num_cpus=CPUS)
+        cluster.mend()
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit) == ("node", killed[0])
@@ -113,6 +125,7 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     mesh = {"parallel": {"pp": 1, "dp_replicate": 4, "microbatches": 1}, "checkpoint": {"interval_steps": 100}}
     calm = spec_of(job("calm", tmp_path, **mesh))
     hurt = spec_of(job("hurt", tmp_path, **mesh, cluster={"spares": 1}))
+    slow = slow_down(cluster, "hurt", after=7)
     killed: list[str] = []
 
     def chaos(status: Status) -> None:
@@ -120,12 +133,13 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
         if status.job == "training" and status.step >= 8 and spares and not killed:
             killed.append(status.mesh[1])
             faults.kill_node(namespace_of(hurt.run.name), status.mesh[1], hurt.run.name, status.step)
+            slow.unlink()
 
     assert train(calm)[0].exit_code == 0
     try:
         status, told = train(hurt, chaos)
     finally:
-        cluster.ray.add_node(num_cpus=CPUS)
+        cluster.mend()
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit, incident.rung) == ("node", killed[0], "spare")
@@ -135,8 +149,7 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
 
 def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     spec = spec_of(job("controller-dies", tmp_path))
-    # Slow steps, so that the controller is back before the run is over.
-    (cluster.faults / "controller-dies.py").write_text("import time; time.sleep(0.4)")
+    slow = slow_down(cluster, "controller-dies", after=4)  # the controller must be back before the run is over
     seen: dict[str, int] = {}
 
     def chaos(status: Status) -> None:
@@ -148,6 +161,7 @@ def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: Untou
         ):
             seen["worker"] = status.generation
             kill_worker(spec, status, rank=3)
+            slow.unlink()
 
     status, told = train(spec, chaos)
     assert status.exit_code == 0, told
@@ -175,14 +189,14 @@ def test_a_run_is_its_owners_alone(cluster: Cluster, tmp_path: Path) -> None:
     one_node = {"parallel": {"dp_replicate": 1}}
     spec = spec_of(job("mine", tmp_path, run={"steps": 100_000}, **one_node))
     controller, token = driver.start(spec, detached=True)
-    wait_for(lambda: driver.poll(controller)[0].step >= 2, 120, "the run to train")
+    wait_for(lambda: (status := look(controller)) and status.step >= 2, 120, "the run to train")
     with pytest.raises(driver.RunError, match="is active on this cluster"):
         driver.start(spec, detached=True)
     assert driver.read_token(spec.cluster.log_dir, "mine") == token
     with pytest.raises(PermissionError):
         driver.stop(driver.find("mine"), "not the token", by="nobody", graceful=False)
-    assert driver.poll(driver.find("mine"))[0].job == "training"
+    assert wait_for(lambda: look(driver.find("mine")), 30, "an answer").job == "training"
     driver.stop(driver.find("mine"), token, by="the test", graceful=False)
-    wait_for(lambda: driver.poll(controller, lease=True)[0].ended, 60, "the run to end")
+    wait_for(lambda: (status := look(controller, lease=True)) and status.ended, 60, "the run to end")
     await_gone("mine")
     await_nothing_left(tmp_path / "ram")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Cluster
-from herd import RUN_S, await_gone, job, spec_of, wait_for
+from herd import RUN_S, await_gone, job, look, spec_of, wait_for
 
 from orchestrator import preflight
 from orchestrator.core import events as ev
@@ -57,8 +57,10 @@ def leg(cluster: Cluster, job_: JobSpec, resume: bool, stop_at: int | None, faul
 
     def ended() -> Status | None:
         nonlocal asked
-        status, notices = driver.poll(controller, lease=True)
-        assert not status.failure and not status.incidents, (status.failure, notices)
+        status = look(controller, lease=True)
+        if status is None:
+            return None
+        assert not status.failure and not status.incidents, (status.failure, status.incidents)
         if stop_at is not None and status.step >= stop_at and not asked:
             driver.stop(controller, token, by="the test", graceful=True)
             asked = True

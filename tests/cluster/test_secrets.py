@@ -57,8 +57,10 @@ def test_no_planted_secret_gets_out(tmp_path: Path, session_dir: Path) -> None:
         checkpoint={"interval_steps": 4},
     )
     # Once, a store's careless words; slow steps, so that the metrics can be read meanwhile.
+    looked_at = tmp_path / "looked-at"
     (faults / "secretive.py").write_text(
-        "import pathlib, time; time.sleep(0.5 if session.state.step > 5 else 0.0)\n"
+        f"import pathlib, time; seen = pathlib.Path({str(looked_at)!r})\n"
+        "if session.state.step > 5 and not seen.exists(): time.sleep(2)\n"
         f"once = pathlib.Path({str(tmp_path / 'worker-failed')!r})\n"
         "if session.state.step == 5 and session.rank == 1 and not once.exists():\n"
         "    once.touch(); raise OSError(f'{session.config.url} is away')\n"
@@ -85,6 +87,8 @@ def test_no_planted_secret_gets_out(tmp_path: Path, session_dir: Path) -> None:
             assert controller["AWS_SECRET_ACCESS_KEY"] == planted["aws"], "it is where it could be seen"
             token_file = tmp_path / "logs" / "secretive" / "token"
             planted["token"] = token_file.read_text()
+            shepherd("chaos", "worker-kill", "--run", "secretive", "--log-dir", str(tmp_path / "logs"), "--json")
+            looked_at.touch()
             shown["train"], _ = training.communicate(timeout=120)
         assert training.returncode == 0, shown["train"]
         with command("train", file, **environment) as again:

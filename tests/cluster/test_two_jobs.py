@@ -15,6 +15,7 @@ from herd import (
     final_digest,
     job,
     kill_worker,
+    look,
     spec_of,
     train,
     wait_for,
@@ -42,13 +43,11 @@ def launch(spec: JobSpec) -> tuple[Any, str]:
     return driver.start(spec, detached=True)
 
 
-def see(controller: Any) -> Status:
-    return driver.poll(controller, lease=True)[0]
-
-
 def until(controller: Any, condition: Callable[[Status], bool], what: str) -> Status:
     def met() -> Status | None:
-        status = see(controller)
+        status = look(controller, lease=True)
+        if status is None:
+            return None
         assert not status.failure, status.failure
         return status if condition(status) else None
 
@@ -64,24 +63,27 @@ def test_three_jobs_on_one_cluster_do_not_touch_each_other(cluster: Cluster, tmp
         alone[seed] = final_digest(spec)
     assert alone[1] != alone[2]
 
-    # Slow steps, so that the three are at work at the same time; stop-me has no end of its own.
+    # All three stay in their fifth step until everything has been done to them; stop-me has no end of its own.
     specs = {
         "hurt": one_node("hurt", tmp_path, 1, 16),
         "calm": one_node("calm", tmp_path, 2, 16),
         "stop-me": one_node("stop-me", tmp_path, 3, 100_000),
     }
+    go = tmp_path / "go"
+    held = f"import pathlib, time\nwhile session.state.step >= 4 and not pathlib.Path({str(go)!r}).exists():\n"
     for name in specs:
-        (cluster.faults / f"{name}.py").write_text("import time; time.sleep(0.25)")
+        (cluster.faults / f"{name}.py").write_text(f"{held}    time.sleep(0.05)\n")
     started = {name: launch(spec) for name, spec in specs.items()}
     controllers = {name: controller for name, (controller, _) in started.items()}
     seen = {name: until(c, lambda s: s.step >= 2, f"step 2 of {name}") for name, c in controllers.items()}
 
     apart(specs, seen, tmp_path)
 
-    kill_worker(specs["hurt"], see(controllers["hurt"]), rank=1)
+    kill_worker(specs["hurt"], seen["hurt"], rank=1)
     driver.stop(controllers["stop-me"], started["stop-me"][1], by="the test", graceful=False)
     with pytest.raises(PermissionError):
         driver.stop(controllers["calm"], started["hurt"][1], by="another run's owner", graceful=False)
+    go.touch()
     ended = {
         name: until(controller, lambda s: s.ended, f"the end of {name}") for name, controller in controllers.items()
     }

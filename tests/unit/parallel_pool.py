@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(["trainer.worker"])
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any, timeout_s: float = 60.0
+    function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any, timeout_s: float = 240.0
 ) -> list[Any]:
     """What `function(*arguments)` returns on each rank of a gloo world, in the order of ranks.
 

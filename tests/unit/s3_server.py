@@ -25,6 +25,8 @@ def s3_bucket() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="bucket")
         # fsspec keeps its file systems by their arguments, and the server is none of them: not those of other tests.
         s3fs.S3FileSystem.clear_instance_cache()
-        yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+        try:
+            yield "s3://bucket"
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            server.stop()

@@ -43,14 +43,14 @@ def wait_for_free(folder: Path, least: int) -> None:
         time.sleep(0.02)
 
 
-def holders() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if ballast.__name__ in " ".join(_command(p))]
+def holders(folder: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if ballast.__name__ in _command(p) and str(folder) in _command(p)]
 
 
 def test_a_file_system_is_full_for_the_time_and_then_as_before(small: Path) -> None:
     before = free(small)
     began = time.monotonic()
-    told = asyncio.run(ballast.fill(str(small), 1.5, 64 * MIB))
+    told = asyncio.run(ballast.fill(str(small), 5.0, 64 * MIB))
     assert free(small) == 0 and list(small.iterdir()) == []
     with pytest.raises(OSError, match="No space left"):
         (small / "more").write_bytes(bytes(4096))
@@ -58,7 +58,7 @@ def test_a_file_system_is_full_for_the_time_and_then_as_before(small: Path) -> N
     (size,) = re.findall(r"^(\d+) bytes of ballast", told)
     assert before - MIB < int(size) <= before
     wait_for_free(small, before)
-    assert time.monotonic() - began > 1.4
+    assert time.monotonic() - began > 4.9
 
 
 def test_what_others_give_back_is_taken_too(small: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_others_give_back_is_taken_too(small: Path) -> None:
     while free(small):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    (holder,) = holders()
+    (holder,) = holders(small)
     holder.kill()
     wait_for_free(small, 15 * MIB)
 
@@ -80,7 +80,7 @@ def test_it_outlives_who_asked_and_frees_all_when_it_is_killed(small: Path) -> N
     code += f"{64 * MIB})); print(os.getpid()); os.kill(os.getpid(), 9)"
     asker = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
     assert asker.returncode == -signal.SIGKILL and free(small) == 0
-    (holder,) = [p for p in psutil.process_iter() if str(small) in " ".join(_command(p))]
+    (holder,) = holders(small)
     holder.kill()
     wait_for_free(small, before)
 

@@ -213,8 +213,9 @@ def train_beside_a_slow_store(config: WorkerConfig, url: str) -> tuple[list[Any]
         messages.append(message)
         if isinstance(message, contract.StepDone):
             states[message.step] = digests(session.state)
-            if message.step % 3 == 2:
+            if message.step % 3 == 2 and session.checkpointer.busy:  # two steps after the one that is saved
                 go_on.set()
+                session.checkpointer._saving.join(30)
 
     durable_write.Writer._write_files = held_up  # type: ignore[method-assign]
     session.emit = emit

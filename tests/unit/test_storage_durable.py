@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parallel_pool import run_ranks
 
-from storage import commits, durable
+from storage import commits, durable, durable_write
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, list_commits, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
-from storage.index import BLOCK_BYTES
+from storage.index import BLOCK_BYTES, Chunk, Index
 from storage.manifest import Commit, ManifestError, RankPart, StateMismatch, commit_name, generation_dir, writers_epoch
 from storage.state import TrainState
 from trainer.contract import Restore
@@ -47,11 +49,17 @@ def blank(state: TrainState) -> TrainState:
 
 
 def same(a: TrainState, b: TrainState) -> bool:
-    def bits(state):
-        named = {**state.tensors, **{f"rank/{k}": v for k, v in state.per_rank.items()}}
-        return {k: (v.dtype, v.shape, v.contiguous().reshape(-1).view(torch.uint8).tolist()) for k, v in named.items()}
+    def named(state):
+        return {**state.tensors, **{f"rank/{k}": v for k, v in state.per_rank.items()}}
 
-    return bits(a) == bits(b)
+    def bits(tensor):
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    ours, theirs = named(a), named(b)
+    return ours.keys() == theirs.keys() and all(
+        (t.dtype, t.shape) == (theirs[k].dtype, theirs[k].shape) and torch.equal(bits(t), bits(theirs[k]))
+        for k, t in ours.items()
+    )
 
 
 def commit_of(parts: list[RankPart], step: int = 5, generation: int = 1) -> Commit:
@@ -247,8 +255,7 @@ def test_every_damaged_bit_and_length_of_a_commit_record_is_found(two_ranks):
             Commit.from_json(raw[:length])
 
 
-def test_verify_finds_what_was_damaged_in_memory_between_planning_and_writing(tmp_path, monkeypatch):
-    """Block digests are of what was written, so they match; the chunk's digest is of what was meant."""
+def test_what_was_damaged_in_memory_between_planning_and_writing_is_not_saved(tmp_path, monkeypatch):
     state = make_state()
     original = durable.SavePlanner.finish_plan
 
@@ -257,7 +264,22 @@ def test_verify_finds_what_was_damaged_in_memory_between_planning_and_writing(tm
         return original(self, plan)
 
     monkeypatch.setattr(durable.SavePlanner, "finish_plan", corrupt)
-    commit = save(str(tmp_path), state)
+    with pytest.raises(ManifestError, match="model/embed: changed in memory while it was written"):
+        save(str(tmp_path), state)
+    assert not list(tmp_path.rglob("rank-*"))
+
+
+def test_verify_finds_what_is_not_what_the_rank_meant_to_write(tmp_path, monkeypatch):
+    """Block digests are of what was written, so they match; the chunk's digest is of what was meant."""
+
+    def other(chunk: Chunk) -> Chunk:
+        return replace(chunk, digest="0" * 32) if chunk.fqn == "model/embed" else chunk
+
+    def index(*, chunks: tuple[Chunk, ...], **fields: Any) -> Index:
+        return Index(chunks=tuple(map(other, chunks)), **fields)
+
+    monkeypatch.setattr(durable_write, "Index", index)
+    commit = save(str(tmp_path), make_state())
     assert verify(str(tmp_path), commit) == [
         f"{commit.parts[0].data}: model/embed at (0, 0) was not written as it stood in memory"
     ]
