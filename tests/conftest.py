@@ -24,6 +24,7 @@ settings.load_profile("gate")
 WITH_RAY = ("chaos", "cluster")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those with Ray first, as one group: it takes the longest."""
     here = Path(__file__).parent
