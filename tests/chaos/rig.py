@@ -15,11 +15,11 @@ import bootstrap  # noqa: F401  (before Ray)
 import psutil
 import ray
 import ray._private.state
-from herd import await_nothing_left, final_digest, job, leftovers, spec_of, train
+from herd import await_nothing_left, final_digest, job, leftovers, replace_dead_nodes, spec_of, train
 from ray.util.placement_group import placement_group_table
 
 from orchestrator.core.state import State
-from orchestrator.localcluster import OBJECT_STORE_BYTES, local_cluster
+from orchestrator.localcluster import local_cluster
 from orchestrator.observe.status import Status
 from orchestrator.runtime import journal
 from orchestrator.spec import JobSpec
@@ -59,10 +59,7 @@ class Rig:
 
     def mend(self) -> None:
         """Replace the nodes that have lost their raylet."""
-        for node in list(self.cluster.worker_nodes):
-            if node.dead_processes():
-                self.cluster.remove_node(node, allow_graceful=False)
-                self.cluster.add_node(num_cpus=CPUS, object_store_memory=OBJECT_STORE_BYTES)
+        replace_dead_nodes(self.cluster, CPUS)
         deadline = time.monotonic() + MENDED_WITHIN_S
         while sum(node["Alive"] for node in ray.nodes()) != NODES + 1:
             assert time.monotonic() < deadline, "the cluster is not whole again"

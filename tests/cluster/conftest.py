@@ -9,7 +9,7 @@ from typing import Any
 import flaky_s3
 import pytest
 
-from orchestrator.localcluster import OBJECT_STORE_BYTES, local_cluster
+from orchestrator.localcluster import local_cluster
 
 NODES = 4
 CPUS = 2
@@ -21,13 +21,6 @@ class Cluster:
     """Ray's own ray.cluster_utils.Cluster."""
     faults: Path
     """Folder in which `<run>.py` is a fault for that run's workers."""
-
-    def mend(self) -> None:
-        """Replace the nodes that have lost their raylet; their processes are reaped."""
-        for node in list(self.ray.worker_nodes):
-            if node.dead_processes():
-                self.ray.remove_node(node, allow_graceful=False)
-                self.ray.add_node(num_cpus=CPUS, object_store_memory=OBJECT_STORE_BYTES)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import ray
 
 from orchestrator import preflight
 from orchestrator.chaos import faults
+from orchestrator.localcluster import OBJECT_STORE_BYTES
 from orchestrator.observe.status import Status
 from orchestrator.runtime import driver
 from orchestrator.runtime.controller import namespace_of
@@ -116,6 +117,14 @@ def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
             return value
         assert time.monotonic() < deadline, f"waited {deadline_s:g} s for {what}"
         time.sleep(0.05)
+
+
+def replace_dead_nodes(ray_cluster: Any, cpus: int) -> None:
+    """A new node for each that has lost its raylet; the processes of the old ones are reaped."""
+    for node in list(ray_cluster.worker_nodes):
+        if node.dead_processes():
+            ray_cluster.remove_node(node, allow_graceful=False)
+            ray_cluster.add_node(num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES)
 
 
 def look(controller: Any, lease: bool = False) -> Status | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from conftest import CPUS, Cluster
 from herd import (
     await_gone,
     await_nothing_left,
@@ -15,6 +15,7 @@ from herd import (
     job,
     kill_worker,
     look,
+    replace_dead_nodes,
     spec_of,
     train,
     wait_for,
@@ -109,7 +110,7 @@ def test_killed_node_without_replicas_restarts_from_the_checkpoint(
     try:
         status, told = train(spec, chaos)
     finally:
-        cluster.mend()
+        replace_dead_nodes(cluster.ray, CPUS)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit) == ("node", killed[0])
@@ -139,7 +140,7 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     try:
         status, told = train(hurt, chaos)
     finally:
-        cluster.mend()
+        replace_dead_nodes(cluster.ray, CPUS)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit, incident.rung) == ("node", killed[0], "spare")
