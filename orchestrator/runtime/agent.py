@@ -234,11 +234,12 @@ class Agent:
             return
         if self._fold is not None and plan.generation < self._fold.generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, not before {plan.generation}")
-        await self._end_copies()
         self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
         self._watch = NodeWatch(plan.generation, plan.ranks, self._spec.patience, _now_us())
         self._facts.clear()
         self._kept.clear()
+        await self._end_copies()
+        self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
         here = dataclasses.replace(plan, ram_dir=self._ram_dir)
@@ -253,7 +254,7 @@ class Agent:
         self._watch = None
         await self._end_copies()
         await asyncio.to_thread(self._workers.halt, self._spec.recovery.halt_deadline_s)
-        self._drop_scratch()
+        await asyncio.to_thread(self._drop_scratch)
         self._fact(Halted(generation=generation, snapshots=self._inventory()))
 
     async def ask_stop(self, epoch: int, generation: int) -> None:
@@ -293,7 +294,7 @@ class Agent:
         try:
             await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
         finally:
-            self._drop_scratch()
+            await asyncio.to_thread(self._drop_scratch)
             # Hundreds of gigabytes take the kernel seconds to give back.
             await asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
             await self._peer.close()
