@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,13 @@ class Census:
     actors: list[str] = field(default_factory=list)
     placement_groups: list[str] = field(default_factory=list)
     descriptors: dict[str, int] = field(default_factory=dict)
-    """Open file descriptors of the driver, the GCS and the raylets; compared for those that live through the sweep."""
+    """Open file descriptors of the driver, the GCS and the raylets; compared for those that live through the sweep.
+
+    Of Ray's own processes without event queues: gRPC keeps one for each thread of a pool that grows with its busiest
+    moment, whatever a run leaves behind.
+    """
+    event_queues: dict[str, int] = field(default_factory=dict)
+    """Of Ray's own processes; shown, not compared."""
     sockets: dict[str, int] = field(default_factory=dict)
 
     def growth(self, before: Census) -> list[str]:
@@ -230,9 +237,18 @@ def take_census(rig: Rig) -> Census:
     own = psutil.Process()
     for process in (own, *(p for p in own.children() if p.name() in ("gcs_server", "raylet"))):
         name = "driver" if process is own else f"{process.name()} {process.pid}"
-        census.descriptors[name] = process.num_fds()
+        kinds = Counter(target.partition(":")[0] for target in _open_files(process.pid))
+        queues = kinds["anon_inode"] if process is not own else 0
+        census.descriptors[name], census.event_queues[name] = kinds.total() - queues, queues
         census.sockets[name] = len(process.net_connections("all"))
     return census
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """What each open descriptor of a process is, as the kernel names it."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was that of this very look
+            yield os.readlink(entry)
 
 
 def await_no_growth(rig: Rig, before: Census) -> tuple[Census, list[str]]:
