@@ -17,7 +17,7 @@ import random
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,15 @@ def open_session(config: contract.WorkerConfig, folder: str) -> Session:
 
 def measure(session: Session, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round's steps with the audit, without it and without it again; and of the audit alone."""
-    without, audit = session.audit, TimedAudit(StateAudit(session.state.tensors, session.config.audit, None))
+    on = session.config
+    off = replace(on, audit=OFF)
+    without, audit = session.audit, TimedAudit(StateAudit(session.state.tensors, on.audit, None))
     order, seconds = random.Random(1), {"with": [], "without": [], "double": [], "alone": []}
     for _ in range(WARM_UP_STEPS):
         train_step(session)
     for number in range(rounds):
         for kind in order.sample(("with", "without", "double"), 3):
+            session.config = on if kind == "with" else off
             session.audit = audit if kind == "with" else without  # type: ignore[assignment]
             session.audit.record()  # of the state that the steps without have left; not timed
             audit.seconds = 0.0
