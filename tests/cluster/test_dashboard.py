@@ -111,8 +111,10 @@ def test_the_variables_find_the_run(watched: Watched) -> None:
 def test_the_recorded_goodput_is_the_ledgers(watched: Watched) -> None:
     """What the newest scrape told is at most a few seconds behind the run's end."""
     assert watched.status.goodput is not None
-    for name in ("ratio", "ratio_rate5m", "ratio_rate1h", "ratio_rate24h"):
-        ((labels, value),) = watched.last(f"run:shepherd_goodput:{name}").items()
+    names = [f"goodput:ratio{window}" for window in ("", "_rate1h", "_rate24h")]
+    names += [f"goodput_without_spares:ratio_rate{window}" for window in ("5m", "1h", "24h")]  # this run has none
+    for name in names:
+        ((labels, value),) = watched.last(f"run:shepherd_{name}").items()
         assert dict(labels)["run"] == RUN
         assert value == pytest.approx(watched.status.goodput, abs=0.1), name
     shares = watched.last(f'max by (label) (shepherd_node_seconds_total{{run="{RUN}"}})')
