@@ -153,6 +153,7 @@ def test_train_without_what_it_needs_is_refused(job, lines, complaint, without_r
 def on_the_head(monkeypatch):
     """The command is connected, and runs where the controller and its metrics would be: on a node of that name."""
     monkeypatch.setattr(driver, "connect", lambda address: None)
+    monkeypatch.setattr(preflight, "_end_leftovers", lambda spec: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "here", "Resources": {HEAD_RESOURCE: 1.0}, "Alive": True}])
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
 
