@@ -75,6 +75,7 @@ def test_interrupt_checkpoints_and_resume_goes_on(cluster: Cluster, tmp_path: Pa
     assert list_commits(document["run"]["url"]) == [stopped_at, stopped_at + 5]
 
 
+@pytest.mark.long
 def test_a_resume_with_another_corpus_ends_before_it_trains(cluster: Cluster, tmp_path: Path) -> None:
     one_node = {"parallel": {"dp_replicate": 1}, "run": {"steps": 2, "validation_interval_steps": 2}}
     spec = spec_of(job("moved-text", tmp_path, **one_node))
@@ -188,6 +189,7 @@ if session.rank == 2 and session.state.step == 3 and not pathlib.Path({str(once)
     assert "OSError: a hiccup" in next(iter(status.tracebacks.values()))
 
 
+@pytest.mark.long
 def test_out_of_memory_ends_with_the_workers_own_words(cluster: Cluster, tmp_path: Path) -> None:
     document = job("too-big", tmp_path, model={"ffn_dim": 2**40})
     with command("train", str(spec_file(document, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
