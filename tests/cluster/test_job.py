@@ -173,6 +173,7 @@ if session.rank == 1 and session.state.step == 2:
     await_nothing_left(tmp_path / "ram")
 
 
+@pytest.mark.long  # the command for chaos does the same in each run of the tests
 def test_an_exception_that_does_not_come_back_is_survived(cluster: Cluster, tmp_path: Path) -> None:
     spec = spec_of(job("hiccup", tmp_path))
     once = tmp_path / "once"
