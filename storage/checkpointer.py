@@ -134,7 +134,7 @@ class Checkpointer:
                 self._staging.wait()
             except RuntimeError as error:
                 failure = error
-            writer = self._new_writer(copy.step)
+            writer = self._writer = self._make_writer(copy.step)
             try:
                 result: RankPart | Exception = save_part(writer, copy, self._rank, check=check, group=self._group)
             except Exception as error:
@@ -179,15 +179,13 @@ class Checkpointer:
                 raise StoreError("the save before still waits for the store")
             _check_unchanged(state, unchanged)
 
-        writer = self._new_writer(state.step)
-        if hangs:
-            self._writer = before
+        writer = self._make_writer(state.step)
+        if not hangs:
+            self._writer = writer
         return save_part(writer, state, self._rank, check=check, group=self._group)
 
-    def _new_writer(self, step: int) -> Writer:
-        step_of = {"step": step, "epoch": self._epoch, "generation": self._generation, "rank": self._rank}
-        self._writer = Writer(self._url, **step_of)
-        return self._writer
+    def _make_writer(self, step: int) -> Writer:
+        return Writer(self._url, step=step, epoch=self._epoch, generation=self._generation, rank=self._rank)
 
     def restore(self, state: TrainState, restore: Source) -> None:
         """Fill `state` in place and set its step. Collective when the source is ``durable``.

@@ -34,7 +34,7 @@ PACE_FACTOR = 5
 """Patience over the slowest of the recent steps: a stall within it may be a garbage collection, a cold file, a burst of
 other load."""
 PACE_STEPS = 32
-"""Recent steps (and, per phase, passes) whose pace counts: they forget a slow start, and span a few checkpoints."""
+"""Recent steps (and validation passes) whose pace counts: they forget a slow start, and span a few checkpoints."""
 WAIT_SHARE = 0.75
 """Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
 NAMED_MAX = 16
