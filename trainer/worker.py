@@ -71,9 +71,9 @@ COLLECTIVE_MESSAGES = (
     "Socket Timeout",
     "ProcessGroup",
 )
-# A rank that another's state has stopped lets that one speak first: the first report ends the generation, and the other
-# one names the node. It takes milliseconds; this rank is killed in its wait.
-SPEAK_LAST_S = 1.0
+# A rank that another's state has stopped leaves after that one has spoken, which takes milliseconds: its exit would end
+# the generation before the other one has named its node. This rank is killed in its wait.
+LEAVE_LAST_S = 1.0
 
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
@@ -328,23 +328,29 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
-    detail = "".join(traceback.format_exception(error))
+    kind = failure_kind(error)
+    # What the audit found is no line's fault, and the first rank to say so has all others ended: there is no time to
+    # read source files for a traceback. Of other failures the log is whole before the agent hears of them.
+    in_haste = kind in ("corrupt", "diverged", "unclean")
+    lines = traceback.format_exception_only(error) if in_haste else traceback.format_exception(error)
+    detail = "".join(lines)
+    word = Failed(
+        generation=assign.generation,
+        rank=assign.rank,
+        step=step,
+        kind=kind,
+        error=" ".join(f"{type(error).__name__}: {error}".split()),
+        traceback=detail,
+    )
+    if in_haste:
+        agent.emit(word)
     sys.stderr.write(detail)
     sys.stdout.flush()
     sys.stderr.flush()
-    kind = failure_kind(error)
+    if not in_haste:
+        agent.emit(word)
     if kind == "unclean":
-        time.sleep(SPEAK_LAST_S)
-    agent.emit(
-        Failed(
-            generation=assign.generation,
-            rank=assign.rank,
-            step=step,
-            kind=kind,
-            error=" ".join(f"{type(error).__name__}: {error}".split()),
-            traceback=detail,
-        )
-    )
+        time.sleep(LEAVE_LAST_S)
     os._exit(EXIT_FAILED)
 
 

@@ -59,6 +59,8 @@ DISOWNED_GRACE_S = 300.0
 """How long a controller may say that it does not know this agent: far longer than it takes to adopt its agents."""
 OUTBOX_REPORTS = 20_000
 """Beyond this the oldest are dropped; a thousand a minute fill it in 20 minutes without a controller."""
+LAST_WORDS_S = 2.0
+"""For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 LAST_ANSWER_S = 0.2
 """Between the answer to the order to kill this node and the deed; an answer within a cluster takes milliseconds."""
 PREPARE_DEADLINE_S = 1800.0
@@ -116,6 +118,8 @@ class Agent:
         self._outbox: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
         self._sent = 0
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
+        self._held: dict[int, contract.Failed] = {}
+        """Last words of ranks that another's state has stopped, by rank: that one's word goes first."""
         self._facts: list[Report] = []
         self._copies: dict[tuple[int, int], asyncio.Task[None]] = {}
         """Snapshots that are being fetched from peers, by generation and slot."""
@@ -238,6 +242,7 @@ class Agent:
         self._watch = NodeWatch(plan.generation, plan.ranks, self._spec.patience, _now_us())
         self._facts.clear()
         self._kept.clear()
+        self._held.clear()
         await self._end_copies()
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
@@ -245,15 +250,26 @@ class Agent:
         here = dataclasses.replace(plan, ram_dir=self._ram_dir)
         await asyncio.to_thread(self._workers.assign, here)
 
-    async def halt(self, epoch: int, generation: int) -> None:
-        """End this generation's workers and report what shared memory holds."""
+    async def halt(self, epoch: int, generation: int, hear_out: bool) -> None:
+        """End this generation's workers and report what shared memory holds.
+
+        With `hear_out` they may speak first: state was found corrupt, and each rank says whether it was its own.
+        """
         self._accept(epoch)
         if self._fold is not None and self._fold.generation > generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
         self._watch = None
         await self._end_copies()
-        await asyncio.to_thread(self._workers.halt, self._spec.recovery.halt_deadline_s)
+        deadline_s = self._spec.recovery.halt_deadline_s
+        words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
+        if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
+            logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
+        await asyncio.to_thread(self._workers.halt, deadline_s - words_s)
+        # The controller may not know yet that state was found corrupt: one word says it as well as all.
+        for word in () if hear_out else list(self._held.values())[:1]:
+            self._fact(word)
+        self._held.clear()
         await asyncio.to_thread(self._drop_scratch)
         self._fact(Halted(generation=generation, snapshots=self._inventory()))
 
@@ -328,6 +344,8 @@ class Agent:
             if isinstance(report, NodeStep):
                 self._kept.append(report)
                 self._push(report)
+            elif isinstance(report, contract.Failed) and report.kind == "unclean":
+                self._held[report.rank] = report  # until its process ends, a second later
             else:
                 self._fact(report)
 
@@ -337,6 +355,8 @@ class Agent:
         in_good_order = exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished
         if self._watch is not None:
             self._watch.exited(exit_.rank, in_good_order)
+        if exit_.rank in self._held:
+            self._fact(self._held.pop(exit_.rank))
         if exit_.error:
             self._fact(StartFailed(generation=exit_.generation, error=exit_.error))
         elif not in_good_order:

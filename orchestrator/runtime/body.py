@@ -196,8 +196,9 @@ class Body:
                 self._opening = self._spawn(self._open(action))
             case HaltGeneration():
                 self._stop_opening()
+                hear_out = self.fold is not None and self.fold.unclean
                 for node in action.nodes:
-                    self._spawn(self._order(node, "halt", self._epoch, action.generation))
+                    self._spawn(self._order(node, "halt", self._epoch, action.generation, hear_out))
             case AskStop():
                 for node in self.fold.nodes if self.fold else ():
                     self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))

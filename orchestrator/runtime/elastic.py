@@ -89,6 +89,9 @@ class NodeWorkers:
             role=ROLE, local_world_size=slots, entrypoint=preload, rdzv_handler=handler, max_restarts=0, local_addr=host
         )
         self._agent = _ElasticAgent(spec, node=node, rendezvous=handler, workers=self._workers, on_exit=self._exited)
+        self._said = threading.Condition()
+        self._spoken: set[tuple[int, int]] = set()
+        """Generation and rank of those whose last words (Failed) have come, or whose process has ended."""
         self._thread = threading.Thread(target=self._agent.run_generations, name="elastic-agent", daemon=True)
 
     def start(self, deadline_s: float) -> None:
@@ -154,6 +157,15 @@ class NodeWorkers:
         """
         self._agent.request_stop()
 
+    def hear_out(self, deadline_s: float) -> bool:
+        """Wait until every live worker has said its last words (Failed); whether all had within `deadline_s`.
+
+        For workers that are known to have failed all at once, such as by the audit, before `halt` ends them.
+        """
+        live = {(worker.generation, worker.rank) for worker in self._workers.live()}
+        with self._said:
+            return self._said.wait_for(lambda: live <= self._spoken, deadline_s)
+
     def halt(self, deadline_s: float) -> None:
         """End the current generation: kill its workers. Of its messages and exits only last words (Failed) that were
         already said are reported from now on, before this returns.
@@ -190,8 +202,17 @@ class NodeWorkers:
             logger.error("g%d r%d sent a message of another: %r", worker.generation, worker.rank, message)
             return
         self._on_message(message)
+        if isinstance(message, contract.Failed):
+            self._has_spoken(worker)
+
+    def _has_spoken(self, worker: Worker) -> None:
+        with self._said:
+            self._spoken = {told for told in self._spoken if told[0] == worker.generation}
+            self._spoken.add((worker.generation, worker.rank))
+            self._said.notify_all()
 
     def _worker_exited(self, worker: Worker, status: ExitStatus) -> None:
+        self._has_spoken(worker)
         self._exited(
             WorkerExit(
                 generation=worker.generation,

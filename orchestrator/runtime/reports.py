@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from orchestrator.core import events as ev
 from orchestrator.core.events import Snapshot
+from orchestrator.core.recovery import UNCLEAN
 from orchestrator.runtime import hangs
 from trainer import contract
 
@@ -211,6 +212,8 @@ class MeshFold:
     versions: dict[str, str] = field(default_factory=dict)
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
     watch: hangs.MeshWatch = field(init=False)
+    unclean: bool = False
+    """Whether a rank has said that state was found corrupt, its own or another's: all ranks learn it in one step."""
     _newest: dict[str, int] = field(default_factory=dict)
     _steps: dict[int, dict[str, NodeStep]] = field(default_factory=dict)
     _write_us: dict[int, int] = field(default_factory=dict)
@@ -254,6 +257,7 @@ class MeshFold:
             case contract.Injected():
                 return [ev.FaultInjected(at=at, number=report.number, detail=report.detail)]
             case contract.Failed():
+                self.unclean |= report.kind in UNCLEAN
                 return [
                     ev.WorkerFailed(
                         at=at,

@@ -27,7 +27,7 @@ def main(sock: socket.socket) -> int:
 
     print(f"rank {assign.rank} of {assign.world_size} runs {assign.config.url}")
     match assign.config.url.split():
-        case ["wait"]:
+        case ["wait"] | ["fail-when-told"]:
             pass
         case ["exit", code]:
             return int(code)
@@ -67,6 +67,12 @@ def main(sock: socket.socket) -> int:
     say("rendezvous")
     for message in incoming:
         if isinstance(message, contract.Stop):
+            if assign.config.url == "fail-when-told":
+                word = contract.Failed(
+                    generation=assign.generation, rank=assign.rank, step=7, kind="corrupt", error="", traceback=""
+                )
+                contract.send(sock, word)
+                continue
             contract.send(
                 sock,
                 contract.Finished(generation=assign.generation, rank=assign.rank, step=0, reason="stopped"),

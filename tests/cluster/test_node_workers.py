@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,28 @@ def test_halt_kills_silently_and_the_next_generation_starts(node: Node) -> None:
     assert set(second) == {0, 1} and not set(second.values()) & set(first.values())
     assert node.exits.empty()
     assert log_lines(node, r"^\[g2 r1\] rank 1 of 2 runs wait", 1)
+
+
+def test_last_words_are_waited_for_but_not_those_of_the_dead_or_the_mute(node: Node) -> None:
+    node.begin(1, "fail-when-told")
+    node.pids()
+    assert not node.workers.hear_out(0.1)
+    with ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(node.workers.hear_out, WAIT_S)
+        node.workers.stop_gracefully()
+        assert heard.result(WAIT_S)
+    assert {m.rank for m in (node.messages.get_nowait(), node.messages.get_nowait())} == {0, 1}
+    assert node.workers.hear_out(0)  # as often as it is asked
+
+    node.begin(2, "wait")
+    pids = node.pids()
+    assert not node.workers.hear_out(0)  # what was said in another generation does not count
+    os.kill(pids[0], signal.SIGKILL)
+    node.next_exit()
+    os.kill(pids[1], signal.SIGSTOP)
+    assert not node.workers.hear_out(0.1)
+    os.kill(pids[1], signal.SIGKILL)
+    assert node.workers.hear_out(WAIT_S)
 
 
 def test_a_newer_assignment_ends_the_generation_before_it(node: Node) -> None:

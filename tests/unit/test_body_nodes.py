@@ -10,12 +10,13 @@ import pytest
 import ray
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import AskStop
+from orchestrator.core.actions import AskStop, HaltGeneration
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle, RayNode
 from orchestrator.runtime.reports import MeshFold
 from orchestrator.spec import parse
+from trainer import contract
 
 DEADLINE_S = 30.0
 
@@ -109,3 +110,27 @@ def test_a_broken_connection_is_no_death(tmp_path, monkeypatch, error, times, as
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
     assert order.asked == asked
     assert [type(event) for event in events] == [ev.NodeLost] * lost
+
+
+@pytest.mark.parametrize(
+    ("kind", "heard"), [("corrupt", True), ("diverged", True), ("unclean", True), ("memory", False)]
+)
+def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch, kind, heard):
+    orders: list[tuple[Any, ...]] = []
+
+    async def call(ref: Any, deadline_s: float) -> None:
+        orders.append(ref)
+
+    monkeypatch.setattr(bodies, "call", call)
+
+    async def work() -> None:
+        body = body_of(tmp_path, [])
+        actor = SimpleNamespace(halt=SimpleNamespace(remote=lambda *args: args))
+        body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=actor, group=None)
+        body.fold = MeshFold(generation=2, nodes=("a",), ranks=1, done=0)
+        body.fold.feed(0, "a", contract.Failed(generation=2, rank=0, step=3, kind=kind, error="", traceback=""))
+        body.perform(HaltGeneration(generation=2, nodes=("a",), reason=""))
+        await asyncio.gather(*body._tasks)
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert orders == [(1, 2, heard)]

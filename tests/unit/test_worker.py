@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +258,42 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
 )
 def test_failures_are_told_apart(error: Exception, kind: str) -> None:
     assert worker.failure_kind(error) == kind
+
+
+@pytest.mark.parametrize(
+    ("error", "first"),
+    [(StateCorruptError("rank 1"), "word"), (PeerStateError("stopped"), "word"), (LookupError("no"), "traceback")],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_what_the_audit_found_is_told_before_it_is_printed(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, first: str
+) -> None:
+    """A halt is on its way to a rank whose state is corrupt as soon as another one is."""
+    order: list[str] = []
+
+    class Ended(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        assert code == contract.EXIT_FAILED
+        raise Ended
+
+    class Stderr:
+        def write(self, text: str) -> None:
+            assert str(error) in text
+            order.append("traceback")
+
+        def flush(self) -> None:
+            pass
+
+    agent = SimpleNamespace(emit=lambda message: order.append("word"))
+    assign = SimpleNamespace(generation=1, rank=1)
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    monkeypatch.setattr(worker, "LEAVE_LAST_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    with pytest.raises(Ended):
+        worker._die(agent, assign, 5, error)  # type: ignore[arg-type]
+    assert sorted(order) == ["traceback", "word"] and order[0] == first
 
 
 def test_the_loopback_interface_is_found_by_its_address() -> None:

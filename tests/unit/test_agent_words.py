@@ -1,0 +1,111 @@
+"""Last words: a rank that found its own state corrupt is heard before it is ended, and before those it has stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.runtime.agent import Agent
+from orchestrator.runtime.assignment import WorkerExit
+from orchestrator.runtime.reports import Exited, Halted, NodeFold, Report
+from storage.urls import scratch_folder
+from trainer import contract
+
+DEADLINE_S = 30.0
+GENERATION = 3
+
+
+def word(rank: int, kind: str) -> contract.Failed:
+    return contract.Failed(generation=GENERATION, rank=rank, step=5, kind=kind, error="e", traceback="")
+
+
+def exit_of(rank: int) -> WorkerExit:
+    return WorkerExit(generation=GENERATION, rank=rank, pid=1, exit_code=contract.EXIT_FAILED, signal=None)
+
+
+class Ranks:
+    """Workers of the node that say what they are told to while they are heard out, and are ended by a halt."""
+
+    def __init__(self) -> None:
+        self.say: Callable[[], None] = lambda: None
+        self.log: list[str] = []
+
+    def hear_out(self, deadline_s: float) -> bool:
+        assert 0 < deadline_s < 10 and threading.current_thread() is not threading.main_thread()
+        self.log.append("heard")
+        self.say()
+        return True
+
+    def halt(self, deadline_s: float) -> None:
+        assert 0 < deadline_s <= 10
+        self.log.append("ended")
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    return Ranks()
+
+
+def agent(ranks: Ranks, tmp_path: Any) -> Agent:
+    """As far as words need one; it takes a Ray worker to make a whole one."""
+    made = Agent.__new__(Agent)
+    spec = SimpleNamespace(
+        recovery=SimpleNamespace(halt_deadline_s=10.0), run=SimpleNamespace(url=f"file://{tmp_path}/run")
+    )
+    made.__dict__.update(
+        _epoch=1, _ended_generation=0, _copies={}, _node="a", _ray_node="x", _run="r", _ram_dir=str(tmp_path / "ram"),
+        _watch=None, _workers=ranks, _spec=spec, _fold=NodeFold(generation=GENERATION, ranks=(0, 1)), _facts=[],
+        _kept=deque(), _held={}, _outbox=deque(), _sent=0, _wake=asyncio.Event(), _loop=asyncio.get_running_loop(),
+    )  # fmt: skip
+    assert scratch_folder(spec.run.url, 0)
+    return made
+
+
+def told(by: Agent) -> list[Report]:
+    return [report for _, report in by._outbox]
+
+
+def test_a_rank_that_another_has_stopped_is_told_of_when_it_has_ended(ranks: Ranks, tmp_path: Any) -> None:
+    async def work() -> None:
+        a = agent(ranks, tmp_path)
+        a._on_message(word(0, "unclean"))
+        assert told(a) == []
+        a._on_message(word(1, "corrupt"))
+        assert told(a) == [word(1, "corrupt")]
+        a._on_exit(exit_of(0))
+        exited = Exited(generation=GENERATION, rank=0, exit_code=contract.EXIT_FAILED, signal=None)
+        assert told(a)[1:] == [word(0, "unclean"), exited]
+
+    asyncio.run(work())
+
+
+def test_a_halt_for_corrupt_state_hears_its_ranks_first(ranks: Ranks, tmp_path: Any) -> None:
+    async def work() -> None:
+        a = agent(ranks, tmp_path)
+        a._on_message(word(0, "unclean"))
+        ranks.say = lambda: a._call(a._on_message, word(1, "corrupt"))  # as the workers' thread does
+        await asyncio.wait_for(a.halt(1, GENERATION, hear_out=True), DEADLINE_S)
+        assert ranks.log == ["heard", "ended"]
+        assert told(a) == [word(1, "corrupt"), Halted(generation=GENERATION, snapshots={})]
+
+    asyncio.run(work())
+
+
+def test_a_halt_for_another_cause_waits_for_nobody_and_tells_that_state_was_corrupt(
+    ranks: Ranks, tmp_path: Any
+) -> None:
+    async def work() -> None:
+        a = agent(ranks, tmp_path)
+        a._on_message(word(0, "unclean"))
+        a._on_message(word(1, "unclean"))
+        await asyncio.wait_for(a.halt(1, GENERATION, hear_out=False), DEADLINE_S)
+        assert ranks.log == ["ended"]
+        assert told(a) == [word(0, "unclean"), Halted(generation=GENERATION, snapshots={})]
+
+    asyncio.run(work())
