@@ -17,6 +17,8 @@ from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["trainer.worker"])
+# For the slowest of a group to be done with what the others have done.
+PEERS_S = 60.0
 
 
 def run_ranks(
@@ -32,7 +34,7 @@ def run_ranks(
     os.environ["OMP_NUM_THREADS"] = "1"
     processes, pipes = [], []
     for rank in range(world_size):
-        ours, theirs = CONTEXT.Pipe(duplex=False)
+        ours, theirs = CONTEXT.Pipe()
         process = CONTEXT.Process(
             target=_rank, args=(theirs, str(folder / "store"), rank, world_size, function, arguments), daemon=True
         )
@@ -76,5 +78,8 @@ def _rank(
     except Exception as error:
         result = error
     pipe.send(result)
+    # To leave is to reset connections that peers may still be making; after an error that is what ends their wait.
+    if not isinstance(result, Exception):
+        pipe.poll(PEERS_S)
     # The file store's destructor and a group that an error has broken can both block the interpreter's shutdown.
     os._exit(0)
