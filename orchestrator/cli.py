@@ -222,6 +222,64 @@ def report(
 
 
 @app.command()
+def simulate(
+    file: SpecFile,
+    set_: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Scale parallel.dp_replicate to a mesh of this many GPUs.")] = None,
+    days: Annotated[float, typer.Option(help="Days of virtual time.", min=0.01, max=3650)] = 30,
+    seed: Annotated[int, typer.Option(help="One seed, one history.", min=0)] = 0,
+    costs: Annotated[str, typer.Option("--profile", help="What things cost: a name or a TOML file.")] = "shepherd",
+    failures: Annotated[str, typer.Option(help="What fails how often: a name or a TOML file.")] = "llama3",
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the outcome as JSON to this file.")] = None,
+) -> None:
+    """Run the job SPEC in virtual time, under published failure rates, with the supervisor that real runs have."""
+    from orchestrator.observe import live
+    from orchestrator.simulate import outcome, profile, scenario
+
+    with _refusals(profile.ProfileError):
+        spec = _load(file, set_)
+        if gpus is not None:
+            spec = _load(file, [*(set_ or []), scenario.scaled(spec, gpus)])
+        made = scenario.of_spec(spec, profile.load_profile(costs), profile.load_failures(failures), days, seed)
+    done = outcome.simulate(made)
+    outcome.show(done, live.new_console())
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(json.dumps(done.document(), indent=1) + "\n")
+
+
+@app.command()
+def plan(
+    file: SpecFile,
+    set_: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Scale parallel.dp_replicate to a mesh of this many GPUs.")] = None,
+    target: Annotated[float, typer.Option(help="The goodput that is wanted.", min=0.01, max=0.9999)] = 0.95,
+    mtbf: Annotated[
+        float | None, typer.Option(help="Hours between failures of the mesh; scales all causes alike.", min=0.001)
+    ] = None,
+    costs: Annotated[str, typer.Option("--profile", help="What things cost: a name or a TOML file.")] = "shepherd",
+    failures: Annotated[str, typer.Option(help="What fails how often: a name or a TOML file.")] = "llama3",
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the plan as JSON to this file.")] = None,
+) -> None:
+    """Say what goodput the job SPEC can expect, which spares and intervals it wants, and what would help most."""
+    from orchestrator.observe import live
+    from orchestrator.simulate import plan as plans
+    from orchestrator.simulate import profile, scenario
+
+    with _refusals(profile.ProfileError):
+        spec = _load(file, set_)
+        if gpus is not None:
+            spec = _load(file, [*(set_ or []), scenario.scaled(spec, gpus)])
+        made = scenario.of_spec(spec, profile.load_profile(costs), profile.load_failures(failures), days=1, seed=0)
+    made = made if mtbf is None else plans.with_mtbf(made, mtbf)
+    found = plans.make_plan(made, target)
+    plans.show(found, live.new_console())
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(json.dumps(found.document(), indent=1) + "\n")
+
+
+@app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="Training steps of each of the two runs.", min=20)] = 60,
     out: Annotated[Path, typer.Option(help="Folder of the runs; made anew.")] = Path("out/demo"),

@@ -1,0 +1,443 @@
+"""The simulated body: the same supervisor as on a cluster, its events and orders in virtual time.
+
+`Simulation` keeps the truth about machines, their memory, the store and the mesh's steps. It tells the supervisor
+what a real body would tell, when it would know, and carries its orders out at the profile's cost. Time is whole
+microseconds; one seed gives one history.
+
+What is left out, so that a month takes seconds: agents' reports between two checkpoints come as one, and messages
+arrive at once and in order (hostile delivery is what the histories of tests/unit/core_body.py are for).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orchestrator.core import actions as ac
+from orchestrator.core import events as ev
+from orchestrator.core.events import Layout, Limits, Snapshot
+from orchestrator.core.state import State
+from orchestrator.core.supervisor import Supervisor
+from orchestrator.simulate.chance import Chance
+from orchestrator.simulate.profile import Cause, Failures, Profile
+
+DAY_US = 86_400_000_000
+ENDLESS_STEPS = 10**12
+"""A simulated run ends by the calendar."""
+SAMPLES = 120
+"""Points of the outcome's curve."""
+
+Recorder = Callable[[ev.Event, list[ac.Action]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    layout: Layout
+    limits: Limits
+    step_us: int
+    """One training step, stalls apart."""
+    checkpoint_interval_steps: int
+    snapshot_interval_steps: int
+    profile: Profile
+    failures: Failures
+    days: float
+    seed: int
+
+
+@dataclass
+class Machine:
+    """A place for a node; nodes come and go."""
+
+    node: Node | None = None
+    repair_us: int = 0
+    """What its last fault takes to mend."""
+
+
+@dataclass(eq=False)
+class Node:
+    name: str
+    machine: Machine
+    alive: bool = True
+    held: dict[int, tuple[Snapshot, ...]] = field(default_factory=dict)
+    """Slot to the snapshots in its memory, the newest last."""
+    leaving: bool = False
+    """It is quarantined, and its machine will be mended."""
+
+
+@dataclass
+class Running:
+    """The newest generation that was opened."""
+
+    order: ac.OpenGeneration
+    places: dict[str, int]
+    """Node to its place in the mesh's order."""
+    phase: str = "starting"
+    """Then "training"; "stuck" when a failure has stopped it and nobody has ended it yet; "halted"."""
+    step: int = 0
+    """Steps completed and told."""
+    since: int = 0
+    """When `step` was complete."""
+    saving_until: int = 0
+    """When the store will have all parts of the save under way."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    at: int
+    productive_us: int
+    owed_us: int
+
+
+class Simulation:
+    """One run of a scenario."""
+
+    def __init__(self, scenario: Scenario, record: Recorder | None = None) -> None:
+        self.scenario = scenario
+        self.supervisor = Supervisor()
+        self.now = 0
+        self.events = 0
+        """Told to the supervisor so far."""
+        self.strikes: dict[str, int] = {cause.name: 0 for cause in scenario.failures.causes}
+        """Cause to the number of failures that hit something."""
+        self.samples: list[Sample] = []
+        self.ended_by_calendar = False
+        self._record = record
+        self._end = round(scenario.days * DAY_US)
+        self._chance = Chance(scenario.seed)
+        self._agenda: list[tuple[int, int, Callable[[], None]]] = []
+        self._entries = 0
+        places = scenario.layout.nodes + scenario.layout.spares
+        self._machines = [Machine() for _ in range(places)]
+        self._nodes: dict[str, Node] = {}
+        self._running: Running | None = None
+        costs = scenario.profile.costs
+        snapshots = costs.snapshot_stall.us // scenario.snapshot_interval_steps if scenario.profile.memory else 0
+        self._snapshot_stall_us = snapshots
+        self._step_us = scenario.step_us + snapshots
+        self._causes = scenario.failures.causes
+        self._weights = [round(cause.count * 1_000_000) for cause in self._causes]
+
+    @property
+    def state(self) -> State:
+        return self.supervisor.state
+
+    def run(self) -> State:
+        """Live through the scenario's days, or until the run ends by itself; the supervisor's last state."""
+        s = self.scenario
+        self._tell(
+            ev.RunDeclared(
+                at=0,
+                run="simulated",
+                layout=s.layout,
+                limits=s.limits,
+                total_steps=ENDLESS_STEPS,
+                capabilities=("ram", "peer") if s.profile.memory else (),
+            )
+        )
+        self._tell(ev.EpochBegan(at=0, epoch=1, version="simulated"))
+        self._tell(ev.CheckpointsFound(at=0, steps=()))
+        for machine in self._machines:
+            self._later(s.profile.costs.provision.us, lambda machine=machine: self._join(machine))  # type: ignore[misc]
+        self._await_failure()
+        for index in range(1, SAMPLES + 1):
+            self._at(self._end * index // SAMPLES, self._sample)
+        while self._agenda and self._agenda[0][0] <= self._end and self.state.job != "ended":
+            self.now, _, do = heapq.heappop(self._agenda)
+            do()
+        if self.state.job != "ended":
+            self.now, self.ended_by_calendar = self._end, True
+            self._tell_steps()
+            self._tell(ev.StopRequested(at=self.now, by="the calendar", graceful=False))
+        return self.state
+
+    # --- time and messages --------------------------------------------------------------------------------------------
+
+    def _at(self, at: int, do: Callable[[], None]) -> None:
+        self._entries += 1
+        heapq.heappush(self._agenda, (at, self._entries, do))
+
+    def _later(self, us: int, do: Callable[[], None]) -> None:
+        self._at(self.now + us, do)
+
+    def _tell(self, event: ev.Event) -> None:
+        actions = self.supervisor.handle(event)
+        self.events += 1
+        if self._record is not None:
+            self._record(event, actions)
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: ac.Action) -> None:
+        costs = self.scenario.profile.costs
+        match action:
+            case ac.OpenGeneration():
+                self._open(action)
+            case ac.HaltGeneration():
+                self._later(costs.halt.us, lambda: self._halt(action))
+            case ac.CommitCheckpoint():
+                self._later(costs.commit.us, lambda: self._commit(action))
+            case ac.SetTimer():
+                self._at(action.at, lambda: self._tell(ev.TimerFired(at=self.now, timer=action.timer)))
+            case ac.ReleaseNode():
+                node = self._nodes.pop(action.node, None)
+                if node is not None and node.machine.node is node:
+                    self._free(node.machine)
+            case ac.DeleteCheckpoint() | ac.EndRun():
+                pass
+            case _:
+                raise AssertionError(f"a simulated body was never asked for {action}")
+
+    def _sample(self) -> None:
+        ledger = self.state.ledger
+        self.samples.append(Sample(at=self.now, productive_us=ledger.totals["productive"], owed_us=ledger.owed))
+
+    # --- machines and nodes -------------------------------------------------------------------------------------------
+
+    def _join(self, machine: Machine) -> None:
+        name = f"n{len(self.state.nodes) + 1}"
+        machine.node = self._nodes[name] = Node(name=name, machine=machine)
+        self._tell(ev.NodeJoined(at=self.now, node=name, domain="", snapshots={}))
+
+    def _free(self, machine: Machine) -> None:
+        """The machine is mended, and made a node again."""
+        machine.node = None
+        self._later(machine.repair_us + self.scenario.profile.costs.provision.us, lambda: self._join(machine))
+
+    def _replace_quarantined(self) -> None:
+        """Operators see who is quarantined, and mend the machine."""
+        if not self.state.counts["quarantined"]:
+            return
+        for node in list(self._nodes.values()):
+            if self.state.nodes[node.name].state == "quarantined" and not node.leaving:
+                node.leaving = True
+                lost = ev.NodeLost(at=self.now, node=node.name, cause="taken out for repair")
+                self._tell(lost)
+
+    # --- failures -----------------------------------------------------------------------------------------------------
+
+    def _await_failure(self) -> None:
+        """Failures strike machines at a constant rate each; one that finds nothing to hit does nothing."""
+        total = sum(self._weights)
+        if total == 0:
+            return
+        node_days_us = round(self.scenario.failures.exposure.node_days * 1_000_000) * DAY_US
+        self._later(self._chance.exponential(node_days_us // (total * len(self._machines))), self._fail)
+
+    def _fail(self) -> None:
+        cause = self._causes[self._chance.pick(self._weights)]
+        node = self._machines[self._chance.below(len(self._machines))].node
+        self._await_failure()
+        if node is None or not node.alive:
+            return
+        detect_us = getattr(self.scenario.profile.detection, cause.sign).us
+        if cause.effect == "node":
+            node.alive = False
+            if self._fills_a_slot(node):
+                self._stick()
+            self._note(cause, node)
+            lost = ev.NodeLost(at=self.now + detect_us, node=node.name, cause=cause.name)
+            return self._at(lost.at, lambda: self._tell(lost))
+        if not self._fills_a_slot(node):
+            return
+        assert self._running is not None
+        generation, slot = self._running.order.generation, self._slot(node)
+        if cause.effect == "corrupt":
+            if self._running.phase != "training":
+                return
+            self._note(cause, node)
+            step = self._steps_done()
+            return self._later(detect_us, lambda: self._await_audit(node, generation, slot, step, cause))
+        self._note(cause, node)
+        self._stick()
+        step = self._running.step
+        self._later(detect_us, lambda: self._tell(self._words(cause, node, generation, slot, step)))
+
+    def _note(self, cause: Cause, node: Node) -> None:
+        self.strikes[cause.name] += 1
+        node.machine.repair_us = round(cause.repair_s * 1_000_000)
+
+    def _words(self, cause: Cause, node: Node, generation: int, slot: int, step: int) -> ev.Event:
+        if cause.effect == "hang":
+            return ev.WorkerHung(
+                at=self.now, node=node.name, generation=generation, slot=slot, step=step, detail=cause.name
+            )
+        which = f"{cause.name}, number {self.strikes[cause.name]}"  # no two are the same: else it were the program's
+        return ev.WorkerFailed(
+            at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="exception", error=which
+        )
+
+    def _await_audit(self, node: Node, generation: int, slot: int, step: int, cause: Cause) -> None:
+        """The audit comes before the optimizer, so at the end of the step under way, and that step is not taken."""
+        running = self._running
+        if running is None or running.order.generation != generation or running.phase != "training":
+            return
+        end = running.since + (self._steps_done() + 1 - running.step) * self._step_us - 1
+        self._at(max(self.now, end), lambda: self._audit(node, generation, slot, step, cause))
+
+    def _audit(self, node: Node, generation: int, slot: int, step: int, cause: Cause) -> None:
+        """State has been wrong since `step`, and is found to be, if its generation has lived to see it."""
+        running = self._running
+        if running is None or running.order.generation != generation or running.phase != "training":
+            return
+        self._stick()
+        found = ev.WorkerFailed(
+            at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="corrupt", error=cause.name
+        )
+        self._tell(found)
+
+    def _fills_a_slot(self, node: Node) -> bool:
+        running = self._running
+        return running is not None and running.phase != "halted" and self.state.nodes[node.name].state == "active"
+
+    def _slot(self, node: Node) -> int:
+        assert self._running is not None
+        return self._running.places[node.name] * self.scenario.layout.slots_per_node
+
+    # --- the mesh -----------------------------------------------------------------------------------------------------
+
+    def _open(self, order: ac.OpenGeneration) -> None:
+        costs = self.scenario.profile.costs
+        places = {name: place for place, name in enumerate(order.nodes)}
+        self._running = Running(order=order, places=places, step=order.step)
+        wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        for transfer in order.transfers:
+            source, target = self._nodes[transfer.from_node], self._nodes[transfer.to_node]
+            if not source.alive or not target.alive:
+                return  # it will not come up: the loss will be told
+            assert wanted in source.held[transfer.from_slot], (wanted, transfer)
+            target.held[transfer.slot] = (*target.held.get(transfer.slot, ()), wanted)
+        restore_us = costs.restore_durable.us if order.source == "durable" else 0
+        if order.source == "ram":
+            restore_us = costs.restore_ram.us + (costs.restore_peer.us if order.transfers else 0)
+        self._later(costs.restart.us + restore_us, lambda: self._ready(order, restore_us))
+
+    def _ready(self, order: ac.OpenGeneration, restore_us: int) -> None:
+        running = self._running
+        assert running is not None
+        if running.order is not order or running.phase != "starting":
+            return
+        if not all(self._nodes[name].alive for name in order.nodes):
+            return
+        running.phase, running.since = "training", self.now
+        self._tell(
+            ev.GenerationReady(
+                at=self.now,
+                generation=order.generation,
+                step=order.step,
+                rendezvous_us=self.scenario.profile.costs.restart.us,
+                build_us=0,
+                restore_us=restore_us,
+            )
+        )
+        self._replace_quarantined()
+        self._later(self._step_us, lambda: self._first_step(running))
+        self._go_on()
+
+    def _first_step(self, running: Running) -> None:
+        """Told by itself: it is what ends an incident."""
+        if self._running is running:
+            self._tell_steps()
+
+    def _boundary(self) -> int:
+        """The step after which the next durable save begins."""
+        assert self._running is not None
+        interval = self.scenario.checkpoint_interval_steps
+        return (self._running.step // interval + 1) * interval
+
+    def _go_on(self) -> None:
+        """Train on to the next durable save; a save that is still under way is waited for."""
+        running = self._running
+        assert running is not None
+        stall = self.scenario.profile.costs.save_stall.us
+        done = running.since + (self._boundary() - running.step) * self._step_us + stall
+        self._at(max(done, running.saving_until), lambda: self._save(running))
+
+    def _save(self, running: Running) -> None:
+        if self._running is not running or running.phase != "training":
+            return
+        step, generation = self._boundary(), running.order.generation
+        self._tell_steps(step)
+        write_us = self.scenario.profile.costs.save_write.us
+        running.saving_until = self.now + write_us
+        self._later(write_us, lambda: self._written(running, step, write_us))
+        assert self.state.generation == generation
+        self._go_on()
+
+    def _written(self, running: Running, step: int, write_us: int) -> None:
+        """Every rank's part is on the store, unless the ranks were ended before."""
+        if self._running is running and running.phase == "training":
+            generation = running.order.generation
+            self._tell(ev.CheckpointWritten(at=self.now, generation=generation, step=step, bytes=0, write_us=write_us))
+
+    def _commit(self, order: ac.CommitCheckpoint) -> None:
+        self._tell(ev.CheckpointCommitted(at=self.now, step=order.step, epoch=order.epoch, generation=order.generation))
+
+    def _steps_done(self) -> int:
+        """Steps that are complete by now; the one before a save is when the save's stall is over."""
+        running = self._running
+        assert running is not None and running.phase == "training"
+        return min(running.step + (self.now - running.since) // self._step_us, self._boundary() - 1)
+
+    def _tell_steps(self, upto: int | None = None) -> None:
+        running = self._running
+        if running is None or running.phase != "training":
+            return
+        last = self._steps_done() if upto is None else upto
+        steps = last - running.step
+        if steps <= 0:
+            return
+        spent = self.now - running.since
+        stall = steps * self._snapshot_stall_us + (spent - steps * self._step_us if upto is not None else 0)
+        running.since = self.now if upto is not None else running.since + steps * self._step_us
+        first, running.step = running.step + 1, last
+        self._tell(
+            ev.StepsDone(
+                at=self.now,
+                generation=running.order.generation,
+                first=first,
+                last=last,
+                data_wait_us=0,
+                checkpoint_us=stall,
+                validation_us=0,
+                tokens=0,
+                loss_millionths=(),
+            )
+        )
+
+    def _stick(self) -> None:
+        """A rank is gone or wrong: all others wait for it, in the step that was under way."""
+        self._tell_steps()
+        if self._running is not None:
+            self._running.phase = "stuck"
+
+    def _halt(self, order: ac.HaltGeneration) -> None:
+        running = self._running
+        if running is None or running.order.generation != order.generation:
+            return
+        self._tell_steps()
+        running.phase = "halted"
+        kept, width = self._snapshots(running), self.scenario.layout.slots_per_node
+        for name in order.nodes:
+            node = self._nodes.get(name)
+            if node is None or not node.alive:
+                continue
+            if kept:
+                first = running.places[name] * width
+                node.held = dict.fromkeys(range(first, first + width), kept)
+            self._tell(ev.NodeHalted(at=self.now, node=name, generation=order.generation, snapshots=dict(node.held)))
+
+    def _snapshots(self, running: Running) -> tuple[Snapshot, ...]:
+        """What each node of the mesh holds once steps were done: the two newest, of which one may be the restored."""
+        interval, order = self.scenario.snapshot_interval_steps, running.order
+        newest = running.step - running.step % interval
+        if not self.scenario.profile.memory or newest <= order.step:
+            return ()
+        own = tuple(
+            Snapshot(generation=order.generation, step=step)
+            for step in (newest - interval, newest)
+            if step > order.step
+        )
+        if len(own) == 1 and order.source == "ram":
+            return (Snapshot(generation=order.snapshot_generation, step=order.step), *own)
+        return own

@@ -1,0 +1,298 @@
+"""What gets a job to its goodput: expected goodput by arithmetic, intervals, spares, and what each improvement brings.
+
+First-order arithmetic on the profile's costs and the failures' rates; `shepherd simulate` lives through the same
+scenario, and tests hold the two together. All durations are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.simulate.body import Scenario
+from orchestrator.simulate.formulas import young_daly_interval
+from orchestrator.simulate.profile import Cause, Profile
+
+DAY_S = 86_400.0
+SPARE_CONFIDENCE = 0.99
+"""With so many spares the mesh can be filled at 99 of 100 times at which one looks (ByteRobust, arXiv 2509.16293)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """Shares of the time of the mesh's nodes, and of all places in `goodput`."""
+
+    goodput: float
+    """Spares counted."""
+    goodput_without_spares: float
+    stalls: float
+    """Snapshots and saves."""
+    down: float
+    """From failures until every rank stands before its first step again."""
+    again: float
+    """Steps, whole or begun, that failures have cost."""
+    failures_a_day: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvement:
+    what: str
+    goodput: float
+    gain: float
+    """Of goodput."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    gpus: int
+    nodes: int
+    target: float
+    mtbf_h: float
+    """Of the whole mesh."""
+    expected: Expectation
+    spares: int
+    """That the scenario has."""
+    spares_wanted: int
+    snapshot_interval_steps: int
+    """That it has; 0 without memory tiers."""
+    snapshot_interval_wanted: int
+    checkpoint_interval_steps: int
+    checkpoint_interval_wanted: int | None
+    """None when no failure of the list restores from the store."""
+    planned: Expectation
+    """With the wanted spares and intervals."""
+    improvements: tuple[Improvement, ...]
+    """On top of those, the best first."""
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rate(made: Scenario, cause: Cause) -> float:
+    """Failures of the mesh by this cause, per second."""
+    return cause.count / made.failures.exposure.node_days / DAY_S * made.layout.nodes
+
+
+def with_mtbf(made: Scenario, hours: float) -> Scenario:
+    """The same mix of causes, so that one of them strikes the mesh every `hours` on average."""
+    factor = 24 / hours / expect(made).failures_a_day
+    return _causes(lambda cause: {"count": cause.count * factor})(made)
+
+
+def from_store(made: Scenario, cause: Cause) -> bool:
+    """Whether a failure of this cause is answered with a restore from the store."""
+    copies = made.layout.dp_replicate > 1 or cause.effect in ("worker", "hang")
+    return not made.profile.memory or not copies
+
+
+def expect(made: Scenario) -> Expectation:
+    """Expected goodput to first order: two failures at once, and waits for nodes, are left out."""
+    costs, step = made.profile.costs, made.step_us / 1e6
+    snapshots = made.snapshot_interval_steps if made.profile.memory else 0
+    snapshot_stall = costs.snapshot_stall.value / snapshots if snapshots else 0.0
+    block = made.checkpoint_interval_steps * (step + snapshot_stall) + costs.save_stall.value
+    useful = made.checkpoint_interval_steps * step / block
+    down = again = failures = 0.0
+    for cause in made.failures.causes:
+        often, detect = rate(made, cause), getattr(made.profile.detection, cause.sign).value
+        failures += often
+        stands = costs.halt.value + costs.restart.value
+        if from_store(made, cause):
+            stands += costs.restore_durable.value
+            lost = block / 2 + costs.save_write.value + costs.commit.value
+        else:
+            copied = cause.effect in ("node", "corrupt")
+            stands += costs.restore_ram.value + (costs.restore_peer.value if copied else 0)
+            lost = step / 2 + (snapshots - 1) / 2 * step
+        if cause.effect == "corrupt":
+            lost += detect + step  # it trains on meanwhile; state from before the flip is restored
+        else:
+            stands += detect
+        down += often * stands
+        again += often * lost
+    # Failures strike training time and downtime alike: the mesh trains for one part in 1 + down.
+    training = 1 / (1 + down)
+    goodput = max(0.0, training * (1 - again)) * useful
+    places = made.layout.nodes + made.layout.spares
+    return Expectation(
+        goodput=goodput * made.layout.nodes / places,
+        goodput_without_spares=goodput,
+        stalls=training * (1 - useful),
+        down=1 - training,
+        again=training * min(1.0, again) * useful,
+        failures_a_day=failures * DAY_S,
+    )
+
+
+def spares_wanted(made: Scenario) -> int:
+    """The fewest spares with which the mesh can be filled with SPARE_CONFIDENCE: binomial over the machines away."""
+    away = sum(
+        cause.count / made.failures.exposure.node_days / DAY_S * (cause.repair_s + made.profile.costs.provision.value)
+        for cause in made.failures.causes
+        if cause.effect in ("node", "corrupt")
+    )
+    share = away / (1 + away)
+    spares = 0
+    while _at_most(spares, made.layout.nodes + spares, share) < SPARE_CONFIDENCE:
+        spares += 1
+    return spares
+
+
+def _at_most(k: int, n: int, p: float) -> float:
+    """Binomial distribution function; logarithms, because the powers are too small for thousands of nodes."""
+    if p == 0:
+        return 1.0
+    return sum(
+        math.exp(
+            math.lgamma(n + 1)
+            - math.lgamma(i + 1)
+            - math.lgamma(n - i + 1)
+            + i * math.log(p)
+            + (n - i) * math.log1p(-p)
+        )
+        for i in range(k + 1)
+    )
+
+
+def intervals_wanted(made: Scenario) -> tuple[int, int | None]:
+    """Steps between snapshots and between durable saves: Young and Daly, for the failures that each tier answers."""
+    step = made.step_us / 1e6
+    memory = sum(rate(made, cause) for cause in made.failures.causes if not from_store(made, cause))
+    store = sum(rate(made, cause) for cause in made.failures.causes if from_store(made, cause))
+    costs = made.profile.costs
+
+    def steps(often: float, stall: float) -> int:
+        return max(1, round(young_daly_interval(often, stall) / step)) if stall else 1
+
+    snapshots = steps(memory, costs.snapshot_stall.value) if made.profile.memory and memory else 0
+    return snapshots, steps(store, costs.save_stall.value) if store else None
+
+
+def make_plan(made: Scenario, target: float) -> Plan:
+    """The scenario as it is, as it should be set, and what would help beyond."""
+    spares = spares_wanted(made)
+    snapshots, saves = intervals_wanted(made)
+    better = replace(
+        made,
+        layout=replace(made.layout, spares=spares),
+        snapshot_interval_steps=snapshots or made.snapshot_interval_steps,
+        checkpoint_interval_steps=saves or made.checkpoint_interval_steps,
+    )
+    planned = expect(better)
+    improvements = [
+        Improvement(what=what, goodput=after, gain=after - planned.goodput)
+        for what, change in IMPROVEMENTS.items()
+        for after in (_replanned(change(better)),)
+    ]
+    return Plan(
+        gpus=made.layout.slots,
+        nodes=made.layout.nodes,
+        target=target,
+        mtbf_h=24 / expect(made).failures_a_day if expect(made).failures_a_day else math.inf,
+        expected=expect(made),
+        spares=made.layout.spares,
+        spares_wanted=spares,
+        snapshot_interval_steps=made.snapshot_interval_steps if made.profile.memory else 0,
+        snapshot_interval_wanted=snapshots,
+        checkpoint_interval_steps=made.checkpoint_interval_steps,
+        checkpoint_interval_wanted=saves,
+        planned=planned,
+        improvements=tuple(sorted(improvements, key=lambda i: (-i.gain, i.what))),
+    )
+
+
+def _replanned(made: Scenario) -> float:
+    """Goodput of a scenario whose spares and intervals follow the change that was made to it."""
+    snapshots, saves = intervals_wanted(made)
+    return expect(
+        replace(
+            made,
+            layout=replace(made.layout, spares=spares_wanted(made)),
+            snapshot_interval_steps=snapshots or made.snapshot_interval_steps,
+            checkpoint_interval_steps=saves or made.checkpoint_interval_steps,
+        )
+    ).goodput
+
+
+Change = Callable[[Scenario], Scenario]
+
+
+def halved(*fields: str) -> Change:
+    """Of the profile's costs and detection times."""
+
+    def change(made: Scenario) -> Scenario:
+        document = made.profile.model_dump()
+        for section in ("costs", "detection"):
+            for field in document[section].keys() & set(fields):
+                document[section][field]["value"] /= 2
+        return replace(made, profile=Profile.model_validate(document))
+
+    return change
+
+
+def _causes(change: Callable[[Cause], dict[str, float]]) -> Change:
+    def changed(made: Scenario) -> Scenario:
+        causes = tuple(cause.model_copy(update=change(cause)) for cause in made.failures.causes)
+        return replace(made, failures=made.failures.model_copy(update={"causes": causes}))
+
+    return changed
+
+
+IMPROVEMENTS: dict[str, Change] = {
+    "detect failures in half the time": halved("exit", "network", "hang", "corruption"),
+    "halt and restart in half the time": halved("halt", "restart"),
+    "restore in half the time": halved("restore_ram", "restore_peer", "restore_durable"),
+    "snapshots at half the stall": halved("snapshot_stall"),
+    "saves at half the stall": halved("save_stall"),
+    "saves written in half the time": halved("save_write", "commit"),
+    "half as many failures": _causes(lambda cause: {"count": cause.count / 2}),
+    "machines mended in half the time": _causes(lambda cause: {"repair_s": cause.repair_s / 2}),
+}
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print it."""
+    p = plan
+    console.print(
+        f"{p.gpus:,} GPUs on {p.nodes:,} nodes: {p.expected.failures_a_day:.2f} failures a day, one in {p.mtbf_h:.1f} h"
+    )
+    table = Table(title="expected, by arithmetic", title_justify="left")
+    for name in ("", "as it is", "as planned"):
+        table.add_column(name, justify="left" if not name else "right")
+    wanted = p.checkpoint_interval_wanted
+    rows = (
+        ("spares", str(p.spares), str(p.spares_wanted)),
+        ("steps between snapshots", str(p.snapshot_interval_steps or "-"), str(p.snapshot_interval_wanted or "-")),
+        ("steps between saves", str(p.checkpoint_interval_steps), "-" if wanted is None else str(wanted)),
+        ("goodput", f"{p.expected.goodput:.2%}", f"{p.planned.goodput:.2%}"),
+        ("without spares", f"{p.expected.goodput_without_spares:.2%}", f"{p.planned.goodput_without_spares:.2%}"),
+        ("stalls of snapshots and saves", f"{p.expected.stalls:.2%}", f"{p.planned.stalls:.2%}"),
+        ("down", f"{p.expected.down:.2%}", f"{p.planned.down:.2%}"),
+        ("done again", f"{p.expected.again:.2%}", f"{p.planned.again:.2%}"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if wanted is None:
+        console.print("No failure of the list restores from the store: save as often as you would bear to lose it all.")
+    better = Table(title="what would help, on top of the plan", title_justify="left")
+    for name in ("change", "goodput", "gain, points"):
+        better.add_column(name, justify="left" if name == "change" else "right")
+    for improvement in p.improvements:
+        better.add_row(improvement.what, f"{improvement.goodput:.2%}", f"{100 * improvement.gain:+.2f}")
+    console.print(better)
+    console.print(_answer(p), markup=False)
+
+
+def _answer(plan: Plan) -> str:
+    if plan.planned.goodput >= plan.target:
+        return f"The plan reaches the target of {plan.target:.1%}."
+    enough = [i.what for i in plan.improvements if i.goodput >= plan.target]
+    if enough:
+        return f"The plan misses the target of {plan.target:.1%}; each of these reaches it: {'; '.join(enough)}."
+    return f"The plan misses the target of {plan.target:.1%}, and no single change above reaches it."

@@ -1,0 +1,50 @@
+"""From a job, a profile and a list of failures to a scenario that can be lived through."""
+
+from __future__ import annotations
+
+from orchestrator.need import need_of
+from orchestrator.simulate.body import Scenario
+from orchestrator.simulate.profile import Failures, Profile
+from orchestrator.spec import JobSpec, SpecError
+
+FLOPS_PER_PARAMETER_AND_TOKEN = 6
+"""Forward and backward without attention (Kaplan et al., arXiv 2001.08361, section 2.1)."""
+
+
+def scaled(spec: JobSpec, gpus: int) -> str:
+    """The override that makes the spec's mesh one of `gpus` slots, by more or fewer replicas.
+
+    Raises:
+        SpecError: `gpus` is no multiple of a replica.
+    """
+    p = spec.parallel
+    replica = p.pp * p.dp_shard * p.tp
+    if gpus < replica or gpus % replica:
+        below = max(replica, gpus // replica * replica)
+        raise SpecError(
+            f"--gpus {gpus}: a replica has pp {p.pp} x dp_shard {p.dp_shard} x tp {p.tp} = {replica} slots; "
+            f"choose a multiple, as {below} or {below + replica}"
+        )
+    return f"parallel.dp_replicate={gpus // replica}"
+
+
+def step_s(spec: JobSpec, profile: Profile) -> float:
+    """Seconds of one training step by arithmetic."""
+    tokens = spec.data.global_batch * spec.data.seq_len
+    flops = FLOPS_PER_PARAMETER_AND_TOKEN * need_of(spec).parameters * tokens
+    return flops / (spec.layout.slots * profile.tflops_per_gpu.value * 1e12)
+
+
+def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, seed: int) -> Scenario:
+    """The job in virtual time."""
+    return Scenario(
+        layout=spec.layout,
+        limits=spec.limits,
+        step_us=max(1, round(step_s(spec, profile) * 1_000_000)),
+        checkpoint_interval_steps=spec.checkpoint.interval_steps,
+        snapshot_interval_steps=spec.checkpoint.snapshot_interval_steps,
+        profile=profile,
+        failures=failures,
+        days=days,
+        seed=seed,
+    )

@@ -1,0 +1,126 @@
+"""The planner: its arithmetic agrees with the simulator, its spares with a count, its advice with its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator import spec as specs
+from orchestrator.cli import app
+from orchestrator.simulate import plan as plans
+from orchestrator.simulate.body import Scenario
+from orchestrator.simulate.outcome import simulate
+from orchestrator.simulate.profile import load_failures, load_profile
+from orchestrator.simulate.scenario import of_spec, scaled
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = str(ROOT / "examples" / "llama3_405b.toml")
+
+
+def scenario(profile: str, gpus: int = 4096, *overrides: str, **changes: Any) -> Scenario:
+    spec = specs.load(JOB, [scaled(specs.load(JOB), gpus), *overrides])
+    return replace(of_spec(spec, load_profile(profile), load_failures("llama3"), 40, 0), **changes)
+
+
+@pytest.mark.parametrize("profile", ["shepherd", "restart"])
+@pytest.mark.parametrize("mtbf_h", [12, 3])
+def test_expected_goodput_is_the_simulated_one_within_a_point(profile: str, mtbf_h: float) -> None:
+    made = plans.with_mtbf(scenario(profile, 4096, "cluster.spares=60"), mtbf_h)
+    simulated = statistics.fmean(simulate(replace(made, seed=seed)).goodput for seed in range(2))
+    assert plans.expect(made).goodput == pytest.approx(simulated, abs=0.01)
+
+
+def test_the_shares_add_up() -> None:
+    for profile in ("shepherd", "restart"):
+        e = plans.expect(scenario(profile))
+        assert e.goodput_without_spares + e.stalls + e.down + e.again == pytest.approx(1, abs=1e-9)
+
+
+def test_failures_are_those_of_the_list_at_this_size_or_of_the_mtbf() -> None:
+    made = scenario("shepherd", 16_384)
+    assert plans.expect(made).failures_a_day == pytest.approx(466 / 54)
+    assert plans.expect(plans.with_mtbf(made, 3.1)).failures_a_day == pytest.approx(24 / 3.1)
+
+
+def test_spares_fill_the_mesh_ninety_nine_times_of_a_hundred() -> None:
+    """Counted over random looks at a fleet whose machines are each away for their share of the time."""
+    made = plans.with_mtbf(scenario("shepherd", 4096), 2)
+    spares, nodes = plans.spares_wanted(made), made.layout.nodes
+    away = sum(
+        plans.rate(made, c) / nodes * (c.repair_s + 60) for c in made.failures.causes if c.effect in ("node", "corrupt")
+    )
+    rng, share = random.Random(1), away / (1 + away)
+    looks = [sum(rng.random() < share for _ in range(nodes + spares)) for _ in range(3000)]
+    assert 0.975 < sum(n <= spares for n in looks) / len(looks) < 0.9995
+    fewer = sum(n <= spares - 2 for n in looks) / len(looks)
+    assert fewer < 0.99
+
+
+def test_intervals_are_the_best_that_there_are() -> None:
+    made = plans.with_mtbf(scenario("restart"), 3)
+    _, wanted = plans.intervals_wanted(made)
+    assert wanted is not None
+    best = plans.expect(replace(made, checkpoint_interval_steps=wanted)).goodput
+    for factor in (0.5, 0.8, 1.25, 2):
+        other = replace(made, checkpoint_interval_steps=round(wanted * factor))
+        assert plans.expect(other).goodput <= best + 1e-4, factor
+    memory = plans.with_mtbf(scenario("shepherd"), 1)
+    snapshots, saves = plans.intervals_wanted(memory)
+    best = plans.expect(replace(memory, snapshot_interval_steps=snapshots)).goodput
+    assert saves is None, "with replicas every failure of the list is answered from memory"
+    for steps in (max(1, snapshots // 3), snapshots * 3):
+        assert plans.expect(replace(memory, snapshot_interval_steps=steps)).goodput <= best + 1e-4
+
+
+def test_without_replicas_a_lost_node_costs_a_restore_from_the_store() -> None:
+    alone = scenario("shepherd", 2048)
+    assert alone.layout.dp_replicate == 1
+    node = next(c for c in alone.failures.causes if c.effect == "node")
+    worker = next(c for c in alone.failures.causes if c.effect == "worker")
+    assert plans.from_store(alone, node) and not plans.from_store(alone, worker)
+    assert plans.intervals_wanted(alone)[1] is not None
+
+
+def test_improvements_are_ranked_and_none_hurts() -> None:
+    plan = plans.make_plan(scenario("restart", 16_384), 0.95)
+    gains = [i.gain for i in plan.improvements]
+    assert gains == sorted(gains, reverse=True) and min(gains) > -1e-6
+    assert plan.improvements[0].what == "half as many failures"
+    assert plan.planned.goodput >= plan.expected.goodput - 0.01
+
+
+def test_nothing_fails_is_a_plan_too() -> None:
+    made = scenario("shepherd")
+    quiet = replace(
+        made,
+        failures=made.failures.model_copy(
+            update={"causes": tuple(c.model_copy(update={"count": 0}) for c in made.failures.causes)}
+        ),
+    )
+    plan = plans.make_plan(quiet, 0.95)
+    assert plan.mtbf_h == math.inf and plan.spares_wanted == 0
+    assert plan.planned.down == plan.planned.again == 0
+
+
+def test_the_command_says_whether_the_target_is_reached(tmp_path: Path) -> None:
+    def shepherd(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["plan", JOB, *arguments])
+
+    result = shepherd("--json", str(tmp_path / "plan.json"))
+    assert result.exit_code == 0, result.output
+    assert "16,384 GPUs on 2,048 nodes: 8.63 failures a day" in result.stdout
+    assert "The plan reaches the target of 95.0%." in result.stdout
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["planned"]["goodput"] > 0.95
+    missed = shepherd("--profile", "restart", "--target", "0.999").stdout
+    assert "no single change above reaches it" in missed
+    near = shepherd("--profile", "restart", "--mtbf", "3.1", "--target", "0.95").stdout
+    assert "each of these reaches it: half as many failures" in near
