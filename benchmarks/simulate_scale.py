@@ -26,8 +26,15 @@ CASES = ((2048, 54), (4096, 54), (8192, 54), (16_384, 54), (100_352, 30))
 """GPUs and days; 100,352 is the least whole number of replicas (2,048) above 100,000."""
 
 
+REPLICA_GPUS, BATCH_A_REPLICA = 2048, 256
+DIVISIBLE_GPUS = 16_384
+
+
 def measure(gpus: int, days: int) -> dict[str, Any]:
-    spec = specs.load(JOB, [scaled(specs.load(JOB), gpus), "cluster.spares=64"])
+    sizes = ["cluster.spares=64"]
+    if gpus > DIVISIBLE_GPUS:  # the batch of the paper cannot be divided over more: it grows with the replicas
+        sizes.append(f"data.global_batch={gpus // REPLICA_GPUS * BATCH_A_REPLICA}")
+    spec = specs.load(JOB, [*sizes, scaled(specs.load(JOB), gpus)])
     simulation = Simulation(of_spec(spec, load_profile("shepherd"), load_failures("llama3"), days, 0))
     began = time.process_time()
     state = simulation.run()

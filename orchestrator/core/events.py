@@ -9,9 +9,9 @@ harmless: the supervisor ignores what it already knows and what does not belong 
 
 What a body owes: a controller tells EpochBegan, then CheckpointsFound, before anything else; a run that starts or
 resumes tells RunDeclared before both. Within a generation, GenerationReady comes before its steps, GenerationFinished
-after what became of its last save, and a node's NodeHalted after its workers' last words: what they know of corruption
-decides what may be restored. A lost node's name is not used again, and when an agent comes back under a new name, the
-old one's NodeLost comes first.
+after what became of its last save, and what a node says when it has halted after its workers' last words: what they
+know of corruption decides what may be restored. A lost node's name is not used again, and when an agent comes back
+under a new name, the old one's NodeLost comes first.
 """
 
 from __future__ import annotations
@@ -155,6 +155,16 @@ class NodeHalted:
     generation: int
     snapshots: dict[int, tuple[Snapshot, ...]]
     """Slot to its complete snapshots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodesHalted:
+    """Several nodes' answers in one, as a fan-in tells them: each holds the same for all slots of its place."""
+
+    at: int
+    nodes: tuple[str, ...]
+    generation: int
+    snapshots: tuple[Snapshot, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +316,7 @@ Event = (
     | WorkerExited
     | WorkerHung
     | NodeHalted
+    | NodesHalted
     | GenerationFailed
     | GenerationReady
     | StepsDone

@@ -21,18 +21,17 @@ def place(
     says has the hole's slots in its shared memory (an agent that came back); the others are filled from `usable` in
     the order in which it lists them.
     """
-    free = dict.fromkeys(usable)
-    places = [node if node in free else None for node in previous[: layout.nodes]]
+    alive, kept = set(usable), set(previous[: layout.nodes])
+    places = [node if node in alive else None for node in previous[: layout.nodes]]
     places += [None] * (layout.nodes - len(places))
-    for node in places:
-        if node is not None:
-            del free[node]
-    if places.count(None) > len(free):
+    free = dict.fromkeys(node for node in usable if node not in kept)
+    holes = [index for index, node in enumerate(places) if node is None]
+    if len(holes) > len(free):
         return None
     homes = {slot: node for node in reversed(free) for slot in held.get(node, ())}
-    for index, node in enumerate(places):
+    for index in holes:
         home = homes.get(slots_of(layout, index)[0])
-        if node is None and home in free:
+        if home in free:
             places[index] = home
             del free[home]
     rest = iter(free)

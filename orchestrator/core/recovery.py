@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.core import placement
+from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
-from orchestrator.core.events import Snapshot
 from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, Evidence, Incident, State
 from orchestrator.core.state import EXIT_FAILED as RUN_FAILED
 from trainer.contract import EXIT_FAILED
@@ -205,7 +204,9 @@ def decide(state: State) -> Decision:
     usable = state.usable()
     if incident.spent and is_of_a_node(cause) and len(usable) > layout.nodes:
         usable = tuple(node for node in usable if node != cause.node)  # a recovery failed on it
-    mesh = placement.place(layout, state.mesh, usable, state.inventory)
+    previous = set(state.mesh)
+    held = {node: election.slots_held(runs) for node, runs in state.inventory.items() if node not in previous}
+    mesh = placement.place(layout, state.mesh, usable, held)
     if mesh is None:
         return Decision(rung="wait", reason=f"the mesh needs {layout.nodes} nodes, {len(usable)} are usable")
 
@@ -213,7 +214,7 @@ def decide(state: State) -> Decision:
     rung = "replace" if mesh == state.mesh else "spare"
     if "durable" in incident.spent or any(r in incident.spent for r in _RAM_RUNGS[_RAM_RUNGS.index(rung) :]):
         return durable_decision(state, mesh, f"{what}: rung {incident.spent[-1]} failed before its first step")
-    found = newest_in_ram(state, mesh)
+    found = election.newest_in_ram(state, mesh)
     clean = " and known to be clean" if any(e.kind in UNCLEAN for e in incident.evidence) else ""
     if found is None or found[0].step < (state.newest_checkpoint() or 0):
         return durable_decision(state, mesh, f"{what}: shared memory holds no complete step that is newer{clean}")
@@ -243,50 +244,6 @@ def durable_decision(state: State, mesh: tuple[str, ...], why: str) -> Decision:
     if step is None:
         return Decision(rung="durable", mesh=mesh, source="init", reason=f"{why}; no checkpoint is committed")
     return Decision(rung="durable", mesh=mesh, source="durable", step=step, reason=f"{why}; checkpoint {step}")
-
-
-def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
-    """The newest snapshot that shared memory can give to every slot of `mesh`, with the copies that it takes.
-
-    A snapshot is known by its step *and* the generation that wrote it: where collectives are not bitwise
-    reproducible, the same step of two generations is two states, and they must never be mixed.
-    """
-    if "ram" not in state.capabilities:
-        return None
-    held = {s for slots in state.inventory.values() for snapshots in slots.values() for s in snapshots}
-    for snapshot in sorted(held, key=lambda s: (s.step, s.generation), reverse=True):
-        if snapshot.name in state.bad_snapshots or state.is_unclean(snapshot.generation, snapshot.step):
-            continue
-        transfers = _transfers(state, mesh, snapshot)
-        if transfers is not None:
-            return snapshot, transfers
-    return None
-
-
-def _transfers(state: State, mesh: tuple[str, ...], snapshot: Snapshot) -> tuple[Transfer, ...] | None:
-    """The copies that give every slot of `mesh` this snapshot; None when some slot's cannot be had.
-
-    A node that is quarantined, or should be, is read from, too, since what it holds carries digests; but only where
-    nobody else holds the same.
-    """
-    layout = state.layout
-    assert layout is not None
-    nodes = state.nodes
-    suspects = {n for n in state.inventory if nodes[n].convicted or nodes[n].state == "quarantined"}
-    holders: dict[int, str] = {}
-    for node in sorted(state.inventory, key=lambda node: node not in suspects):
-        holders |= {slot: node for slot, held in state.inventory[node].items() if snapshot in held}
-    transfers = []
-    for index, node in enumerate(mesh):
-        for slot in placement.slots_of(layout, index):
-            if snapshot in state.inventory.get(node, {}).get(slot, ()):
-                continue
-            copies = [s for s in (slot, *placement.replicas(layout, slot)) if s in holders]
-            if not copies or "peer" not in state.capabilities:
-                return None
-            source = min(copies, key=lambda s: holders[s] in suspects)
-            transfers.append(Transfer(slot=slot, to_node=node, from_slot=source, from_node=holders[source]))
-    return tuple(transfers)
 
 
 def _telling(evidence: Evidence) -> tuple[int, int]:

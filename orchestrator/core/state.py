@@ -5,6 +5,7 @@ Each field says what binds it. `check` asserts the invariants that hold between 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,6 +64,16 @@ class Evidence:
     """"node", "signal", "exit", "hang", "start", "save", or the kind of the worker's last words."""
     detail: str
     step: int
+
+
+@dataclass(slots=True)
+class Held:
+    """A run of neighbouring slots of which a node's shared memory holds the same snapshots. Never changed once made;
+    not frozen, because every node's is made anew in each halt, and a frozen one takes three times as long."""
+
+    first: int
+    slots: int
+    snapshots: tuple[Snapshot, ...]
 
 
 @dataclass
@@ -177,10 +188,10 @@ class State:
     unclean: dict[int, int] = field(default_factory=dict)
     """Generation to the first step at which its state was found corrupt; outlives the incident, as snapshots do."""
 
-    awaiting: dict[str, None] = field(default_factory=dict)
-    """While halting: the nodes that have not reported yet."""
-    inventory: dict[str, dict[int, tuple[Snapshot, ...]]] = field(default_factory=dict)
-    """Node to slot to the snapshots in its shared memory: of every node that fills no slot now and is not lost."""
+    awaiting: dict[str, int] = field(default_factory=dict)
+    """While halting: the nodes that have not reported yet, and the place in the mesh of each."""
+    inventory: dict[str, tuple[Held, ...]] = field(default_factory=dict)
+    """Node to the snapshots in its shared memory: of every node that fills no slot now and is not lost."""
 
     incident: Incident | None = None
     incidents: list[Incident] = field(default_factory=list)
@@ -217,8 +228,8 @@ class State:
 
     def usable(self) -> tuple[str, ...]:
         """Nodes that may hold slots, those that do first, then in the order of joining."""
-        alive = [name for name, node in self.nodes.items() if node.state in ("active", "spare")]
-        return tuple(sorted(alive, key=lambda name: self.nodes[name].state != "active"))
+        active = [name for name, node in self.nodes.items() if node.state == "active"]
+        return (*active, *(name for name, node in self.nodes.items() if node.state == "spare"))
 
     def is_unclean(self, generation: int, step: int) -> bool:
         """Whether a state that `generation` had in memory after `step` is not known to be clean.
@@ -259,7 +270,7 @@ class State:
         self.ledger.check()
 
     def check_nodes(self) -> None:
-        """What `check` takes from counts, node by node; linear, so only when the job's state or generation changes.
+        """What `check` takes from counts, node by node; linear, so only when a generation is opened.
 
         - every place of the mesh is held by a different node, and while slots are held, by an active one;
         - nobody awaits the report of a node that is lost, and no lost node's memory is counted on;
@@ -268,8 +279,7 @@ class State:
         assert len(set(self.mesh)) == len(self.mesh), self.mesh
         if self.job in ("starting", "training"):
             assert all(self.nodes[name].state == "active" for name in self.mesh), (self.job, self.mesh)
-        assert all(self.nodes[name].state != "lost" for name in (*self.awaiting, *self.inventory))
-        counted = dict.fromkeys(NODE_STATES, 0)
-        for node in self.nodes.values():
-            counted[node.state] += 1
-        assert counted == self.counts, (counted, self.counts)
+        assert all(self.nodes[name].state != "lost" for name in self.awaiting)
+        assert all(self.nodes[name].state != "lost" for name in self.inventory)
+        counted = Counter(node.state for node in self.nodes.values())
+        assert all(counted[state] == self.counts[state] for state in NODE_STATES), (counted, self.counts)

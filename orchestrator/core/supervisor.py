@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.core import checkpoints, placement, recovery
+from orchestrator.core import checkpoints, election, placement, recovery
 from orchestrator.core import events as ev
 from orchestrator.core.actions import (
     Action,
@@ -45,6 +45,7 @@ from orchestrator.core.state import (
     NODE_STATES,
     Evidence,
     Fault,
+    Held,
     Incident,
     State,
 )
@@ -67,11 +68,11 @@ class Supervisor:
         self.state.ledger.advance(event.at)
         if self.state.job == "ended" and not isinstance(event, (ev.RunDeclared, ev.EpochBegan)):
             return []
-        before = (self.state.job, self.state.generation)
+        before = self.state.generation
         actions = _HANDLERS[type(event)](self, event)
         self._count_nodes()
         self.state.check()
-        if before != (self.state.job, self.state.generation):
+        if before != self.state.generation:
             self.state.check_nodes()
         return actions
 
@@ -144,7 +145,7 @@ class Supervisor:
         if s.n_usable > s.ledger.places:
             s.move_node(event.node, "lost")
             return [ReleaseNode(node=event.node, reason="no place is free")]
-        self._take_inventory(event.node, event.snapshots)
+        s.inventory[event.node] = election.inventory_of(event.snapshots, s.first_generation)
         return self._open(event.at, "enough nodes have joined") if s.job == "waiting" else []
 
     def _on_node_lost(self, event: ev.NodeLost) -> list[Action]:
@@ -291,8 +292,20 @@ class Supervisor:
         s = self.state
         if s.job != "halting" or event.generation != s.generation or event.node not in s.awaiting:
             return []
-        self._take_inventory(event.node, event.snapshots)
+        s.inventory[event.node] = election.inventory_of(event.snapshots, s.first_generation)
         return self._no_longer_awaited(event.at, event.node)
+
+    def _on_nodes_halted(self, event: ev.NodesHalted) -> list[Action]:
+        s = self.state
+        if s.job != "halting" or event.generation != s.generation:
+            return []
+        width = self._layout.slots_per_node
+        snapshots = tuple(snapshot for snapshot in event.snapshots if snapshot.generation >= s.first_generation)
+        for name in event.nodes:
+            place = s.awaiting.pop(name, None)
+            if place is not None:
+                s.inventory[name] = (Held(place * width, width, snapshots),) if snapshots else ()
+        return [] if s.awaiting else self._recover(event.at)
 
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
         s = self.state
@@ -365,7 +378,7 @@ class Supervisor:
             s.incident.evidence = []
         recovery.note(s.incident, evidence)
         s.job = "halting"
-        s.awaiting = {name: None for name in s.mesh if s.nodes[name].state == "active"}
+        s.awaiting = {name: place for place, name in enumerate(s.mesh) if s.nodes[name].state == "active"}
         if not s.awaiting:
             return self._recover(at)
         return self._halt(at, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
@@ -431,11 +444,13 @@ class Supervisor:
     def _open_from(self, at: int, decision: recovery.Decision) -> list[Action]:
         s = self.state
         assert decision.rung not in ("fail", "wait"), decision
+        staying = set(decision.mesh)
         for name in s.mesh:
-            if s.nodes[name].state == "active":
+            if name not in staying and s.nodes[name].state == "active":
                 s.move_node(name, "spare")
         for name in decision.mesh:
-            s.move_node(name, "active")
+            if s.nodes[name].state != "active":
+                s.move_node(name, "active")
             s.inventory.pop(name, None)
         first = s.incident is None
         s.generation += 1
@@ -480,11 +495,6 @@ class Supervisor:
             s.reached, s.recoveries_without_progress = step, 0
         if step > s.high_water:
             s.high_water = s.floor = step
-
-    def _take_inventory(self, node: str, snapshots: dict[int, tuple[ev.Snapshot, ...]]) -> None:
-        first = self.state.first_generation
-        own = {slot: tuple(s for s in held if s.generation >= first) for slot, held in snapshots.items()}
-        self.state.inventory[node] = {slot: held for slot, held in own.items() if held}
 
     def _charge_node(self, cause: Evidence) -> None:
         """A strike for a node that failed; it is quarantined when that is its fault and a spare can replace it."""
@@ -608,6 +618,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.WorkerHung: Supervisor._on_worker_hung,
     ev.GenerationFailed: Supervisor._on_generation_failed,
     ev.NodeHalted: Supervisor._on_node_halted,
+    ev.NodesHalted: Supervisor._on_nodes_halted,
     ev.FaultRequested: Supervisor._on_fault_requested,
     ev.FaultInjected: Supervisor._on_fault_injected,
     ev.TimerFired: Supervisor._on_timer,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
@@ -25,6 +25,8 @@ from orchestrator.simulate.profile import Cause, Failures, Profile
 DAY_US = 86_400_000_000
 ENDLESS_STEPS = 10**12
 """A simulated run ends by the calendar."""
+FAN_IN = 128
+"""Nodes whose answers to a halt come as one."""
 SAMPLES = 120
 """Points of the outcome's curve."""
 
@@ -59,8 +61,10 @@ class Node:
     name: str
     machine: Machine
     alive: bool = True
-    held: dict[int, tuple[Snapshot, ...]] = field(default_factory=dict)
-    """Slot to the snapshots in its memory, the newest last."""
+    place: int = -1
+    """In the mesh, the last that it had."""
+    held: tuple[Snapshot, ...] = ()
+    """The snapshots in its memory, the same for each slot of that place; the newest last."""
     leaving: bool = False
     """It is quarantined, and its machine will be mended."""
 
@@ -301,12 +305,15 @@ class Simulation:
         places = {name: place for place, name in enumerate(order.nodes)}
         self._running = Running(order=order, places=places, step=order.step)
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        for name, place in places.items():
+            node = self._nodes[name]
+            if node.place != place:
+                node.place, node.held = place, ()
         for transfer in order.transfers:
-            source, target = self._nodes[transfer.from_node], self._nodes[transfer.to_node]
-            if not source.alive or not target.alive:
-                return  # it will not come up: the loss will be told
-            assert wanted in source.held[transfer.from_slot], (wanted, transfer)
-            target.held[transfer.slot] = (*target.held.get(transfer.slot, ()), wanted)
+            assert wanted in self._nodes[transfer.from_node].held, (wanted, transfer)
+        for name in {transfer.to_node for transfer in order.transfers}:
+            self._nodes[name].held += (wanted,)
+        # If one of them is dead by now, it will not come up, and the loss will be told.
         restore_us = costs.restore_durable.us if order.source == "durable" else 0
         if order.source == "ram":
             restore_us = costs.restore_ram.us + (costs.restore_peer.us if order.transfers else 0)
@@ -417,15 +424,22 @@ class Simulation:
             return
         self._tell_steps()
         running.phase = "halted"
-        kept, width = self._snapshots(running), self.scenario.layout.slots_per_node
+        kept = self._snapshots(running)
+        answers: dict[int, tuple[tuple[Snapshot, ...], list[str]]] = {}
         for name in order.nodes:
             node = self._nodes.get(name)
             if node is None or not node.alive:
                 continue
             if kept:
-                first = running.places[name] * width
-                node.held = dict.fromkeys(range(first, first + width), kept)
-            self._tell(ev.NodeHalted(at=self.now, node=name, generation=order.generation, snapshots=dict(node.held)))
+                node.held = kept
+            key = id(node.held)
+            if key not in answers:
+                answers[key] = (node.held, [])
+            answers[key][1].append(name)
+        for snapshots, names in answers.values():
+            for first in range(0, len(names), FAN_IN):
+                nodes = tuple(names[first : first + FAN_IN])
+                self._tell(ev.NodesHalted(at=self.now, nodes=nodes, generation=order.generation, snapshots=snapshots))
 
     def _snapshots(self, running: Running) -> tuple[Snapshot, ...]:
         """What each node of the mesh holds once steps were done: the two newest, of which one may be the restored."""

@@ -164,9 +164,14 @@ class Body:
         if not node.alive or node.mute or node.generation > order.generation:
             return
         node.generation, node.slots, node.hung = order.generation, {}, {}
-        self.send(
-            node.name, ev.NodeHalted(at=0, node=node.name, generation=order.generation, snapshots=node.snapshots())
-        )
+        held = node.snapshots()
+        mesh = self.running.order.nodes if self.running is not None else ()
+        place = placement.slots_of(self.layout, mesh.index(node.name)) if node.name in mesh else range(0)
+        if held and set(held) == set(place) and len(set(held.values())) == 1 and self.tape.below(2):
+            alike = held[place[0]]
+            halted = ev.NodesHalted(at=0, nodes=(node.name,), generation=order.generation, snapshots=alike)
+            return self.send(node.name, halted)
+        self.send(node.name, ev.NodeHalted(at=0, node=node.name, generation=order.generation, snapshots=held))
 
     def _commit(self, order: ac.CommitCheckpoint) -> None:
         if order.replaces_damaged and self.store.get(order.step) not in (None, order.generation):

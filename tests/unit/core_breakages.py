@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core import checkpoints, placement, recovery, supervisor
+from orchestrator.core import checkpoints, election, placement, recovery, supervisor
 from orchestrator.core import events as ev
 from orchestrator.core.actions import InjectFault
 from orchestrator.core.goodput import Ledger
@@ -34,7 +34,7 @@ def a_node_fills_two_places(patch: Patch) -> None:
 
 
 def the_newest_snapshot_is_passed_over(patch: Patch) -> None:
-    newest = recovery.newest_in_ram
+    newest = election.newest_in_ram
 
     def broken(state: State, mesh: tuple[str, ...]) -> Any:
         found = newest(state, mesh)
@@ -43,12 +43,12 @@ def the_newest_snapshot_is_passed_over(patch: Patch) -> None:
         older = replace(state, bad_snapshots={**state.bad_snapshots, found[0].name: "passed over"})
         return newest(older, mesh) or found
 
-    patch.setattr(recovery, "newest_in_ram", broken)
+    patch.setattr(election, "newest_in_ram", broken)
 
 
 def incomplete_snapshots_are_restored(patch: Patch) -> None:
-    transfers = recovery._transfers
-    patch.setattr(recovery, "_transfers", lambda *args: transfers(*args) or ())
+    transfers = election._transfers
+    patch.setattr(election, "_transfers", lambda *args: transfers(*args) or ())
 
 
 def refused_state_is_offered_again(patch: Patch) -> None:

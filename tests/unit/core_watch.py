@@ -104,6 +104,10 @@ class Watch:
                 self._inventory[event.node] = self._usable(event.snapshots)
             case ev.NodeHalted() if event.generation == current and event.node not in self._lost:
                 self._inventory[event.node] = self._usable(event.snapshots)
+            case ev.NodesHalted() if event.generation == current:
+                for name in set(event.nodes) - self._lost:
+                    slots = placement.slots_of(self._layout, self._opened[current].nodes.index(name))
+                    self._inventory[name] = self._usable(dict.fromkeys(slots, event.snapshots))
             case ev.NodeLost():
                 self._lost.add(event.node)
             case ev.GenerationReady():

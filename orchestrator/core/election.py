@@ -1,0 +1,144 @@
+"""The election of what to restore: the newest snapshot that shared memory can give to every slot of a mesh.
+
+A snapshot is known by its step *and* the generation that wrote it: where collectives are not bitwise reproducible, the
+same step of two generations is two states, and they must never be mixed.
+
+Nodes of a mesh hold the same snapshots for all their slots, but for what a failure cut short. So an inventory is kept
+as runs of slots (`Held`), and what is asked of it costs a look at each node, not at each slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from orchestrator.core import placement
+from orchestrator.core.actions import Transfer
+from orchestrator.core.events import Layout, Snapshot
+from orchestrator.core.state import Held, State
+
+
+def inventory_of(snapshots: dict[int, tuple[Snapshot, ...]], first_generation: int) -> tuple[Held, ...]:
+    """What a node has reported, as runs of slots; snapshots of generations before `first_generation` do not count."""
+    runs: list[Held] = []
+    for slot in sorted(snapshots):
+        kept = tuple(s for s in snapshots[slot] if s.generation >= first_generation)
+        if not kept:
+            continue
+        last = runs[-1] if runs else None
+        if last is not None and last.first + last.slots == slot and last.snapshots == kept:
+            runs[-1] = Held(first=last.first, slots=last.slots + 1, snapshots=kept)
+        else:
+            runs.append(Held(first=slot, slots=1, snapshots=kept))
+    return tuple(runs)
+
+
+def slots_held(held: Iterable[Held]) -> list[int]:
+    """The slots of which something is held."""
+    return [slot for run in held for slot in range(run.first, run.first + run.slots)]
+
+
+def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
+    """The newest snapshot that every slot of `mesh` can be given, with the copies that it takes; None without any."""
+    if "ram" not in state.capabilities:
+        return None
+    # By identity first: thousands of nodes share a few objects, whose comparison would be most of the cost.
+    kinds = {id(run.snapshots): run.snapshots for held in state.inventory.values() for run in held}
+    known = {snapshot for snapshots in kinds.values() for snapshot in snapshots}
+    for snapshot in sorted(known, key=lambda s: (s.step, s.generation), reverse=True):
+        if snapshot.name in state.bad_snapshots or state.is_unclean(snapshot.generation, snapshot.step):
+            continue
+        transfers = _transfers(state, mesh, snapshot)
+        if transfers is not None:
+            return snapshot, transfers
+    return None
+
+
+def _transfers(state: State, mesh: tuple[str, ...], snapshot: Snapshot) -> tuple[Transfer, ...] | None:
+    """The copies that give every slot of `mesh` this snapshot; None when some slot's cannot be had."""
+    layout = state.layout
+    assert layout is not None
+    missing = _missing(state, layout, mesh, snapshot)
+    if not missing:
+        return ()
+    if "peer" not in state.capabilities:
+        return None
+    sources = _Sources(state, layout, snapshot)
+    transfers = []
+    for slot, to_node in missing.items():
+        source = sources.best(slot)
+        if source is None:
+            return None
+        transfers.append(Transfer(slot=slot, to_node=to_node, from_slot=source[0], from_node=source[1]))
+    return tuple(transfers)
+
+
+class _Holds:
+    """Whether a run of slots holds a snapshot. Remembers the answer by the identity of the run's tuple, which many
+    nodes share and which outlives the question."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, run: Held) -> bool:
+        answer = self._known.get(id(run.snapshots))
+        if answer is None:
+            answer = self._known[id(run.snapshots)] = self._snapshot in run.snapshots
+        return answer
+
+
+def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snapshot) -> dict[int, str]:
+    """The slots whose node in `mesh` does not hold the snapshot, in order, and that node."""
+    width = layout.slots_per_node
+    missing: dict[int, str] = {}
+    holds = _Holds(snapshot)
+    for index, node in enumerate(mesh):
+        held = state.inventory.get(node, ())
+        first = index * width
+        if len(held) == 1 and held[0].first == first and held[0].slots == width and holds(held[0]):
+            continue
+        own = {slot for run in held if holds(run) for slot in range(run.first, run.first + run.slots)}
+        missing |= {slot: node for slot in placement.slots_of(layout, index) if slot not in own}
+    return missing
+
+
+class _Sources:
+    """Who can give a slot the snapshot: whoever holds it of that slot or of one of its replicas.
+
+    A node that is quarantined, or should be, is read from, too, since what it holds carries digests; but only where
+    nobody else holds the same.
+    """
+
+    def __init__(self, state: State, layout: Layout, snapshot: Snapshot) -> None:
+        self._state, self._layout = state, layout
+        self._holds = _Holds(snapshot)
+        self._elsewhere: dict[int, list[str]] | None = None
+
+    def best(self, slot: int) -> tuple[int, str] | None:
+        """A slot and a node that holds it. First asked are the nodes that had these places; then all, once."""
+        copies = (slot, *placement.replicas(self._layout, slot))
+        for copy in copies:
+            node = self._state.mesh[copy // self._layout.slots_per_node]
+            if self._has(node, copy) and not self._is_suspect(node):
+                return copy, node
+        if self._elsewhere is None:
+            self._elsewhere = self._everywhere()
+        found = [(copy, node) for copy in copies for node in self._elsewhere.get(copy, ())]
+        return min(found, key=lambda pair: self._is_suspect(pair[1]), default=None)
+
+    def _has(self, node: str, slot: int) -> bool:
+        runs = self._state.inventory.get(node, ())
+        return any(run.first <= slot < run.first + run.slots and self._holds(run) for run in runs)
+
+    def _everywhere(self) -> dict[int, list[str]]:
+        holders: dict[int, list[str]] = {}
+        for node, runs in self._state.inventory.items():
+            for run in runs:
+                if self._holds(run):
+                    for slot in range(run.first, run.first + run.slots):
+                        holders.setdefault(slot, []).append(node)
+        return holders
+
+    def _is_suspect(self, name: str) -> bool:
+        node = self._state.nodes[name]
+        return node.convicted or node.state == "quarantined"
