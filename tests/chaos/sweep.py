@@ -220,8 +220,11 @@ def untouched(on: Rig, mesh: str) -> Result:
     return result
 
 
-def run_seed(on: Rig, seed: int, reference: Result) -> Outcome:
-    """One run under the kills of `seed`, compared with the untouched one; the cluster is whole again at the end."""
+def run_seed(on: Rig, seed: int, reference: Result, journals: Path | None = None) -> Outcome:
+    """One run under the kills of `seed`, compared with the untouched one; the cluster is whole again at the end.
+
+    Of a run in which all holds nothing is kept, but its journal where there is a folder for it.
+    """
     mesh, kills = plan(seed)
     spec = spec_of_seed(on, f"seed-{seed}", mesh)
     outcome = Outcome(seed=seed, mesh=mesh, kills=[str(kill) for kill in kills])
@@ -244,6 +247,9 @@ def run_seed(on: Rig, seed: int, reference: Result) -> Outcome:
         Path(spec.run.url, "outcome.json").write_text(json.dumps(asdict(outcome), indent=1))
         shutil.copy(on.log(spec.run.name), Path(spec.run.url, "truth.log"))
     else:
+        if journals is not None:
+            for part in ("epochs", "journal"):
+                shutil.copytree(Path(spec.run.url, part), journals / spec.run.name / part)
         shutil.rmtree(spec.run.url)
     on.mend()
     return outcome
@@ -252,14 +258,14 @@ def run_seed(on: Rig, seed: int, reference: Result) -> Outcome:
 # --- the sweep ---
 
 
-def sweep(folder: Path, seeds: range, console: Console) -> tuple[list[Outcome], list[str]]:
+def sweep(folder: Path, seeds: range, console: Console, journals: Path | None) -> tuple[list[Outcome], list[str]]:
     """Every seed, each printed as it ends; the outcomes, and what has grown over the sweep."""
     outcomes: list[Outcome] = []
     with rig(folder) as on:
         references = {mesh: untouched(on, mesh) for mesh in dict.fromkeys(plan(seed)[0] for seed in seeds)}
         before = take_census(on)
         for seed in seeds:
-            outcome = run_seed(on, seed, references[plan(seed)[0]])
+            outcome = run_seed(on, seed, references[plan(seed)[0]], journals)
             outcomes.append(outcome)
             console.print(_line(outcome), markup=False)
         after, grown = await_no_growth(on, before)
@@ -306,11 +312,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=60, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder of the runs; made anew")
+    parser.add_argument("--journals", type=Path, help="keep the journals in this folder, for benchmarks/predicted.py")
     given = parser.parse_args()
     shutil.rmtree(given.out, ignore_errors=True)
     console = Console(width=170, highlight=False, soft_wrap=True)
     seeds = range(given.first, given.first + given.seeds)
-    outcomes, grown = sweep(given.out.absolute(), seeds, console)
+    outcomes, grown = sweep(given.out.absolute(), seeds, console, given.journals)
     console.print(table(outcomes))
     for line in grown:
         console.print(f"grown: {line}", style="red", markup=False)
