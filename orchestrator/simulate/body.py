@@ -11,8 +11,8 @@ arrive at once and in order (hostile delivery is what the histories of tests/uni
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
@@ -20,17 +20,33 @@ from orchestrator.core.events import Layout, Limits, Snapshot
 from orchestrator.core.state import State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.simulate.chance import Chance
-from orchestrator.simulate.profile import Cause, Failures, Profile
+from orchestrator.simulate.profile import Effect, Failures, Profile
 
 DAY_US = 86_400_000_000
 ENDLESS_STEPS = 10**12
-"""A simulated run ends by the calendar."""
+"""Without another number, a simulated run ends by the calendar."""
 FAN_IN = 128
 """Nodes whose answers to a halt come as one."""
 SAMPLES = 120
 """Points of the outcome's curve."""
 
 Recorder = Callable[[ev.Event, list[ac.Action]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strike:
+    """A failure of a known generation, as a journal tells it."""
+
+    training: bool
+    """Whether every rank stood before its first step, else the generation was still starting."""
+    after_us: int
+    """From then, or from the order to open, until it struck."""
+    detect_us: int
+    effect: Effect
+    place: int
+    """In the mesh."""
+    repair_us: int
+    """Until its machine is there again, when the node is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,10 @@ class Scenario:
     failures: Failures
     days: float
     seed: int
+    strikes: Mapping[int, tuple[Strike, ...]] = field(default_factory=dict)
+    """By generation, beside those that are drawn."""
+    total_steps: int = ENDLESS_STEPS
+    """The simulation ends with them, or with its days."""
 
 
 @dataclass
@@ -135,7 +155,7 @@ class Simulation:
                 run="simulated",
                 layout=s.layout,
                 limits=s.limits,
-                total_steps=ENDLESS_STEPS,
+                total_steps=s.total_steps,
                 capabilities=("ram", "peer") if s.profile.memory else (),
             )
         )
@@ -146,14 +166,18 @@ class Simulation:
         self._await_failure()
         for index in range(1, SAMPLES + 1):
             self._at(self._end * index // SAMPLES, self._sample)
-        while self._agenda and self._agenda[0][0] <= self._end and self.state.job != "ended":
+        while self._agenda and self._agenda[0][0] <= self._end and not self._is_over:
             self.now, _, do = heapq.heappop(self._agenda)
             do()
-        if self.state.job != "ended":
+        if not self._is_over:
             self.now, self.ended_by_calendar = self._end, True
             self._tell_steps()
             self._tell(ev.StopRequested(at=self.now, by="the calendar", graceful=False))
         return self.state
+
+    @property
+    def _is_over(self) -> bool:
+        return self.state.job == "ended" or self.state.step == self.scenario.total_steps
 
     # --- time and messages --------------------------------------------------------------------------------------------
 
@@ -234,59 +258,70 @@ class Simulation:
         self._await_failure()
         if node is None or not node.alive:
             return
-        detect_us = getattr(self.scenario.profile.detection, cause.sign).us
-        if cause.effect == "node":
+        if self._hit(node, cause.effect, getattr(self.scenario.profile.detection, cause.sign).us, cause.name):
+            self.strikes[cause.name] += 1
+            node.machine.repair_us = round(cause.repair_s * 1_000_000)
+
+    def _strike(self, order: ac.OpenGeneration, training: bool) -> None:
+        """Those of the generation's own failures that are counted from now."""
+        for strike in self.scenario.strikes.get(order.generation, ()):
+            if strike.training == training:
+                name = order.nodes[strike.place]
+                self._later(strike.after_us, lambda s=strike, n=name: self._strike_now(order, s, n))  # type: ignore[misc]
+
+    def _strike_now(self, order: ac.OpenGeneration, strike: Strike, name: str) -> None:
+        if self._running is not None and self._running.order is order and self._nodes[name].alive:
+            self._nodes[name].machine.repair_us = strike.repair_us
+            self._hit(self._nodes[name], strike.effect, strike.detect_us, "told by the journal")
+
+    def _hit(self, node: Node, effect: Effect, detect_us: int, name: str) -> bool:
+        """Something fails on a live node now; whether there was anything to hit."""
+        if effect == "node":
             node.alive = False
             if self._fills_a_slot(node):
                 self._stick()
-            self._note(cause, node)
-            lost = ev.NodeLost(at=self.now + detect_us, node=node.name, cause=cause.name)
-            return self._at(lost.at, lambda: self._tell(lost))
+            lost = ev.NodeLost(at=self.now + detect_us, node=node.name, cause=name)
+            self._at(lost.at, lambda: self._tell(lost))
+            return True
         if not self._fills_a_slot(node):
-            return
+            return False
         assert self._running is not None
         generation, slot = self._running.order.generation, self._slot(node)
-        if cause.effect == "corrupt":
+        if effect == "corrupt":
             if self._running.phase != "training":
-                return
-            self._note(cause, node)
+                return False
             step = self._steps_done()
-            return self._later(detect_us, lambda: self._await_audit(node, generation, slot, step, cause))
-        self._note(cause, node)
+            self._later(detect_us, lambda: self._await_audit(node, generation, slot, step, name))
+            return True
         self._stick()
         step = self._running.step
-        self._later(detect_us, lambda: self._tell(self._words(cause, node, generation, slot, step)))
+        self._later(detect_us, lambda: self._tell(self._words(effect, name, node, generation, slot, step)))
+        return True
 
-    def _note(self, cause: Cause, node: Node) -> None:
-        self.strikes[cause.name] += 1
-        node.machine.repair_us = round(cause.repair_s * 1_000_000)
-
-    def _words(self, cause: Cause, node: Node, generation: int, slot: int, step: int) -> ev.Event:
-        if cause.effect == "hang":
-            return ev.WorkerHung(
-                at=self.now, node=node.name, generation=generation, slot=slot, step=step, detail=cause.name
-            )
-        which = f"{cause.name}, number {self.strikes[cause.name]}"  # no two are the same: else it were the program's
+    def _words(self, effect: Effect, name: str, node: Node, generation: int, slot: int, step: int) -> ev.Event:
+        if effect == "hang":
+            return ev.WorkerHung(at=self.now, node=node.name, generation=generation, slot=slot, step=step, detail=name)
+        which = f"{name}, event {self.events}"  # no two are the same: else it were the program's
         return ev.WorkerFailed(
             at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="exception", error=which
         )
 
-    def _await_audit(self, node: Node, generation: int, slot: int, step: int, cause: Cause) -> None:
+    def _await_audit(self, node: Node, generation: int, slot: int, step: int, name: str) -> None:
         """The audit comes before the optimizer, so at the end of the step under way, and that step is not taken."""
         running = self._running
         if running is None or running.order.generation != generation or running.phase != "training":
             return
         end = running.since + (self._steps_done() + 1 - running.step) * self._step_us - 1
-        self._at(max(self.now, end), lambda: self._audit(node, generation, slot, step, cause))
+        self._at(max(self.now, end), lambda: self._audit(node, generation, slot, step, name))
 
-    def _audit(self, node: Node, generation: int, slot: int, step: int, cause: Cause) -> None:
+    def _audit(self, node: Node, generation: int, slot: int, step: int, name: str) -> None:
         """State has been wrong since `step`, and is found to be, if its generation has lived to see it."""
         running = self._running
         if running is None or running.order.generation != generation or running.phase != "training":
             return
         self._stick()
         found = ev.WorkerFailed(
-            at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="corrupt", error=cause.name
+            at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="corrupt", error=name
         )
         self._tell(found)
 
@@ -318,9 +353,10 @@ class Simulation:
         if order.source == "ram":
             restore_us = costs.restore_ram.us + (costs.restore_peer.us if order.transfers else 0)
         self._later(costs.restart.us + restore_us, lambda: self._ready(order, restore_us))
+        self._strike(order, training=False)
 
     def _ready(self, order: ac.OpenGeneration, restore_us: int) -> None:
-        running = self._running
+        running, costs = self._running, self.scenario.profile.costs
         assert running is not None
         if running.order is not order or running.phase != "starting":
             return
@@ -332,13 +368,15 @@ class Simulation:
                 at=self.now,
                 generation=order.generation,
                 step=order.step,
-                rendezvous_us=self.scenario.profile.costs.restart.us,
+                rendezvous_us=costs.restart.us,
                 build_us=0,
                 restore_us=restore_us,
             )
         )
         self._replace_quarantined()
-        self._later(self._step_us, lambda: self._first_step(running))
+        self._strike(order, training=True)
+        running.since += costs.warm_up.us
+        self._later(costs.warm_up.us + self._step_us, lambda: self._first_step(running))
         self._go_on()
 
     def _first_step(self, running: Running) -> None:
@@ -347,10 +385,10 @@ class Simulation:
             self._tell_steps()
 
     def _boundary(self) -> int:
-        """The step after which the next durable save begins."""
+        """The step after which the next durable save begins: each interval's last, and the run's."""
         assert self._running is not None
         interval = self.scenario.checkpoint_interval_steps
-        return (self._running.step // interval + 1) * interval
+        return min((self._running.step // interval + 1) * interval, self.scenario.total_steps)
 
     def _go_on(self) -> None:
         """Train on to the next durable save; a save that is still under way is waited for."""
@@ -365,6 +403,8 @@ class Simulation:
             return
         step, generation = self._boundary(), running.order.generation
         self._tell_steps(step)
+        if self._is_over:
+            return
         write_us = self.scenario.profile.costs.save_write.us
         running.saving_until = self.now + write_us
         self._later(write_us, lambda: self._written(running, step, write_us))
@@ -384,7 +424,7 @@ class Simulation:
         """Steps that are complete by now; the one before a save is when the save's stall is over."""
         running = self._running
         assert running is not None and running.phase == "training"
-        return min(running.step + (self.now - running.since) // self._step_us, self._boundary() - 1)
+        return min(running.step + max(0, self.now - running.since) // self._step_us, self._boundary() - 1)
 
     def _tell_steps(self, upto: int | None = None) -> None:
         running = self._running

@@ -54,6 +54,8 @@ class Costs(_Table):
     """From the order until every node that lives has ended its workers and said what it holds."""
     restart: Seconds
     """From the order to open a generation until its ranks are connected and their model is built."""
+    warm_up: Seconds
+    """What a generation's first step takes longer; the ledger counts it as that step's."""
     restore_ram: Seconds
     """Each rank's state out of its own node's memory."""
     restore_peer: Seconds

@@ -38,6 +38,7 @@ def goodput_of_restarts(
         commit=zero,
         halt=zero,
         restart=seconds(restart_s),
+        warm_up=zero,
         restore_ram=zero,
         restore_peer=zero,
         restore_durable=zero,

@@ -1,0 +1,226 @@
+"""A real run, read from its journal, as a scenario: its costs as they were on average, its failures as they came.
+
+What the simulator then says can be compared with what happened: `benchmarks/predicted.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import gcd
+from statistics import fmean
+
+from orchestrator.core import actions as ac
+from orchestrator.core import events as ev
+from orchestrator.core.codec import action_from_json
+from orchestrator.core.state import Incident, State
+from orchestrator.core.supervisor import Supervisor
+from orchestrator.runtime.journal import Record
+from orchestrator.simulate.body import DAY_US, Scenario, Strike
+from orchestrator.simulate.profile import (
+    Costs,
+    Detection,
+    Effect,
+    Exposure,
+    Failures,
+    Figure,
+    Profile,
+    Seconds,
+)
+
+LONGEST_DAYS = 10.0
+NEVER_US = round(LONGEST_DAYS * DAY_US)
+EFFECTS: dict[str, Effect] = {"node": "node", "hang": "hang", "corrupt": "corrupt"}
+"""Cause of an incident to what struck; every other is a worker's end."""
+
+
+class NotMeasured(ValueError):
+    """The journal does not hold what is wanted of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    scenario: Scenario
+    """With the run's own failures and no others."""
+    goodput: float
+    """Real: productive over all node-time until the last step was done."""
+    incidents: tuple[Incident, ...]
+
+
+@dataclass
+class _Generation:
+    """What the journal says of one generation."""
+
+    order: ac.OpenGeneration
+    opened_at: int
+    ready_at: int | None = None
+    restore_us: int = 0
+    last_step_at: int = 0
+    strikes: list[Strike] = field(default_factory=list)
+
+
+@dataclass
+class _Notes:
+    generations: list[_Generation] = field(default_factory=list)
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    """Microseconds and number of steps, of reports that are not a generation's first."""
+    first_steps: list[tuple[int, int]] = field(default_factory=list)
+    stalls_us: int = 0
+    halts_us: list[int] = field(default_factory=list)
+    writes_us: list[int] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    """Steps of checkpoints, but for the run's last, which is saved wherever it ends."""
+    lost_at: list[int] = field(default_factory=list)
+    repairs_us: list[int] = field(default_factory=list)
+    interrupted: tuple[int, str] | None = None
+    """When the incident that is open was detected, while its causes are gathered."""
+
+
+def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Measured:
+    """The run that this journal tells, up to its last step.
+
+    Raises:
+        NotMeasured: the run was resumed, or no step of it is told by itself, so that it has no pace.
+    """
+    if sum(isinstance(record.event, ev.RunDeclared) for record in records) != 1:
+        raise NotMeasured("the run was resumed, or never declared")
+    notes, core = _Notes(), Supervisor()
+    goodput = 0.0
+    for record in records:
+        before = core.state.job
+        core.handle(record.event)
+        actions = [action_from_json(action) for action in record.actions]
+        _note(notes, core.state, before, record.event, actions)
+        if isinstance(record.event, ev.StepsDone):
+            ledger = core.state.ledger
+            goodput = ledger.totals["productive"] / ledger.owed
+    if not notes.steps:
+        raise NotMeasured("no step was told by itself")
+    state = core.state
+    assert state.layout is not None and state.limits is not None
+    step_us, stall_us, warm_up_us = _pace(notes)
+    provision_us = notes.generations[0].opened_at - state.began_at
+    repair_us = max(0, round(fmean(notes.repairs_us)) - provision_us) if notes.repairs_us else NEVER_US
+    return Measured(
+        goodput=goodput,
+        incidents=tuple(state.incidents),
+        scenario=Scenario(
+            layout=state.layout,
+            limits=state.limits,
+            step_us=step_us,
+            checkpoint_interval_steps=gcd(*notes.saved) or state.high_water,
+            snapshot_interval_steps=snapshot_interval_steps,
+            profile=_profile(notes, state, stall_us * snapshot_interval_steps, warm_up_us),
+            failures=Failures(title="the run's own", exposure=Exposure(node_days=1, source="not used"), causes=()),
+            days=LONGEST_DAYS,
+            seed=0,
+            strikes={
+                g.order.generation: tuple(replace(strike, repair_us=repair_us) for strike in g.strikes)
+                for g in notes.generations
+                if g.strikes
+            },
+            total_steps=state.high_water,
+        ),
+    )
+
+
+def _note(notes: _Notes, state: State, before: str, event: ev.Event, actions: Iterable[ac.Action]) -> None:
+    newest = notes.generations[-1] if notes.generations else None
+    match event:
+        case ev.GenerationReady() if newest is not None and event.generation == newest.order.generation:
+            newest.ready_at, newest.restore_us, newest.last_step_at = event.at, event.restore_us, event.at
+        case ev.StepsDone() if newest is not None and before == "training" and newest.ready_at is not None:
+            kind = notes.first_steps if newest.last_step_at == newest.ready_at else notes.steps
+            kind.append((event.at - newest.last_step_at, event.last - event.first + 1))
+            notes.stalls_us += event.data_wait_us + event.checkpoint_us + event.validation_us
+            newest.last_step_at = event.at
+        case ev.CheckpointWritten():
+            notes.writes_us.append(event.write_us)
+            notes.saved += [event.step] if event.step < state.total_steps else []
+        case ev.NodeLost():
+            notes.lost_at.append(event.at)
+        case ev.NodeJoined() if notes.lost_at:
+            notes.repairs_us.append(event.at - notes.lost_at.pop(0))
+    if newest is not None and state.job == "halting" and before in ("starting", "training"):
+        notes.interrupted = (event.at, before)
+    for action in actions:
+        if isinstance(action, ac.OpenGeneration) and not isinstance(event, ev.EpochBegan):
+            if newest is not None:
+                _end(notes, newest, state)
+            notes.generations.append(_Generation(order=action, opened_at=event.at))
+    if newest is not None and state.job == "waiting" and before == "halting":
+        _end(notes, newest, state)
+
+
+def _end(notes: _Notes, generation: _Generation, state: State) -> None:
+    """Why the generation ended: the incident is charged by now, and still open."""
+    incident = state.incident
+    if notes.interrupted is None or incident is None:
+        return
+    (at, phase), notes.interrupted = notes.interrupted, None
+    if incident.halted_at is not None:
+        notes.halts_us.append(incident.halted_at - at)
+    evidence = incident.evidence or incident.answered
+    places = {name: place for place, name in enumerate(generation.order.nodes)}
+    struck = [e for e in evidence if e.node in places and e.kind == "node"]
+    struck = struck or sorted((e for e in evidence if e.node in places), key=lambda e: e.kind == "collective")[:1]
+    # Nobody has seen the moment of the failure: the mesh did nothing useful from its last step on.
+    training = phase == "training" and generation.ready_at is not None
+    since = generation.ready_at if training and generation.ready_at is not None else generation.opened_at
+    last = generation.last_step_at if training else at
+    for e in struck:
+        generation.strikes.append(
+            Strike(
+                training=training,
+                after_us=last - since,
+                detect_us=at - last,
+                effect=EFFECTS.get(e.kind, "worker"),
+                place=places[e.node],
+                repair_us=0,
+            )
+        )
+
+
+def _pace(notes: _Notes) -> tuple[int, int, int]:
+    """Microseconds of a step without its stalls, of its stalls, and that a generation's first step takes longer."""
+    us, steps = (sum(column) for column in zip(*notes.steps, strict=True))
+    all_steps = steps + sum(n for _, n in notes.first_steps)
+    stall = notes.stalls_us // all_steps
+    whole = us // steps
+    extra = [us - n * whole for us, n in notes.first_steps]
+    return max(1, whole - stall), stall, max(0, round(fmean(extra))) if extra else 0
+
+
+def _profile(notes: _Notes, state: State, snapshot_stall_us: int, warm_up_us: int) -> Profile:
+    def seconds(us: Sequence[int] | int) -> Seconds:
+        values = [us] if isinstance(us, int) else us
+        return Seconds(value=fmean(values) / 1e6 if values else 0.0, source="measured")
+
+    ready = [g for g in notes.generations if g.ready_at is not None]
+    restores = {
+        source: [g.restore_us for g in ready if (g.order.source, bool(g.order.transfers)) == source]
+        for source in (("ram", False), ("ram", True), ("durable", False))
+    }
+    own = seconds(restores["ram", False] or restores["ram", True])
+    copied = seconds(restores["ram", True])
+    zero = Seconds(value=0, source="not used")
+    costs = Costs(
+        snapshot_stall=seconds(snapshot_stall_us),
+        save_stall=zero,  # measured with the other stalls
+        save_write=seconds(notes.writes_us),
+        commit=zero,
+        halt=seconds(notes.halts_us),
+        restart=seconds([g.ready_at - g.opened_at - g.restore_us for g in ready if g.ready_at is not None]),
+        warm_up=seconds(warm_up_us),
+        restore_ram=own,
+        restore_peer=Seconds(value=max(0.0, copied.value - own.value), source="measured"),
+        restore_durable=seconds(restores["durable", False]),
+        provision=seconds(notes.generations[0].opened_at - state.began_at),
+    )
+    return Profile(
+        title="measured",
+        memory="ram" in state.capabilities,
+        tflops_per_gpu=Figure(value=1, source="not used"),
+        costs=costs,
+        detection=Detection(exit=zero, network=zero, hang=zero, corruption=zero, notice=zero),
+    )

@@ -1,0 +1,85 @@
+"""A run's journal as a scenario: simulated again from what was measured of it, it comes to what it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_simulate import dense
+
+from orchestrator.core import events as ev
+from orchestrator.core.codec import action_to_json
+from orchestrator.runtime.journal import Record
+from orchestrator.simulate.body import Scenario, Simulation
+from orchestrator.simulate.measured import Measured, NotMeasured, measure
+from orchestrator.simulate.profile import Cause
+
+STEPS = 2000
+
+
+def lived(made: Scenario) -> tuple[list[Record], Simulation]:
+    """A run of so many steps, with its journal; here a simulated one stands for the real."""
+    records: list[Record] = []
+    simulation = Simulation(
+        replace(made, total_steps=STEPS),
+        record=lambda event, actions: records.append(
+            Record(seq=len(records), epoch=1, event=event, actions=tuple(action_to_json(action) for action in actions))
+        ),
+    )
+    simulation.run()
+    return records, simulation
+
+
+def eventful(seed: int, *effects: str) -> Scenario:
+    made = dense(seed, an_hour=20, days=3)
+    causes = tuple(
+        Cause(name=effect, effect=effect, sign="exit", count=1, repair_s=900, source="test") for effect in effects
+    )
+    return replace(made, failures=made.failures.model_copy(update={"causes": causes}))
+
+
+def again(measured: Measured) -> Simulation:
+    simulation = Simulation(measured.scenario)
+    simulation.run()
+    return simulation
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_measured_of_a_run_gives_its_goodput_again(seed: int) -> None:
+    records, first = lived(eventful(seed, "node", "worker", "hang"))
+    assert len(first.state.incidents) >= 3 and first.state.step == STEPS
+    measured = measure(records, first.scenario.snapshot_interval_steps)
+    ledger = first.state.ledger
+    assert measured.goodput == pytest.approx(ledger.totals["productive"] / ledger.owed, abs=1e-9)
+    second = again(measured)
+    assert second.state.step == STEPS
+    goodput = second.state.ledger.totals["productive"] / second.state.ledger.owed
+    assert goodput == pytest.approx(measured.goodput, abs=0.02)
+    # What else befell a recovery is known to the moment at which it was told only.
+    rungs = [[i.rungs[0] for i in s.state.incidents] for s in (first, second)]
+    assert rungs[0] == rungs[1]
+
+
+def test_its_costs_are_what_they_were() -> None:
+    records, first = lived(eventful(2, "node", "worker", "hang"))
+    costs, given = measure(records, first.scenario.snapshot_interval_steps).scenario.profile.costs, first.scenario
+    assert costs.restart.value == pytest.approx(given.profile.costs.restart.value)
+    assert costs.halt.value == pytest.approx(given.profile.costs.halt.value, abs=0.5)
+    assert costs.provision.value == pytest.approx(given.profile.costs.provision.value)
+    assert {i.rungs[0] for i in first.state.incidents} >= {"replace", "spare"}
+    assert costs.restore_ram.value == pytest.approx(given.profile.costs.restore_ram.value)
+    assert costs.restore_peer.value == pytest.approx(given.profile.costs.restore_peer.value)
+    assert costs.save_write.value == pytest.approx(given.profile.costs.save_write.value)
+    measured = measure(records, given.snapshot_interval_steps).scenario
+    assert measured.checkpoint_interval_steps == given.checkpoint_interval_steps
+    assert measured.step_us == pytest.approx(given.step_us, rel=0.02)
+
+
+def test_what_has_no_pace_or_was_resumed_is_not_measured() -> None:
+    records, _ = lived(eventful(0, "worker"))
+    declared = next(record for record in records if isinstance(record.event, ev.RunDeclared))
+    with pytest.raises(NotMeasured, match="resumed"):
+        measure([*records, declared])
+    without = [record for record in records if not isinstance(record.event, ev.StepsDone)]
+    with pytest.raises(NotMeasured, match="no step"):
+        measure(without[:20])
