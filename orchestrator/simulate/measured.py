@@ -127,7 +127,7 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
 def _note(notes: _Notes, state: State, before: str, event: ev.Event, actions: Iterable[ac.Action]) -> None:
     newest = notes.generations[-1] if notes.generations else None
     match event:
-        case ev.GenerationReady() if newest is not None and event.generation == newest.order.generation:
+        case ev.GenerationReady() if newest is not None and before == "starting" and state.job == "training":
             newest.ready_at, newest.restore_us, newest.last_step_at = event.at, event.restore_us, event.at
         case ev.StepsDone() if newest is not None and before == "training" and newest.ready_at is not None:
             kind = notes.first_steps if newest.last_step_at == newest.ready_at else notes.steps

@@ -75,6 +75,21 @@ def test_its_costs_are_what_they_were() -> None:
     assert measured.step_us == pytest.approx(given.step_us, rel=0.02)
 
 
+def test_a_controller_that_came_back_and_was_told_all_again_changes_nothing() -> None:
+    records, first = lived(eventful(2, "node", "worker", "hang"))
+    ready = next(i for i, r in enumerate(records) if isinstance(r.event, ev.GenerationReady))
+    later = next(i for i, r in enumerate(records) if i > ready and isinstance(r.event, ev.StepsDone)) + 1
+    at = records[later - 1].event.at
+    again_ = [
+        replace(records[0], event=ev.EpochBegan(at=at, epoch=2, version="test"), actions=()),
+        replace(records[ready], event=replace(records[ready].event, at=at), actions=()),
+    ]
+    told = measure([*records[:later], *again_, *records[later:]], first.scenario.snapshot_interval_steps)
+    plain = measure(records, first.scenario.snapshot_interval_steps)
+    assert told.scenario.profile.costs == plain.scenario.profile.costs
+    assert told.scenario.strikes == plain.scenario.strikes
+
+
 def test_what_has_no_pace_or_was_resumed_is_not_measured() -> None:
     records, _ = lived(eventful(0, "worker"))
     declared = next(record for record in records if isinstance(record.event, ev.RunDeclared))
