@@ -92,6 +92,7 @@ def retire(state: State) -> list[Action]:
     retired = usable[: -state.limits.keep_checkpoints]
     for step in retired:
         del state.checkpoints[step]
+        state.retired = max(state.retired, step)
     return [DeleteCheckpoint(step=step) for step in retired]
 
 

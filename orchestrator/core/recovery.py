@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
+from orchestrator.core.checkpoints import DISTRUSTED
 from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, Evidence, Incident, State
 from orchestrator.core.state import EXIT_FAILED as RUN_FAILED
 from trainer.contract import EXIT_FAILED
@@ -232,15 +233,16 @@ def decide(state: State) -> Decision:
 
 
 def durable_decision(state: State, mesh: tuple[str, ...], why: str) -> Decision:
-    """Start from the newest committed checkpoint that nobody has found damaged, else from the beginning.
+    """Start from the newest committed checkpoint that nobody distrusts, else from the beginning.
 
-    A run that has checkpoints never begins again by itself: when all are damaged, people must look at them.
+    A run that has checkpoints never begins again by itself: when all are damaged, or those that are left hold corrupt
+    state and older ones have been deleted, people must look at them.
     """
     step = state.newest_checkpoint()
-    damaged = [n for n, checkpoint in state.checkpoints.items() if checkpoint.trust == "damaged"]
-    if step is None and damaged:
-        which = ", ".join(str(n) for n in damaged)
-        return Decision(rung="fail", exit_code=RUN_FAILED, reason=f"{why}; every checkpoint is damaged: {which}")
+    lost = {n: c.trust for n, c in state.checkpoints.items() if c.trust in DISTRUSTED}
+    if step is None and ("damaged" in lost.values() or (lost and state.retired)):
+        which = ", ".join(f"{n} ({trust})" for n, trust in lost.items())
+        return Decision(rung="fail", exit_code=RUN_FAILED, reason=f"{why}; no checkpoint is left to trust: {which}")
     if step is None:
         return Decision(rung="durable", mesh=mesh, source="init", reason=f"{why}; no checkpoint is committed")
     return Decision(rung="durable", mesh=mesh, source="durable", step=step, reason=f"{why}; checkpoint {step}")

@@ -179,6 +179,8 @@ class State:
 
     checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
     """By step, ascending. Only committed ones are restored from."""
+    retired: int = 0
+    """The newest step whose checkpoint was deleted for its age: older than what is kept there is only step 0."""
     saves_failed: int = 0
     """Durable saves and commits that failed since the run was first declared."""
     save_error: str = ""

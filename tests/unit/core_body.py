@@ -411,9 +411,9 @@ class Body:
         """Declare the run again, perhaps with another mesh; one that was done goes on to more steps."""
         if self.exit_code == 0:
             self.total_steps += STEPS
-        if self.exit_code == 1:  # every checkpoint is damaged: somebody has looked, and removed them
+        if self.exit_code == 1:  # no checkpoint is left to trust: somebody has looked, and removed them
             for step, checkpoint in self.supervisor.state.checkpoints.items():
-                if checkpoint.trust == "damaged":
+                if checkpoint.trust in ("damaged", "revoked"):
                     self.store.pop(step, None)
                     self.bad_steps.discard(step)
         if self.tape.below(2):

@@ -51,6 +51,8 @@ class Watch:
         self._struck: dict[tuple[int, int], set[str]] = {}
         """Step and slot to the nodes whose state was found corrupt there."""
         self._faults = 0
+        self._retired = False
+        """Whether a checkpoint was ever deleted for its age."""
 
     def see(self, supervisor: Supervisor, event: ev.Event, actions: list[ac.Action]) -> None:
         self.log.append((event, actions))
@@ -163,6 +165,7 @@ class Watch:
                 self.books.commit(action)
             case ac.DeleteCheckpoint():
                 self.books.delete(action.step, self._steps)
+                self._retired = True
                 newest = self._opened.get(max(self._opened, default=0))
                 if newest and newest.source == "durable" and newest.generation >= self._first_generation:
                     assert self._ready == newest.generation or newest.step != action.step, "it is being restored from"
@@ -197,6 +200,8 @@ class Watch:
             assert order.step >= newest, "a committed checkpoint is newer"
         else:
             assert order.source == "init" or order.step not in self.books.deleted, "what is deleted is restored"
+            left = {checkpoint.trust for checkpoint in supervisor.state.checkpoints.values()} - {"written"}
+            assert order.source != "init" or not (left and self._retired), "a run begins again by itself"
             assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
             ram = None if incident is None or incident.spent else self._newest_in_ram(order.nodes)
             assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
@@ -253,7 +258,8 @@ class Watch:
                 )
             case 1:
                 trusts = [checkpoint.trust for checkpoint in state.checkpoints.values()]
-                assert timer == "commit" or ("damaged" in trusts and state.newest_checkpoint() is None)
+                lost = "damaged" in trusts or ("revoked" in trusts and self._retired)
+                assert timer == "commit" or (lost and state.newest_checkpoint() is None)
             case 93:
                 repeated = max(self._errors.values(), default=0) >= LIMITS.same_error_tries
                 assert repeated or max(len(nodes) for nodes in self._struck.values()) >= 2

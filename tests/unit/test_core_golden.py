@@ -148,6 +148,9 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     # refused gN NODE ERROR
     "refused": lambda at, w: ev.GenerationFailed(at=at, generation=_g(w[0]), node=w[1], error=" ".join(w[2:])),
     # halted gN NODE [SLOT:SNAPSHOTS ...]
+    "halted-alike": lambda at, w: ev.NodesHalted(
+        at=at, generation=_g(w[0]), nodes=tuple(w[1].split(",")), snapshots=_snapshots([f"0:{w[2]}"])[0]
+    ),
     "halted": lambda at, w: ev.NodeHalted(at=at, node=w[1], generation=_g(w[0]), snapshots=_snapshots(w[2:])),
     # written gN STEP
     "written": lambda at, w: ev.CheckpointWritten(at=at, generation=_g(w[0]), step=int(w[1]), bytes=0, write_us=0),

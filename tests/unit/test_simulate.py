@@ -22,7 +22,7 @@ from orchestrator.core import events as ev
 from orchestrator.simulate import formulas, outcome, scenario
 from orchestrator.simulate.body import DAY_US, Scenario, Simulation
 from orchestrator.simulate.chance import Chance
-from orchestrator.simulate.profile import Cause, Failures, ProfileError, load_failures, load_profile, names
+from orchestrator.simulate.profile import Cause, Failures, ProfileError, Seconds, load_failures, load_profile, names
 from orchestrator.simulate.simplest import goodput_of_restarts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,14 +64,16 @@ def watched(made: Scenario, watch: Watch) -> Simulation:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_supervisors_rules_hold_under_dense_failures(seed: int, profile: str, an_hour: float, days: float) -> None:
     made = dense(seed, profile=profile, an_hour=an_hour, days=days)
+    soon = made.profile.detection.model_copy(update={"corruption": Seconds(value=20, source="test")})
+    if profile == "restart":  # found within what is kept
+        made = replace(made, profile=made.profile.model_copy(update={"detection": soon}))
     simulation = watched(made, Watch())
     assert simulation.ended_by_calendar, simulation.state.verdict
     assert all(simulation.strikes.values()), "a cause that never struck"
     ledger = simulation.state.ledger
     places = made.layout.nodes + made.layout.spares
     assert sum(ledger.totals.values()) == ledger.owed == places * round(made.days * DAY_US)
-    seen = {"node", "exception", "hang"} | ({"corrupt"} if profile == "shepherd" else set())  # an hour is a long time
-    assert {i.cause for i in simulation.state.incidents} >= seen
+    assert {i.cause for i in simulation.state.incidents} >= {"node", "exception", "hang", "corrupt"}
     assert simulation.state.step > 100
 
 
@@ -180,7 +182,7 @@ def test_corruption_that_is_found_late_rewinds_to_before_it() -> None:
         failures=made.failures.model_copy(update={"causes": corrupt}),
         limits=replace(made.limits, keep_checkpoints=200),
     )
-    told: list[ev.WorkerFailed] = []
+    told: list[ev.WorkerFailed] = []  # of a run that keeps what it has saved for long enough
     simulation = Simulation(late, record=lambda e, a: told.append(e) if isinstance(e, ev.WorkerFailed) else None)
     incidents = simulation.run().incidents
     assert len(incidents) > 3
@@ -189,6 +191,15 @@ def test_corruption_that_is_found_late_rewinds_to_before_it() -> None:
         assert incident.restored_step is not None and incident.restored_step < max(flipped, 1)
         assert incident.restored_step >= flipped - 30
         assert incident.step - flipped > 1000, "it was not late"
+
+
+def test_corruption_that_outlives_what_is_kept_ends_the_run() -> None:
+    """It does not begin again at step 0 by itself."""
+    made = dense(1, profile="restart", an_hour=1, days=3)
+    corrupt = tuple(c for c in made.failures.causes if c.effect == "corrupt")
+    done = outcome.simulate(replace(made, failures=made.failures.model_copy(update={"causes": corrupt})))
+    assert done.exit_code == 1 and "no checkpoint is left to trust" in done.verdict
+    assert done.days < 3 and done.steps > 100
 
 
 def test_every_figure_has_a_source_and_the_counts_are_the_papers() -> None:
