@@ -37,10 +37,10 @@ Recorder = Callable[[ev.Event, list[ac.Action]], None]
 class Strike:
     """A failure of a known generation, as a journal tells it."""
 
-    training: bool
-    """Whether every rank stood before its first step, else the generation was still starting."""
+    step: int | None
+    """It strikes as soon as this step is complete; None: while the generation is starting."""
     after_us: int
-    """From then, or from the order to open, until it struck."""
+    """Then: from the order to open until it strikes."""
     detect_us: int
     effect: Effect
     place: int
@@ -262,17 +262,20 @@ class Simulation:
             self.strikes[cause.name] += 1
             node.machine.repair_us = round(cause.repair_s * 1_000_000)
 
-    def _strike(self, order: ac.OpenGeneration, training: bool) -> None:
-        """Those of the generation's own failures that are counted from now."""
-        for strike in self.scenario.strikes.get(order.generation, ()):
-            if strike.training == training:
-                name = order.nodes[strike.place]
-                self._later(strike.after_us, lambda s=strike, n=name: self._strike_now(order, s, n))  # type: ignore[misc]
+    def _strikes(self, order: ac.OpenGeneration) -> tuple[Strike, ...]:
+        return self.scenario.strikes.get(order.generation, ())
 
-    def _strike_now(self, order: ac.OpenGeneration, strike: Strike, name: str) -> None:
-        if self._running is not None and self._running.order is order and self._nodes[name].alive:
-            self._nodes[name].machine.repair_us = strike.repair_us
-            self._hit(self._nodes[name], strike.effect, strike.detect_us, "told by the journal")
+    def _strike_at(self, order: ac.OpenGeneration, step: int) -> None:
+        for strike in self._strikes(order):
+            if strike.step is not None and (strike.step == step or strike.step < order.step == step):
+                self._strike(order, strike)
+
+    def _strike(self, order: ac.OpenGeneration, strike: Strike) -> None:
+        node = self._nodes.get(order.nodes[strike.place])
+        if self._running is None or self._running.order is not order or node is None or not node.alive:
+            return
+        node.machine.repair_us = strike.repair_us
+        self._hit(node, strike.effect, strike.detect_us, "told by the journal")
 
     def _hit(self, node: Node, effect: Effect, detect_us: int, name: str) -> bool:
         """Something fails on a live node now; whether there was anything to hit."""
@@ -353,7 +356,9 @@ class Simulation:
         if order.source == "ram":
             restore_us = costs.restore_ram.us + (costs.restore_peer.us if order.transfers else 0)
         self._later(costs.restart.us + restore_us, lambda: self._ready(order, restore_us))
-        self._strike(order, training=False)
+        for strike in self._strikes(order):
+            if strike.step is None:
+                self._later(strike.after_us, lambda s=strike: self._strike(order, s))  # type: ignore[misc]
 
     def _ready(self, order: ac.OpenGeneration, restore_us: int) -> None:
         running, costs = self._running, self.scenario.profile.costs
@@ -374,7 +379,7 @@ class Simulation:
             )
         )
         self._replace_quarantined()
-        self._strike(order, training=True)
+        self._strike_at(order, order.step)
         running.since += costs.warm_up.us
         self._later(costs.warm_up.us + self._step_us, lambda: self._first_step(running))
         self._go_on()
@@ -385,30 +390,39 @@ class Simulation:
             self._tell_steps()
 
     def _boundary(self) -> int:
-        """The step after which the next durable save begins: each interval's last, and the run's."""
+        """The step after which something is due: a durable save, a strike, or the run's end."""
         assert self._running is not None
-        interval = self.scenario.checkpoint_interval_steps
-        return min((self._running.step // interval + 1) * interval, self.scenario.total_steps)
+        step, interval = self._running.step, self.scenario.checkpoint_interval_steps
+        strikes = [s.step for s in self._strikes(self._running.order) if s.step is not None and s.step > step]
+        return min((step // interval + 1) * interval, self.scenario.total_steps, *strikes)
+
+    def _saves_after(self, step: int) -> bool:
+        return step % self.scenario.checkpoint_interval_steps == 0 or step == self.scenario.total_steps
 
     def _go_on(self) -> None:
-        """Train on to the next durable save; a save that is still under way is waited for."""
+        """Train on to the next boundary. A save waits for the one before."""
         running = self._running
         assert running is not None
-        stall = self.scenario.profile.costs.save_stall.us
-        done = running.since + (self._boundary() - running.step) * self._step_us + stall
-        self._at(max(done, running.saving_until), lambda: self._save(running))
+        if running.phase != "training":
+            return
+        step = self._boundary()
+        due = running.since + (step - running.step) * self._step_us
+        if self._saves_after(step):
+            due = max(due + self.scenario.profile.costs.save_stall.us, running.saving_until)
+        self._at(due, lambda: self._arrive(running))
 
-    def _save(self, running: Running) -> None:
+    def _arrive(self, running: Running) -> None:
         if self._running is not running or running.phase != "training":
             return
-        step, generation = self._boundary(), running.order.generation
+        step = self._boundary()
         self._tell_steps(step)
         if self._is_over:
             return
-        write_us = self.scenario.profile.costs.save_write.us
-        running.saving_until = self.now + write_us
-        self._later(write_us, lambda: self._written(running, step, write_us))
-        assert self.state.generation == generation
+        if self._saves_after(step):
+            write_us = self.scenario.profile.costs.save_write.us
+            running.saving_until = self.now + write_us
+            self._later(write_us, lambda: self._written(running, step, write_us))
+        self._strike_at(running.order, step)
         self._go_on()
 
     def _written(self, running: Running, step: int, write_us: int) -> None:
@@ -421,7 +435,7 @@ class Simulation:
         self._tell(ev.CheckpointCommitted(at=self.now, step=order.step, epoch=order.epoch, generation=order.generation))
 
     def _steps_done(self) -> int:
-        """Steps that are complete by now; the one before a save is when the save's stall is over."""
+        """Steps that are complete by now; the one before a boundary is when it is told."""
         running = self._running
         assert running is not None and running.phase == "training"
         return min(running.step + max(0, self.now - running.since) // self._step_us, self._boundary() - 1)

@@ -166,13 +166,14 @@ def _end(notes: _Notes, generation: _Generation, state: State) -> None:
     struck = struck or sorted((e for e in evidence if e.node in places), key=lambda e: e.kind == "collective")[:1]
     # Nobody has seen the moment of the failure: the mesh did nothing useful from its last step on.
     training = phase == "training" and generation.ready_at is not None
-    since = generation.ready_at if training and generation.ready_at is not None else generation.opened_at
     last = generation.last_step_at if training else at
+    # A generation that an incident has opened and that failed in turn has done no step of its own.
+    done = incident.step if incident.generation == generation.order.generation else generation.order.step
     for e in struck:
         generation.strikes.append(
             Strike(
-                training=training,
-                after_us=last - since,
+                step=done if training else None,
+                after_us=0 if training else last - generation.opened_at,
                 detect_us=at - last,
                 effect=EFFECTS.get(e.kind, "worker"),
                 place=places[e.node],
