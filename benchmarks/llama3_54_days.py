@@ -60,7 +60,12 @@ def interval(factor: float) -> Change:
 def repair(factor: float) -> Change:
     def change(made: Scenario) -> Scenario:
         causes = tuple(c.model_copy(update={"repair_s": c.repair_s * factor}) for c in made.failures.causes)
-        return replace(made, failures=made.failures.model_copy(update={"causes": causes}))
+        spares = round(made.layout.spares * factor)  # for as many machines as are away
+        return replace(
+            made,
+            layout=replace(made.layout, spares=spares),
+            failures=made.failures.model_copy(update={"causes": causes}),
+        )
 
     return change
 
@@ -77,7 +82,7 @@ BASELINE_CHANGES: dict[str, Change] = {
     "checkpoint interval x 1/2": interval(0.5),
     "checkpoint interval x 2": interval(2),
     "save's stall x 2": costs(2, "save_stall"),
-    "repair x 3": repair(3),
+    "repair and spares x 3": repair(3),
 }
 LADDER: dict[str, Change] = {
     "without memory tiers (every restore from the store)": memory(False),

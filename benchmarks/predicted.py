@@ -65,6 +65,8 @@ def main() -> None:
     Console(width=150).print(table)
     for line in without:
         print(line)
+    if not found:
+        return
     off = [abs(row["off"]) for row in found]
     mean, worst = 100 * statistics.fmean(off), 100 * max(off)
     beyond = sum(o > BOUND for o in off)

@@ -271,7 +271,7 @@ def plan(
         if gpus is not None:
             spec = _load(file, [*(set_ or []), scenario.scaled(spec, gpus)])
         made = scenario.of_spec(spec, profile.load_profile(costs), profile.load_failures(failures), days=1, seed=0)
-    made = made if mtbf is None else plans.with_mtbf(made, mtbf)
+        made = made if mtbf is None else plans.with_mtbf(made, mtbf)
     found = plans.make_plan(made, target)
     plans.show(found, live.new_console())
     if json_ is not None:

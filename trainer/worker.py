@@ -330,25 +330,23 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
     kind = failure_kind(error)
     # What the audit found is no line's fault, and the first rank to say so has all others ended: there is no time to
-    # read source files for a traceback. Of other failures the log is whole before the agent hears of them.
+    # read source files for a traceback.
     in_haste = kind in ("corrupt", "diverged", "unclean")
     lines = traceback.format_exception_only(error) if in_haste else traceback.format_exception(error)
     detail = "".join(lines)
-    word = Failed(
-        generation=assign.generation,
-        rank=assign.rank,
-        step=step,
-        kind=kind,
-        error=" ".join(f"{type(error).__name__}: {error}".split()),
-        traceback=detail,
-    )
-    if in_haste:
-        agent.emit(word)
     sys.stderr.write(detail)
     sys.stdout.flush()
     sys.stderr.flush()
-    if not in_haste:
-        agent.emit(word)
+    agent.emit(
+        Failed(
+            generation=assign.generation,
+            rank=assign.rank,
+            step=step,
+            kind=kind,
+            error=" ".join(f"{type(error).__name__}: {error}".split()),
+            traceback=detail,
+        )
+    )
     if kind == "unclean":
         time.sleep(LEAVE_LAST_S)
     os._exit(EXIT_FAILED)

@@ -113,14 +113,19 @@ class _Sources:
         self._state, self._layout = state, layout
         self._holds = _Holds(snapshot)
         self._elsewhere: dict[int, list[str]] | None = None
+        mesh = set(state.mesh)
+        self._strays = [node for node in state.inventory if node not in mesh]
 
     def best(self, slot: int) -> tuple[int, str] | None:
-        """A slot and a node that holds it. First asked are the nodes that had these places; then all, once."""
+        """A slot and a node that holds it: the slot itself before its replicas, whose copies hold less of a rank's own.
+
+        First asked are the nodes that had these places, and those that had none; then all, once.
+        """
         copies = (slot, *placement.replicas(self._layout, slot))
         for copy in copies:
-            node = self._state.mesh[copy // self._layout.slots_per_node]
-            if self._has(node, copy) and not self._is_suspect(node):
-                return copy, node
+            for node in (self._state.mesh[copy // self._layout.slots_per_node], *self._strays):
+                if self._has(node, copy) and not self._is_suspect(node):
+                    return copy, node
         if self._elsewhere is None:
             self._elsewhere = self._everywhere()
         found = [(copy, node) for copy in copies for node in self._elsewhere.get(copy, ())]

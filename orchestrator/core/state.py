@@ -272,7 +272,7 @@ class State:
         self.ledger.check()
 
     def check_nodes(self) -> None:
-        """What `check` takes from counts, node by node; linear, so only when a generation is opened.
+        """What `check` takes from counts, node by node; linear, so only when a generation fails or opens.
 
         - every place of the mesh is held by a different node, and while slots are held, by an active one;
         - nobody awaits the report of a node that is lost, and no lost node's memory is counted on;

@@ -68,11 +68,11 @@ class Supervisor:
         self.state.ledger.advance(event.at)
         if self.state.job == "ended" and not isinstance(event, (ev.RunDeclared, ev.EpochBegan)):
             return []
-        before = self.state.generation
+        before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
         self._count_nodes()
         self.state.check()
-        if before != self.state.generation:
+        if before != (self.state.job, self.state.generation) and self.state.job != "training":
             self.state.check_nodes()
         return actions
 

@@ -395,6 +395,7 @@ class Body:
                 nodes=state.order.nodes,
                 ranks=self._spec.parallel.world_size,
                 done=state.step,
+                unclean=state.generation in state.unclean,
             )
         alive = [name for name, node in state.nodes.items() if node.state != "lost"]
         await asyncio.gather(*(self._adopt(node, state.step) for node in alive))

@@ -104,6 +104,8 @@ class Running:
     """When `step` was complete."""
     saving_until: int = 0
     """When the store will have all parts of the save under way."""
+    save_due: int = 0
+    """The step after which the next one is wanted; it begins when the one before has ended."""
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,14 @@ class Simulation:
                 raise AssertionError(f"a simulated body was never asked for {action}")
 
     def _sample(self) -> None:
+        self._replace_quarantined()
         ledger = self.state.ledger
         self.samples.append(Sample(at=self.now, productive_us=ledger.totals["productive"], owed_us=ledger.owed))
 
     # --- machines and nodes -------------------------------------------------------------------------------------------
 
     def _join(self, machine: Machine) -> None:
+        machine.repair_us = 0
         name = f"n{len(self.state.nodes) + 1}"
         machine.node = self._nodes[name] = Node(name=name, machine=machine)
         self._tell(ev.NodeJoined(at=self.now, node=name, domain="", snapshots={}))
@@ -260,7 +264,7 @@ class Simulation:
             return
         if self._hit(node, cause.effect, getattr(self.scenario.profile.detection, cause.sign).us, cause.name):
             self.strikes[cause.name] += 1
-            node.machine.repair_us = round(cause.repair_s * 1_000_000)
+            node.machine.repair_us = max(node.machine.repair_us, round(cause.repair_s * 1_000_000))
 
     def _strikes(self, order: ac.OpenGeneration) -> tuple[Strike, ...]:
         return self.scenario.strikes.get(order.generation, ())
@@ -341,14 +345,14 @@ class Simulation:
     def _open(self, order: ac.OpenGeneration) -> None:
         costs = self.scenario.profile.costs
         places = {name: place for place, name in enumerate(order.nodes)}
-        self._running = Running(order=order, places=places, step=order.step)
+        self._running = Running(order=order, places=places, step=order.step, save_due=self._next_due(order.step))
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        for transfer in order.transfers:
+            assert wanted in self._nodes[transfer.from_node].held, (wanted, transfer)
         for name, place in places.items():
             node = self._nodes[name]
             if node.place != place:
                 node.place, node.held = place, ()
-        for transfer in order.transfers:
-            assert wanted in self._nodes[transfer.from_node].held, (wanted, transfer)
         for name in {transfer.to_node for transfer in order.transfers}:
             self._nodes[name].held += (wanted,)
         # If one of them is dead by now, it will not come up, and the loss will be told.
@@ -363,10 +367,10 @@ class Simulation:
     def _ready(self, order: ac.OpenGeneration, restore_us: int) -> None:
         running, costs = self._running, self.scenario.profile.costs
         assert running is not None
-        if running.order is not order or running.phase != "starting":
+        if running.order is not order or running.phase != "starting" or self.state.job != "starting":
             return
         if not all(self._nodes[name].alive for name in order.nodes):
-            return
+            return  # its loss will be told
         running.phase, running.since = "training", self.now
         self._tell(
             ev.GenerationReady(
@@ -392,12 +396,20 @@ class Simulation:
     def _boundary(self) -> int:
         """The step after which something is due: a durable save, a strike, or the run's end."""
         assert self._running is not None
-        step, interval = self._running.step, self.scenario.checkpoint_interval_steps
+        step = self._running.step
         strikes = [s.step for s in self._strikes(self._running.order) if s.step is not None and s.step > step]
-        return min((step // interval + 1) * interval, self.scenario.total_steps, *strikes)
+        return min(self._save_step(), self.scenario.total_steps, *strikes)
 
-    def _saves_after(self, step: int) -> bool:
-        return step % self.scenario.checkpoint_interval_steps == 0 or step == self.scenario.total_steps
+    def _next_due(self, step: int) -> int:
+        interval = self.scenario.checkpoint_interval_steps
+        return (step // interval + 1) * interval
+
+    def _save_step(self) -> int:
+        """The step after which a save can begin: when it is due, or the first by which the one before has ended."""
+        running = self._running
+        assert running is not None
+        until_free = -(-max(0, running.saving_until - running.since) // self._step_us)
+        return max(running.save_due, running.step + max(1, until_free))
 
     def _go_on(self) -> None:
         """Train on to the next boundary. A save waits for the one before."""
@@ -406,19 +418,19 @@ class Simulation:
         if running.phase != "training":
             return
         step = self._boundary()
-        due = running.since + (step - running.step) * self._step_us
-        if self._saves_after(step):
-            due = max(due + self.scenario.profile.costs.save_stall.us, running.saving_until)
-        self._at(due, lambda: self._arrive(running))
+        saves = step == self._save_step()
+        stall_us = self.scenario.profile.costs.save_stall.us if saves else 0
+        due = running.since + (step - running.step) * self._step_us + stall_us
+        self._at(due, lambda: self._arrive(running, step, saves))
 
-    def _arrive(self, running: Running) -> None:
+    def _arrive(self, running: Running, step: int, saves: bool) -> None:
         if self._running is not running or running.phase != "training":
             return
-        step = self._boundary()
         self._tell_steps(step)
         if self._is_over:
             return
-        if self._saves_after(step):
+        if saves:
+            running.save_due = self._next_due(step)
             write_us = self.scenario.profile.costs.save_write.us
             running.saving_until = self.now + write_us
             self._later(write_us, lambda: self._written(running, step, write_us))
@@ -454,7 +466,7 @@ class Simulation:
         first, running.step = running.step + 1, last
         self._tell(
             ev.StepsDone(
-                at=self.now,
+                at=max(running.since, self.state.ledger.mark),  # the step that is under way is not theirs
                 generation=running.order.generation,
                 first=first,
                 last=last,

@@ -5,15 +5,17 @@ What the simulator then says can be compared with what happened: `benchmarks/pre
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import gcd
+from itertools import pairwise
 from statistics import fmean
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
+from orchestrator.core import recovery
 from orchestrator.core.codec import action_from_json
-from orchestrator.core.state import Incident, State
+from orchestrator.core.state import Evidence, Incident, State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.runtime.journal import Record
 from orchestrator.simulate.body import DAY_US, Scenario, Strike
@@ -108,7 +110,7 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
             layout=state.layout,
             limits=state.limits,
             step_us=step_us,
-            checkpoint_interval_steps=gcd(*notes.saved) or state.high_water,
+            checkpoint_interval_steps=_interval(notes.saved) or state.high_water,
             snapshot_interval_steps=snapshot_interval_steps,
             profile=_profile(notes, state, stall_us * snapshot_interval_steps, warm_up_us),
             failures=Failures(title="the run's own", exposure=Exposure(node_days=1, source="not used"), causes=()),
@@ -141,14 +143,15 @@ def _note(notes: _Notes, state: State, before: str, event: ev.Event, actions: It
             notes.lost_at.append(event.at)
         case ev.NodeJoined() if notes.lost_at:
             notes.repairs_us.append(event.at - notes.lost_at.pop(0))
-    if newest is not None and state.job == "halting" and before in ("starting", "training"):
+    failed = state.job in ("halting", "waiting") or any(isinstance(action, ac.OpenGeneration) for action in actions)
+    if newest is not None and before in ("starting", "training") and failed:
         notes.interrupted = (event.at, before)
     for action in actions:
         if isinstance(action, ac.OpenGeneration) and not isinstance(event, ev.EpochBegan):
             if newest is not None:
                 _end(notes, newest, state)
             notes.generations.append(_Generation(order=action, opened_at=event.at))
-    if newest is not None and state.job == "waiting" and before == "halting":
+    if newest is not None and state.job == "waiting":
         _end(notes, newest, state)
 
 
@@ -162,24 +165,36 @@ def _end(notes: _Notes, generation: _Generation, state: State) -> None:
         notes.halts_us.append(incident.halted_at - at)
     evidence = incident.evidence or incident.answered
     places = {name: place for place, name in enumerate(generation.order.nodes)}
-    struck = [e for e in evidence if e.node in places and e.kind == "node"]
-    struck = struck or sorted((e for e in evidence if e.node in places), key=lambda e: e.kind == "collective")[:1]
+    lost = [e for e in evidence if e.node in places and e.kind == "node"]
+    # What nobody can be named for has ended it all the same: as if the first place's worker had.
+    struck = [(places[e.node], "node") for e in lost] or [_culprit(recovery.root(incident), places)]
     # Nobody has seen the moment of the failure: the mesh did nothing useful from its last step on.
     training = phase == "training" and generation.ready_at is not None
     last = generation.last_step_at if training else at
     # A generation that an incident has opened and that failed in turn has done no step of its own.
     done = incident.step if incident.generation == generation.order.generation else generation.order.step
-    for e in struck:
+    for place, kind in struck:
+        effect = EFFECTS.get(kind, "worker")
         generation.strikes.append(
             Strike(
                 step=done if training else None,
                 after_us=0 if training else last - generation.opened_at,
                 detect_us=at - last,
-                effect=EFFECTS.get(e.kind, "worker"),
-                place=places[e.node],
+                effect="worker" if effect == "corrupt" and not training else effect,
+                place=place,
                 repair_us=0,
             )
         )
+
+
+def _culprit(cause: Evidence, places: dict[str, int]) -> tuple[int, str]:
+    return (places[cause.node], cause.kind) if cause.node in places else (0, "")
+
+
+def _interval(saved: Sequence[int]) -> int:
+    """The distance between saves that is most common; one that was late for the one before, or failed, shifts few."""
+    gaps = Counter(after - before for before, after in pairwise([0, *sorted(set(saved))]))
+    return max(gaps, key=lambda gap: (gaps[gap], -gap), default=0)
 
 
 def _pace(notes: _Notes) -> tuple[int, int, int]:

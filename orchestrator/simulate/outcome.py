@@ -28,7 +28,7 @@ class Kind:
     rung: str
     count: int
     seconds: float
-    """Mean, from the notice to the first step after it."""
+    """Mean, from the notice to the first step after it; without those that were still open at the end."""
     steps_lost: float
     """Mean."""
     node_hours: float
@@ -104,12 +104,16 @@ def _kinds(state: State) -> tuple[Kind, ...]:
             cause=cause,
             rung=rung,
             count=len(of),
-            seconds=sum((i.closed_at or i.detected_at) - i.detected_at for i in of) / len(of) / 1e6,
+            seconds=_mean([(i.closed_at - i.detected_at) / 1e6 for i in of if i.closed_at is not None]),
             steps_lost=sum(i.steps_lost for i in of) / len(of),
             node_hours=sum(i.cost_us for i in of) / 3.6e9,
         )
         for (cause, rung), of in sorted(groups.items(), key=lambda item: -len(item[1]))
     )
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def _curve(samples: Sequence[Sample]) -> tuple[tuple[float, float], ...]:

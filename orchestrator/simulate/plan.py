@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.core import placement
 from orchestrator.simulate.body import Scenario
 from orchestrator.simulate.formulas import young_daly_interval
-from orchestrator.simulate.profile import Cause, Profile
+from orchestrator.simulate.profile import Cause, Profile, ProfileError
 
 DAY_S = 86_400.0
 SPARE_CONFIDENCE = 0.99
@@ -79,15 +80,29 @@ def rate(made: Scenario, cause: Cause) -> float:
 
 
 def with_mtbf(made: Scenario, hours: float) -> Scenario:
-    """The same mix of causes, so that one of them strikes the mesh every `hours` on average."""
-    factor = 24 / hours / expect(made).failures_a_day
+    """The same mix of causes, so that one of them strikes the mesh every `hours` on average.
+
+    Raises:
+        ProfileError: nothing on the list ever fails.
+    """
+    failures_a_day = expect(made).failures_a_day
+    if failures_a_day == 0:
+        raise ProfileError(f"{made.failures.title}: every count is 0, so that there is no mix to scale by --mtbf")
+    factor = 24 / hours / failures_a_day
     return _causes(lambda cause: {"count": cause.count * factor})(made)
 
 
 def from_store(made: Scenario, cause: Cause) -> bool:
     """Whether a failure of this cause is answered with a restore from the store."""
-    copies = made.layout.dp_replicate > 1 or cause.effect in ("worker", "hang")
-    return not made.profile.memory or not copies
+    if not made.profile.memory:
+        return True
+    if cause.effect == "corrupt":  # the convict's own memory serves, if what it holds is from before
+        return made.profile.detection.corruption.us > made.step_us
+    if cause.effect != "node":
+        return False
+    width = made.layout.slots_per_node
+    slots = placement.slots_of(made.layout, 0)
+    return not all(any(r // width for r in placement.replicas(made.layout, slot)) for slot in slots)
 
 
 def expect(made: Scenario) -> Expectation:
@@ -95,8 +110,9 @@ def expect(made: Scenario) -> Expectation:
     costs, step = made.profile.costs, made.step_us / 1e6
     snapshots = made.snapshot_interval_steps if made.profile.memory else 0
     snapshot_stall = costs.snapshot_stall.value / snapshots if snapshots else 0.0
-    block = made.checkpoint_interval_steps * (step + snapshot_stall) + costs.save_stall.value
-    useful = made.checkpoint_interval_steps * step / block
+    between = max(made.checkpoint_interval_steps, math.ceil(costs.save_write.value / step))  # one save at a time
+    block = between * (step + snapshot_stall) + costs.save_stall.value
+    useful = between * step / block
     down = again = failures = 0.0
     for cause in made.failures.causes:
         often, detect = rate(made, cause), getattr(made.profile.detection, cause.sign).value
@@ -170,7 +186,8 @@ def intervals_wanted(made: Scenario) -> tuple[int, int | None]:
         return max(1, round(young_daly_interval(often, stall) / step)) if stall else 1
 
     snapshots = steps(memory, costs.snapshot_stall.value) if made.profile.memory and memory else 0
-    return snapshots, steps(store, costs.save_stall.value) if store else None
+    shortest = math.ceil((costs.save_write.value + costs.commit.value) / step)
+    return snapshots, max(shortest, steps(store, costs.save_stall.value)) if store else None
 
 
 def make_plan(made: Scenario, target: float) -> Plan:

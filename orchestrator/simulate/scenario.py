@@ -36,7 +36,20 @@ def step_s(spec: JobSpec, profile: Profile) -> float:
 
 
 def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, seed: int) -> Scenario:
-    """The job in virtual time."""
+    """The job in virtual time.
+
+    Raises:
+        SpecError: the profile's costs are beyond the job's patience, so that every recovery would fail.
+    """
+    costs, r = profile.costs, spec.recovery
+    start_s = costs.restart.value + max(costs.restore_durable.value, costs.restore_ram.value + costs.restore_peer.value)
+    needs = (
+        ("halt_deadline_s", r.halt_deadline_s, costs.halt.value),
+        ("start_deadline_s", r.start_deadline_s, start_s),
+    )
+    short = [f"recovery.{name} = {has:g}: this profile takes {takes:g} s" for name, has, takes in needs if has <= takes]
+    if short:
+        raise SpecError("\n".join(short))
     return Scenario(
         layout=spec.layout,
         limits=spec.limits,

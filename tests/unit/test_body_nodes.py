@@ -10,7 +10,8 @@ import pytest
 import ray
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import AskStop, HaltGeneration
+from orchestrator.core.actions import AskStop, HaltGeneration, OpenGeneration
+from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle, RayNode
@@ -134,3 +135,13 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
     assert orders == [(1, 2, heard)]
+
+
+@pytest.mark.parametrize("unclean", [{}, {1: 3}, {2: 3}])
+def test_a_controller_that_comes_back_knows_that_state_was_found_corrupt(tmp_path, unclean):
+    order = OpenGeneration(
+        generation=2, nodes=("a",), source="init", step=0, snapshot_generation=0, transfers=(), reason=""
+    )
+    body = body_of(tmp_path, [])
+    asyncio.run(body.adopt(State(generation=2, order=order, unclean=unclean)))
+    assert body.fold is not None and body.fold.unclean == (2 in unclean)

@@ -90,6 +90,23 @@ def test_a_controller_that_came_back_and_was_told_all_again_changes_nothing() ->
     assert told.scenario.strikes == plain.scenario.strikes
 
 
+def test_a_save_that_came_late_and_a_failure_that_nobody_is_named_for_shift_little() -> None:
+    records, first = lived(eventful(2, "node", "worker", "hang"))
+    moved = next(r for r in records if isinstance(r.event, ev.CheckpointWritten))
+    late = [
+        replace(r, event=replace(r.event, step=r.event.step + 1)) if r is moved else r  # type: ignore[type-var]
+        for r in records
+        if not isinstance(r.event, ev.CheckpointCommitted) or r.event.step != moved.event.step
+    ]
+    interval = first.scenario.checkpoint_interval_steps
+    assert measure(late, first.scenario.snapshot_interval_steps).scenario.checkpoint_interval_steps == interval
+
+    hung = next(r for r in records if isinstance(r.event, ev.WorkerHung))
+    nameless = [replace(r, event=replace(r.event, node="", slot=None)) if r is hung else r for r in records]  # type: ignore[type-var]
+    again_ = again(measure(nameless, first.scenario.snapshot_interval_steps))
+    assert len(again_.state.incidents) == len(first.state.incidents)
+
+
 def test_what_has_no_pace_or_was_resumed_is_not_measured() -> None:
     records, _ = lived(eventful(0, "worker"))
     declared = next(record for record in records if isinstance(record.event, ev.RunDeclared))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from core_world import layout
 from typer.testing import CliRunner
 
 from orchestrator import spec as specs
@@ -18,7 +19,7 @@ from orchestrator.cli import app
 from orchestrator.simulate import plan as plans
 from orchestrator.simulate.body import Scenario
 from orchestrator.simulate.outcome import simulate
-from orchestrator.simulate.profile import load_failures, load_profile
+from orchestrator.simulate.profile import ProfileError, Seconds, load_failures, load_profile
 from orchestrator.simulate.scenario import of_spec, scaled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,25 @@ def test_without_replicas_a_lost_node_costs_a_restore_from_the_store() -> None:
     worker = next(c for c in alone.failures.causes if c.effect == "worker")
     assert plans.from_store(alone, node) and not plans.from_store(alone, worker)
     assert plans.intervals_wanted(alone)[1] is not None
+
+
+def test_the_store_is_asked_where_the_supervisor_would_ask_it() -> None:
+    made = scenario("shepherd", 4096)
+    node, corrupt = (next(c for c in made.failures.causes if c.effect == e) for e in ("node", "corrupt"))
+    assert not plans.from_store(made, node) and not plans.from_store(made, corrupt)
+    late = made.profile.detection.model_copy(update={"corruption": Seconds(value=60, source="test")})
+    unseen = replace(made, profile=made.profile.model_copy(update={"detection": late}))
+    assert plans.from_store(unseen, corrupt), "what memory holds by then is corrupt, too"
+    together = replace(made, layout=layout(2, 2, 1, 1, 2, 1))
+    assert plans.from_store(together, node), "the replica was on the same node"
+    assert not plans.from_store(replace(made, layout=layout(2, 2, 1, 1, 1, 1)), node)
+
+
+def test_nothing_to_scale_is_refused() -> None:
+    made = scenario("shepherd")
+    none = tuple(c.model_copy(update={"count": 0}) for c in made.failures.causes)
+    with pytest.raises(ProfileError, match="every count is 0"):
+        plans.with_mtbf(replace(made, failures=made.failures.model_copy(update={"causes": none})), 3)
 
 
 def test_improvements_are_ranked_and_none_hurts() -> None:

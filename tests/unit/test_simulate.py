@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def dense(seed: int, *, profile: str = "shepherd", an_hour: float = 40.0, days: 
     )
 
 
+def quiet(made: Scenario) -> Scenario:
+    causes = tuple(cause.model_copy(update={"count": 0}) for cause in made.failures.causes)
+    return replace(made, failures=made.failures.model_copy(update={"causes": causes}))
+
+
 def watched(made: Scenario, watch: Watch) -> Simulation:
     simulation = Simulation(made, record=lambda event, actions: watch.see(simulation.supervisor, event, actions))
     simulation.run()
@@ -75,6 +81,46 @@ def test_the_supervisors_rules_hold_under_dense_failures(seed: int, profile: str
     assert sum(ledger.totals.values()) == ledger.owed == places * round(made.days * DAY_US)
     assert {i.cause for i in simulation.state.incidents} >= {"node", "exception", "hang", "corrupt"}
     assert simulation.state.step > 100
+
+
+@pytest.mark.parametrize("profile", ["shepherd", "restart"])
+def test_whatever_fails_at_whatever_moment_the_world_goes_on(profile: str) -> None:
+    """Detection is slower than a restart in one of the profiles: nodes of a generation are dead before it is known."""
+    for seed in range(24):
+        simulation = Simulation(dense(seed, profile=profile, an_hour=12, days=0.4))
+        simulation.run()
+        assert simulation.ended_by_calendar or "no checkpoint is left to trust" in simulation.state.verdict
+
+
+def test_a_save_that_takes_longer_than_the_interval_stops_nobody() -> None:
+    """The next one begins when it has ended."""
+    made = quiet(dense(0))
+    often = replace(made, checkpoint_interval_steps=5)
+    told: list[ev.CheckpointWritten] = []
+    Simulation(often, record=lambda e, a: told.append(e) if isinstance(e, ev.CheckpointWritten) else None).run()
+    assert outcome.simulate(often).goodput == pytest.approx(outcome.simulate(made).goodput, abs=0.02)
+    gaps = {after.step - before.step for before, after in pairwise(told)}
+    assert gaps == {30}, "60 s at 2.04 s a step"
+
+
+def test_the_step_under_way_when_something_fails_is_not_productive() -> None:
+    made = replace(dense(0, an_hour=60, days=2), step_us=600_000_000)
+    worker = tuple(c for c in made.failures.causes if c.effect == "worker")
+    failing = replace(made, failures=made.failures.model_copy(update={"causes": worker}))
+    simulation = Simulation(failing)
+    state = simulation.run()
+    nodes = failing.layout.nodes
+    assert state.ledger.totals["productive"] == state.high_water * 600_000_000 * nodes
+    assert state.ledger.totals["detection"] > 100_000_000 * nodes
+
+
+def test_a_machine_that_was_mended_is_not_mended_again_for_the_old_fault() -> None:
+    made = dense(1, an_hour=20, days=0.5)
+    nodes = tuple(c for c in made.failures.causes if c.effect == "node")
+    simulation = Simulation(replace(made, failures=made.failures.model_copy(update={"causes": nodes})))
+    simulation.run()
+    assert simulation.strikes["node by exit"] > 20
+    assert all(m.repair_us == 0 for m in simulation._machines if m.node is not None and m.node.alive)
 
 
 def history(seed: int) -> str:
@@ -145,21 +191,15 @@ def test_the_formulas_say_what_their_papers_say() -> None:
 
 
 def test_a_run_in_which_nothing_fails_costs_its_saves_and_its_start() -> None:
-    made = dense(0)
-    quiet = replace(
-        made,
-        failures=made.failures.model_copy(
-            update={"causes": tuple(c.model_copy(update={"count": 0}) for c in made.failures.causes)}
-        ),
-    )
-    done = outcome.simulate(quiet)
-    costs = quiet.profile.costs
+    made = quiet(dense(0))
+    done = outcome.simulate(made)
+    costs = made.profile.costs
     assert done.incidents == () and set(done.strikes.values()) == {0}
     start_s = costs.provision.value + costs.restart.value
     step_s = 2 + costs.snapshot_stall.value
-    blocks = (quiet.days * 86400 - start_s) / (30 * step_s + costs.save_stall.value)
+    blocks = (made.days * 86400 - start_s) / (30 * step_s + costs.save_stall.value)
     assert done.steps == pytest.approx(30 * blocks, abs=30)
-    assert done.goodput_without_spares == pytest.approx(2 * done.steps / (quiet.days * 86400), abs=0.005)
+    assert done.goodput_without_spares == pytest.approx(2 * done.steps / (made.days * 86400), abs=0.005)
 
 
 def test_memory_loses_a_step_where_the_store_loses_half_an_interval_and_a_save_under_way() -> None:
@@ -250,6 +290,8 @@ def test_the_command_labels_all_that_it_prints(tmp_path: Path) -> None:
     [
         ((JOB, "--gpus", "5000"), "choose a multiple, as 4096 or 6144"),
         ((JOB, "--gpus", "8"), "choose a multiple, as 2048 or 4096"),
+        ((JOB, "--profile", "restart", "--set", "recovery.halt_deadline_s=10"), "this profile takes 30 s"),
+        ((JOB, "--profile", "restart", "--set", "recovery.start_deadline_s=200"), "this profile takes 230 s"),
         ((JOB, "--profile", "nosuch"), "none of Shepherd's own profiles: restart, shepherd"),
         ((JOB, "--failures", "nosuch"), "none of Shepherd's own failures: llama3"),
     ],

@@ -260,16 +260,24 @@ def test_failures_are_told_apart(error: Exception, kind: str) -> None:
     assert worker.failure_kind(error) == kind
 
 
+def raised(error: Exception) -> Exception:
+    """With a traceback."""
+    try:
+        raise error
+    except Exception as e:
+        return e
+
+
 @pytest.mark.parametrize(
-    ("error", "first"),
-    [(StateCorruptError("rank 1"), "word"), (PeerStateError("stopped"), "word"), (LookupError("no"), "traceback")],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+    ("error", "sources"),
+    [(StateCorruptError("rank 1"), False), (PeerStateError("stopped"), False), (LookupError("no"), True)],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_what_the_audit_found_is_told_before_it_is_printed(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, first: str
+def test_last_words_are_logged_and_told_and_of_the_audit_without_reading_sources(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, sources: bool
 ) -> None:
-    """A halt is on its way to a rank whose state is corrupt as soon as another one is."""
-    order: list[str] = []
+    """A halt is on its way to a rank whose state is corrupt as soon as another one has said so."""
+    said: list[Any] = []
 
     class Ended(BaseException):
         pass
@@ -278,22 +286,15 @@ def test_what_the_audit_found_is_told_before_it_is_printed(
         assert code == contract.EXIT_FAILED
         raise Ended
 
-    class Stderr:
-        def write(self, text: str) -> None:
-            assert str(error) in text
-            order.append("traceback")
-
-        def flush(self) -> None:
-            pass
-
-    agent = SimpleNamespace(emit=lambda message: order.append("word"))
-    assign = SimpleNamespace(generation=1, rank=1)
+    agent = SimpleNamespace(emit=said.append)
     monkeypatch.setattr(worker.os, "_exit", leave)
     monkeypatch.setattr(worker, "LEAVE_LAST_S", 0.0)
-    monkeypatch.setattr(sys, "stderr", Stderr())
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=said.append, flush=lambda: None))
     with pytest.raises(Ended):
-        worker._die(agent, assign, 5, error)  # type: ignore[arg-type]
-    assert sorted(order) == ["traceback", "word"] and order[0] == first
+        worker._die(agent, SimpleNamespace(generation=1, rank=1), 5, raised(error))  # type: ignore[arg-type]
+    log, word = said
+    assert word.traceback == log and str(error) in log
+    assert ("Traceback" in log) == sources
 
 
 def test_the_loopback_interface_is_found_by_its_address() -> None:
