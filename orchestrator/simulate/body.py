@@ -38,13 +38,13 @@ class Strike:
     """A failure of a known generation, as a journal tells it."""
 
     step: int | None
-    """It strikes as soon as this step is complete; None: while the generation is starting."""
+    """It strikes in the step after this one; None: while the generation is starting."""
     after_us: int
-    """Then: from the order to open until it strikes."""
+    """How long after that step was complete, at most until the next is; else after the order to open."""
     detect_us: int
     effect: Effect
-    place: int
-    """In the mesh."""
+    place: int | None
+    """In the mesh; None: on a spare."""
     repair_us: int
     """Until its machine is there again, when the node is gone."""
 
@@ -272,14 +272,19 @@ class Simulation:
     def _strike_at(self, order: ac.OpenGeneration, step: int) -> None:
         for strike in self._strikes(order):
             if strike.step is not None and (strike.step == step or strike.step < order.step == step):
-                self._strike(order, strike)
+                after_us = min(strike.after_us, self._step_us - 1)
+                self._later(after_us, lambda s=strike: self._strike(order, s))  # type: ignore[misc]
 
     def _strike(self, order: ac.OpenGeneration, strike: Strike) -> None:
-        node = self._nodes.get(order.nodes[strike.place])
+        node = self._spare() if strike.place is None else self._nodes.get(order.nodes[strike.place])
         if self._running is None or self._running.order is not order or node is None or not node.alive:
             return
         node.machine.repair_us = strike.repair_us
         self._hit(node, strike.effect, strike.detect_us, "told by the journal")
+
+    def _spare(self) -> Node | None:
+        ready = (n for n in self._nodes.values() if n.alive and self.state.nodes[n.name].state == "spare")
+        return next(ready, None)
 
     def _hit(self, node: Node, effect: Effect, detect_us: int, name: str) -> bool:
         """Something fails on a live node now; whether there was anything to hit."""

@@ -58,6 +58,8 @@ class _Generation:
     ready_at: int | None = None
     restore_us: int = 0
     last_step_at: int = 0
+    heard_at: int = 0
+    """When the mesh was last known to be well: of its last step, or of a save that it has written."""
     strikes: list[Strike] = field(default_factory=list)
 
 
@@ -130,17 +132,22 @@ def _note(notes: _Notes, state: State, before: str, event: ev.Event, actions: It
     newest = notes.generations[-1] if notes.generations else None
     match event:
         case ev.GenerationReady() if newest is not None and before == "starting" and state.job == "training":
-            newest.ready_at, newest.restore_us, newest.last_step_at = event.at, event.restore_us, event.at
+            newest.ready_at, newest.restore_us = event.at, event.restore_us
+            newest.last_step_at = newest.heard_at = event.at
         case ev.StepsDone() if newest is not None and before == "training" and newest.ready_at is not None:
             kind = notes.first_steps if newest.last_step_at == newest.ready_at else notes.steps
             kind.append((event.at - newest.last_step_at, event.last - event.first + 1))
             notes.stalls_us += event.data_wait_us + event.checkpoint_us + event.validation_us
-            newest.last_step_at = event.at
+            newest.last_step_at = newest.heard_at = event.at
         case ev.CheckpointWritten():
             notes.writes_us.append(event.write_us)
+            if newest is not None and before == "training" and event.generation == newest.order.generation:
+                newest.heard_at = event.at
             notes.saved += [event.step] if event.step < state.total_steps else []
         case ev.NodeLost():
             notes.lost_at.append(event.at)
+            if newest is not None and event.node not in newest.order.nodes and before in ("starting", "training"):
+                newest.strikes.append(_of_a_spare(newest, event.at, state.step))
         case ev.NodeJoined() if notes.lost_at:
             notes.repairs_us.append(event.at - notes.lost_at.pop(0))
     failed = state.job in ("halting", "waiting") or any(isinstance(action, ac.OpenGeneration) for action in actions)
@@ -170,7 +177,7 @@ def _end(notes: _Notes, generation: _Generation, state: State) -> None:
     struck = [(places[e.node], "node") for e in lost] or [_culprit(recovery.root(incident), places)]
     # Nobody has seen the moment of the failure: the mesh did nothing useful from its last step on.
     training = phase == "training" and generation.ready_at is not None
-    last = generation.last_step_at if training else at
+    last = generation.heard_at if training else at
     # A generation that an incident has opened and that failed in turn has done no step of its own.
     done = incident.step if incident.generation == generation.order.generation else generation.order.step
     for place, kind in struck:
@@ -178,13 +185,21 @@ def _end(notes: _Notes, generation: _Generation, state: State) -> None:
         generation.strikes.append(
             Strike(
                 step=done if training else None,
-                after_us=0 if training else last - generation.opened_at,
+                after_us=last - (generation.last_step_at if training else generation.opened_at),
                 detect_us=at - last,
                 effect="worker" if effect == "corrupt" and not training else effect,
                 place=place,
                 repair_us=0,
             )
         )
+
+
+def _of_a_spare(generation: _Generation, at: int, step: int) -> Strike:
+    ready = generation.ready_at is not None
+    since = generation.last_step_at if ready else generation.opened_at
+    return Strike(
+        step=step if ready else None, after_us=at - since, detect_us=0, effect="node", place=None, repair_us=0
+    )
 
 
 def _culprit(cause: Evidence, places: dict[str, int]) -> tuple[int, str]:
