@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -204,6 +205,8 @@ class Census:
     event_queues: dict[str, int] = field(default_factory=dict)
     """Of Ray's own processes; shown, not compared."""
     sockets: dict[str, int] = field(default_factory=dict)
+    files: dict[str, Counter[str]] = field(default_factory=dict)
+    """Process to what its descriptors are, without the kernel's numbers: to say what has grown."""
 
     def growth(self, before: Census) -> list[str]:
         """What has grown since `before`."""
@@ -215,7 +218,7 @@ class Census:
         for name in ("descriptors", "sockets"):
             mine, theirs = getattr(self, name), getattr(before, name)
             found += [
-                f"{name} of {who}: {mine[who]} after {theirs[who]}"
+                f"{name} of {who}: {mine[who]} after {theirs[who]}: {dict(self.files[who] - before.files[who])}"
                 for who in mine
                 if mine[who] > theirs.get(who, mine[who])
             ]
@@ -237,8 +240,9 @@ def take_census(rig: Rig) -> Census:
     own = psutil.Process()
     for process in (own, *(p for p in own.children() if p.name() in ("gcs_server", "raylet"))):
         name = "driver" if process is own else f"{process.name()} {process.pid}"
-        kinds = Counter(target.partition(":")[0] for target in _open_files(process.pid))
-        queues = kinds["anon_inode"] if process is not own else 0
+        kinds = Counter(re.sub(r"\d+", "N", target) for target in _open_files(process.pid))
+        census.files[name] = kinds
+        queues = sum(n for kind, n in kinds.items() if kind.startswith("anon_inode:") and process is not own)
         census.descriptors[name], census.event_queues[name] = kinds.total() - queues, queues
         census.sockets[name] = len(process.net_connections("all"))
     return census
