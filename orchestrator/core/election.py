@@ -89,14 +89,15 @@ class _Holds:
 
 def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snapshot) -> dict[int, str]:
     """The slots whose node in `mesh` does not hold the snapshot, in order, and that node."""
-    width = layout.slots_per_node
+    width, inventory = layout.slots_per_node, state.inventory
     missing: dict[int, str] = {}
     holds = _Holds(snapshot)
     for index, node in enumerate(mesh):
-        held = state.inventory.get(node, ())
-        first = index * width
-        if len(held) == 1 and held[0].first == first and held[0].slots == width and holds(held[0]):
-            continue
+        held = inventory.get(node, ())
+        if len(held) == 1:  # as good as always: one run that covers the place
+            run = held[0]
+            if run.first == index * width and run.slots == width and holds(run):
+                continue
         own = {slot for run in held if holds(run) for slot in range(run.first, run.first + run.slots)}
         missing |= {slot: node for slot in placement.slots_of(layout, index) if slot not in own}
     return missing

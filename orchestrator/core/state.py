@@ -5,7 +5,6 @@ Each field says what binds it. `check` asserts the invariants that hold between 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -279,9 +278,11 @@ class State:
         - the counts are true.
         """
         assert len(set(self.mesh)) == len(self.mesh), self.mesh
+        nodes = self.nodes
         if self.job in ("starting", "training"):
-            assert all(self.nodes[name].state == "active" for name in self.mesh), (self.job, self.mesh)
-        assert all(self.nodes[name].state != "lost" for name in self.awaiting)
-        assert all(self.nodes[name].state != "lost" for name in self.inventory)
-        counted = Counter(node.state for node in self.nodes.values())
-        assert all(counted[state] == self.counts[state] for state in NODE_STATES), (counted, self.counts)
+            held = [nodes[name].state for name in self.mesh]
+            assert held.count("active") == len(held), (self.job, self.mesh)
+        states = [node.state for node in nodes.values()]
+        assert all(states.count(state) == self.counts[state] for state in NODE_STATES), self.counts
+        lost = {name for name, node in nodes.items() if node.state == "lost"}
+        assert lost.isdisjoint(self.awaiting) and lost.isdisjoint(self.inventory)

@@ -378,7 +378,9 @@ class Supervisor:
             s.incident.evidence = []
         recovery.note(s.incident, evidence)
         s.job = "halting"
-        s.awaiting = {name: place for place, name in enumerate(s.mesh) if s.nodes[name].state == "active"}
+        s.awaiting = dict(zip(s.mesh, range(len(s.mesh)), strict=True))
+        for gone in [name for name in s.mesh if s.nodes[name].state != "active"]:
+            del s.awaiting[gone]
         if not s.awaiting:
             return self._recover(at)
         return self._halt(at, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")

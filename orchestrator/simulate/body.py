@@ -496,18 +496,17 @@ class Simulation:
         self._tell_steps()
         running.phase = "halted"
         kept = self._snapshots(running)
-        answers: dict[int, tuple[tuple[Snapshot, ...], list[str]]] = {}
-        for name in order.nodes:
-            node = self._nodes.get(name)
-            if node is None or not node.alive:
-                continue
-            if kept:
+        found = (self._nodes.get(name) for name in order.nodes)
+        alive = [node for node in found if node is not None and node.alive]
+        answers: dict[tuple[Snapshot, ...], list[str]] = {}
+        if kept:
+            for node in alive:
                 node.held = kept
-            key = id(node.held)
-            if key not in answers:
-                answers[key] = (node.held, [])
-            answers[key][1].append(name)
-        for snapshots, names in answers.values():
+            answers[kept] = [node.name for node in alive]
+        else:
+            for node in alive:
+                answers.setdefault(node.held, []).append(node.name)
+        for snapshots, names in answers.items():
             for first in range(0, len(names), FAN_IN):
                 nodes = tuple(names[first : first + FAN_IN])
                 self._tell(ev.NodesHalted(at=self.now, nodes=nodes, generation=order.generation, snapshots=snapshots))
