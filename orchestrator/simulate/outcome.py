@@ -170,5 +170,5 @@ def _plot(outcome: Outcome) -> str:
     plotext.title(f"{LABEL}: goodput over the run")
     plotext.xlabel("day")
     plotext.plot([day for day, _ in outcome.curve], [100 * ratio for _, ratio in outcome.curve])
-    text: str = plotext.build()
+    text: str = plotext.uncolorize(plotext.build())
     return text

@@ -274,7 +274,7 @@ def test_the_command_labels_all_that_it_prints(tmp_path: Path) -> None:
     out = tmp_path / "new" / "outcome.json"
     result = shepherd(JOB, "--gpus", "4096", "--days", "3", "--seed", "5", "--json", str(out))
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("SIMULATION") == 4
+    assert result.stdout.count("SIMULATION") == 4 and "\x1b" not in result.stdout
     assert "4,096 GPUs on 512 nodes and 16 spares, 3 days, seed 5" in result.stdout
     document = json.loads(out.read_text())
     assert document["simulation"] is True and document["gpus"] == 4096
