@@ -70,6 +70,8 @@ def main() -> None:
     off = [abs(row["off"]) for row in found]
     mean, worst = 100 * statistics.fmean(off), 100 * max(off)
     beyond = sum(o > BOUND for o in off)
+    real, simulated = (statistics.fmean(row[which] for row in found) for which in ("goodput", "simulated"))
+    print(f"mean goodput: {real:.2%}; SIMULATION {simulated:.2%}")
     print(f"{len(found)} runs: off by {mean:.2f} points on average, {worst:.2f} at most; {beyond} beyond {BOUND:.0%}")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
