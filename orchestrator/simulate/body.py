@@ -63,6 +63,8 @@ class Scenario:
     seed: int
     strikes: Mapping[int, tuple[Strike, ...]] = field(default_factory=dict)
     """By generation, beside those that are drawn."""
+    writes_us: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Generation and step to what that save took, where it is known; else the profile's cost."""
     total_steps: int = ENDLESS_STEPS
     """The simulation ends with them, or with its days."""
 
@@ -436,7 +438,8 @@ class Simulation:
             return
         if saves:
             running.save_due = self._next_due(step)
-            write_us = self.scenario.profile.costs.save_write.us
+            own = (running.order.generation, step)
+            write_us = self.scenario.writes_us.get(own, self.scenario.profile.costs.save_write.us)
             running.saving_until = self.now + write_us
             self._later(write_us, lambda: self._written(running, step, write_us))
         self._strike_at(running.order, step)

@@ -72,6 +72,8 @@ class _Notes:
     stalls_us: int = 0
     halts_us: list[int] = field(default_factory=list)
     writes_us: list[int] = field(default_factory=list)
+    saves_us: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Generation and step to the time from the step's end until the save was whole."""
     saved: list[int] = field(default_factory=list)
     """Steps of checkpoints, but for the run's last, which is saved wherever it ends."""
     lost_at: list[int] = field(default_factory=list)
@@ -123,6 +125,7 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
                 for g in notes.generations
                 if g.strikes
             },
+            writes_us=notes.saves_us,
             total_steps=state.high_water,
         ),
     )
@@ -143,6 +146,8 @@ def _note(notes: _Notes, state: State, before: str, event: ev.Event, actions: It
             notes.writes_us.append(event.write_us)
             if newest is not None and before == "training" and event.generation == newest.order.generation:
                 newest.heard_at = event.at
+                took = event.at - newest.last_step_at if state.step == event.step else event.write_us
+                notes.saves_us[event.generation, event.step] = took
             notes.saved += [event.step] if event.step < state.total_steps else []
         case ev.NodeLost():
             notes.lost_at.append(event.at)
