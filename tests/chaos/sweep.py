@@ -300,7 +300,7 @@ def _census_table(before: Census, after: Census) -> Table:
     shown = Table("what is left behind", "before", "after")
     for name in ("ours", "zombies", "shared_memory", "actors", "placement_groups"):
         shown.add_row(name, str(len(getattr(before, name))), str(len(getattr(after, name))))
-    for name in ("descriptors", "event_queues", "sockets"):
+    for name in ("descriptors", "event_queues", "socket_files", "sockets"):
         for who, count in getattr(after, name).items():
             if who in getattr(before, name):
                 shown.add_row(f"{name} of {who}", str(getattr(before, name)[who]), str(count))
