@@ -9,12 +9,12 @@ as runs of slots (`Held`), and what is asked of it costs a look at each node, no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 from orchestrator.core import placement
 from orchestrator.core.actions import Transfer
 from orchestrator.core.events import Layout, Snapshot
-from orchestrator.core.state import Held, State
+from orchestrator.core.state import OWN_PLACE, Held, State
 
 
 def inventory_of(snapshots: dict[int, tuple[Snapshot, ...]], first_generation: int) -> tuple[Held, ...]:
@@ -32,9 +32,20 @@ def inventory_of(snapshots: dict[int, tuple[Snapshot, ...]], first_generation: i
     return tuple(runs)
 
 
-def slots_held(held: Iterable[Held]) -> list[int]:
-    """The slots of which something is held."""
-    return [slot for run in held for slot in range(run.first, run.first + run.slots)]
+def placed(held: tuple[Held, ...], first: int) -> tuple[Held, ...]:
+    """The same, said by its slots: the node leaves the place that begins with the slot `first`."""
+    return tuple(replace(run, first=first) if run.first == OWN_PLACE else run for run in held)
+
+
+def slots_held(held: tuple[Held, ...]) -> list[int]:
+    """The slots of which something is held, by a node that has no place."""
+    assert all(run.first != OWN_PLACE for run in held), held
+    return [slot for run in held for slot in _slots(run, 0)]
+
+
+def _slots(run: Held, place_first: int) -> range:
+    first = place_first if run.first == OWN_PLACE else run.first
+    return range(first, first + run.slots)
 
 
 def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
@@ -42,8 +53,8 @@ def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[
     if "ram" not in state.capabilities:
         return None
     # By identity first: thousands of nodes share a few objects, whose comparison would be most of the cost.
-    kinds = {id(run.snapshots): run.snapshots for held in state.inventory.values() for run in held}
-    known = {snapshot for snapshots in kinds.values() for snapshot in snapshots}
+    kinds = {id(held): held for held in state.inventory.values()}
+    known = {snapshot for held in kinds.values() for run in held for snapshot in run.snapshots}
     for snapshot in sorted(known, key=lambda s: (s.step, s.generation), reverse=True):
         if snapshot.name in state.bad_snapshots or state.is_unclean(snapshot.generation, snapshot.step):
             continue
@@ -94,11 +105,9 @@ def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snap
     holds = _Holds(snapshot)
     for index, node in enumerate(mesh):
         held = inventory.get(node, ())
-        if len(held) == 1:  # as good as always: one run that covers the place
-            run = held[0]
-            if run.first == index * width and run.slots == width and holds(run):
-                continue
-        own = {slot for run in held if holds(run) for slot in range(run.first, run.first + run.slots)}
+        if len(held) == 1 and held[0].first in (OWN_PLACE, index * width) and held[0].slots == width and holds(held[0]):
+            continue  # as good as always
+        own = {slot for run in held if holds(run) for slot in _slots(run, index * width)}
         missing |= {slot: node for slot in placement.slots_of(layout, index) if slot not in own}
     return missing
 
@@ -133,15 +142,18 @@ class _Sources:
         return min(found, key=lambda pair: self._is_suspect(pair[1]), default=None)
 
     def _has(self, node: str, slot: int) -> bool:
+        width = self._layout.slots_per_node
+        first = slot - slot % width  # of the place that is asked for, and this node's own if it has one
         runs = self._state.inventory.get(node, ())
-        return any(run.first <= slot < run.first + run.slots and self._holds(run) for run in runs)
+        return any(slot in _slots(run, first) and self._holds(run) for run in runs)
 
     def _everywhere(self) -> dict[int, list[str]]:
         holders: dict[int, list[str]] = {}
+        places = {node: index * self._layout.slots_per_node for index, node in enumerate(self._state.mesh)}
         for node, runs in self._state.inventory.items():
             for run in runs:
                 if self._holds(run):
-                    for slot in range(run.first, run.first + run.slots):
+                    for slot in _slots(run, places.get(node, 0)):
                         holders.setdefault(slot, []).append(node)
         return holders
 

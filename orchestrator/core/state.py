@@ -65,12 +65,15 @@ class Evidence:
     step: int
 
 
-@dataclass(slots=True)
+OWN_PLACE = -1
+
+
+@dataclass(frozen=True)
 class Held:
-    """A run of neighbouring slots of which a node's shared memory holds the same snapshots. Never changed once made;
-    not frozen, because every node's is made anew in each halt, and a frozen one takes three times as long."""
+    """A run of neighbouring slots of which a node's shared memory holds the same snapshots."""
 
     first: int
+    """OWN_PLACE: all slots of the node's place in `State.mesh`, so that the nodes of a mesh can share one object."""
     slots: int
     snapshots: tuple[Snapshot, ...]
 
@@ -189,8 +192,8 @@ class State:
     unclean: dict[int, int] = field(default_factory=dict)
     """Generation to the first step at which its state was found corrupt; outlives the incident, as snapshots do."""
 
-    awaiting: dict[str, int] = field(default_factory=dict)
-    """While halting: the nodes that have not reported yet, and the place in the mesh of each."""
+    awaiting: dict[str, None] = field(default_factory=dict)
+    """While halting: the nodes that have not reported yet."""
     inventory: dict[str, tuple[Held, ...]] = field(default_factory=dict)
     """Node to the snapshots in its shared memory: of every node that fills no slot now and is not lost."""
 

@@ -43,6 +43,7 @@ from orchestrator.core.state import (
     EXIT_OK,
     EXIT_STOPPED,
     NODE_STATES,
+    OWN_PLACE,
     Evidence,
     Fault,
     Held,
@@ -299,12 +300,13 @@ class Supervisor:
         s = self.state
         if s.job != "halting" or event.generation != s.generation:
             return []
-        width = self._layout.slots_per_node
         snapshots = tuple(snapshot for snapshot in event.snapshots if snapshot.generation >= s.first_generation)
+        alike = Held(first=OWN_PLACE, slots=self._layout.slots_per_node, snapshots=snapshots)
+        held = (alike,) if snapshots else ()
         for name in event.nodes:
-            place = s.awaiting.pop(name, None)
-            if place is not None:
-                s.inventory[name] = (Held(place * width, width, snapshots),) if snapshots else ()
+            if name in s.awaiting:
+                del s.awaiting[name]
+                s.inventory[name] = held
         return [] if s.awaiting else self._recover(event.at)
 
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
@@ -378,9 +380,7 @@ class Supervisor:
             s.incident.evidence = []
         recovery.note(s.incident, evidence)
         s.job = "halting"
-        s.awaiting = dict(zip(s.mesh, range(len(s.mesh)), strict=True))
-        for gone in [name for name in s.mesh if s.nodes[name].state != "active"]:
-            del s.awaiting[gone]
+        s.awaiting = dict.fromkeys(name for name in s.mesh if s.nodes[name].state == "active")
         if not s.awaiting:
             return self._recover(at)
         return self._halt(at, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
@@ -447,9 +447,12 @@ class Supervisor:
         s = self.state
         assert decision.rung not in ("fail", "wait"), decision
         staying = set(decision.mesh)
-        for name in s.mesh:
-            if name not in staying and s.nodes[name].state == "active":
-                s.move_node(name, "spare")
+        for place, name in enumerate(s.mesh):
+            if name not in staying:
+                if name in s.inventory:
+                    s.inventory[name] = election.placed(s.inventory[name], place * self._layout.slots_per_node)
+                if s.nodes[name].state == "active":
+                    s.move_node(name, "spare")
         for name in decision.mesh:
             if s.nodes[name].state != "active":
                 s.move_node(name, "active")
