@@ -106,6 +106,8 @@ class Killer:
     _step: int = 0
     _over: threading.Event = field(default_factory=threading.Event)
     _killed_at: float = 0.0
+    _rest: str = ""
+    """The beginning of a line whose end was not there yet."""
 
     def __enter__(self) -> Killer:
         self._thread = threading.Thread(target=self._run, name="killer", daemon=True)
@@ -147,8 +149,11 @@ class Killer:
                     return f"missed ({type(e).__name__})"
 
     def _read(self, log: Iterable[str]) -> None:
-        for line in log:
-            entry = json.loads(line)
+        for piece in log:
+            self._rest += piece
+            if not piece.endswith("\n"):
+                return  # it is being written
+            entry, self._rest = json.loads(self._rest), ""
             self._pids[entry["rank"]] = entry["pid"]
             self._step = max(self._step, entry.get("begins", 0))
 
