@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,29 +22,14 @@ from rich.table import Table
 from orchestrator import spec as specs
 from orchestrator.simulate.body import Scenario
 from orchestrator.simulate.outcome import LABEL, Outcome, simulate
-from orchestrator.simulate.profile import Profile, load_failures, load_profile
+from orchestrator.simulate.plan import Change, each_cause, times
+from orchestrator.simulate.profile import load_failures, load_profile
 from orchestrator.simulate.scenario import of_spec
 
 JOB = Path(__file__).resolve().parents[1] / "examples" / "llama3_405b.toml"
 DAYS = 54
 PAPER = "over 90%"
 SENSITIVITY_SEEDS = 3
-
-Change = Callable[[Scenario], Scenario]
-
-
-def costs(factor: float, *fields: str) -> Change:
-    """Times some costs or detection times."""
-
-    def change(made: Scenario) -> Scenario:
-        document = made.profile.model_dump()
-        for section in ("costs", "detection"):
-            for field in fields:
-                if field in document[section]:
-                    document[section][field]["value"] *= factor
-        return replace(made, profile=Profile.model_validate(document))
-
-    return change
 
 
 def interval(factor: float) -> Change:
@@ -58,16 +42,9 @@ def interval(factor: float) -> Change:
 
 
 def repair(factor: float) -> Change:
-    def change(made: Scenario) -> Scenario:
-        causes = tuple(c.model_copy(update={"repair_s": c.repair_s * factor}) for c in made.failures.causes)
-        spares = round(made.layout.spares * factor)  # for as many machines as are away
-        return replace(
-            made,
-            layout=replace(made.layout, spares=spares),
-            failures=made.failures.model_copy(update={"causes": causes}),
-        )
-
-    return change
+    slower = each_cause(lambda cause: {"repair_s": cause.repair_s * factor})
+    # And spares for as many machines as are away.
+    return lambda made: replace(slower(made), layout=replace(made.layout, spares=round(made.layout.spares * factor)))
 
 
 def memory(on: bool) -> Change:
@@ -75,18 +52,18 @@ def memory(on: bool) -> Change:
 
 
 BASELINE_CHANGES: dict[str, Change] = {
-    "restart and restore x 1/2": costs(0.5, "restart", "restore_durable", "halt"),
-    "restart and restore x 2": costs(2, "restart", "restore_durable", "halt"),
-    "detection x 1/2": costs(0.5, "exit", "network", "hang", "corruption"),
-    "detection x 2": costs(2, "exit", "network", "hang", "corruption"),
+    "restart and restore x 1/2": times(0.5, "restart", "restore_durable", "halt"),
+    "restart and restore x 2": times(2, "restart", "restore_durable", "halt"),
+    "detection x 1/2": times(0.5, "exit", "network", "hang", "corruption"),
+    "detection x 2": times(2, "exit", "network", "hang", "corruption"),
     "checkpoint interval x 1/2": interval(0.5),
     "checkpoint interval x 2": interval(2),
-    "save's stall x 2": costs(2, "save_stall"),
+    "save's stall x 2": times(2, "save_stall"),
     "repair and spares x 3": repair(3),
 }
 LADDER: dict[str, Change] = {
     "without memory tiers (every restore from the store)": memory(False),
-    "restart as in the baseline (200 s)": costs(200 / 60, "restart"),
+    "restart as in the baseline (200 s)": times(200 / 60, "restart"),
     "snapshots each 10th step": lambda made: replace(made, snapshot_interval_steps=10),
     "durable saves half as often": interval(2),
 }

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tomli_w
 import typer
@@ -17,6 +17,9 @@ from orchestrator import spec as specs
 from orchestrator.chaos.orders import PATTERNS, SCENARIOS, TENSORS, Order
 from orchestrator.spec import JobSpec, SpecError
 from storage.redact import redact_logging, redacted
+
+if TYPE_CHECKING:
+    from orchestrator.simulate.body import Scenario
 
 app = typer.Typer(
     help="Shepherd: fault-tolerant training of Llama models.",
@@ -32,6 +35,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: section.key=value. May be given again.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, or the one on this machine.")]
+Gpus = Annotated[int | None, typer.Option(help="Scale parallel.dp_replicate to a mesh of this many GPUs.")]
+Costs = Annotated[str, typer.Option("--profile", help="What things cost: a name or a TOML file.")]
+Failures = Annotated[str, typer.Option(help="What fails how often: a name or a TOML file.")]
 RunName = Annotated[str, typer.Argument(help="The run's name (run.name).", metavar="RUN")]
 
 EXIT_REFUSED = 2
@@ -225,58 +231,46 @@ def report(
 def simulate(
     file: SpecFile,
     set_: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Scale parallel.dp_replicate to a mesh of this many GPUs.")] = None,
+    gpus: Gpus = None,
     days: Annotated[float, typer.Option(help="Days of virtual time.", min=0.01, max=3650)] = 30,
     seed: Annotated[int, typer.Option(help="One seed, one history.", min=0)] = 0,
-    costs: Annotated[str, typer.Option("--profile", help="What things cost: a name or a TOML file.")] = "shepherd",
-    failures: Annotated[str, typer.Option(help="What fails how often: a name or a TOML file.")] = "llama3",
+    costs: Costs = "shepherd",
+    failures: Failures = "llama3",
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the outcome as JSON to this file.")] = None,
 ) -> None:
     """Run the job SPEC in virtual time, under published failure rates, with the supervisor that real runs have."""
     from orchestrator.observe import live
-    from orchestrator.simulate import outcome, profile, scenario
+    from orchestrator.simulate import outcome
 
-    with _refusals(profile.ProfileError):
-        spec = _load(file, set_)
-        if gpus is not None:
-            spec = _load(file, [*(set_ or []), scenario.scaled(spec, gpus)])
-        made = scenario.of_spec(spec, profile.load_profile(costs), profile.load_failures(failures), days, seed)
-    done = outcome.simulate(made)
+    done = outcome.simulate(_scenario(file, set_, gpus, costs, failures, days=days, seed=seed))
     outcome.show(done, live.new_console())
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps(done.document(), indent=1) + "\n")
+    _write_json(json_, done.document())
 
 
 @app.command()
 def plan(
     file: SpecFile,
     set_: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Scale parallel.dp_replicate to a mesh of this many GPUs.")] = None,
+    gpus: Gpus = None,
     target: Annotated[float, typer.Option(help="The goodput that is wanted.", min=0.01, max=0.9999)] = 0.95,
     mtbf: Annotated[
         float | None, typer.Option(help="Hours between failures of the mesh; scales all causes alike.", min=0.001)
     ] = None,
-    costs: Annotated[str, typer.Option("--profile", help="What things cost: a name or a TOML file.")] = "shepherd",
-    failures: Annotated[str, typer.Option(help="What fails how often: a name or a TOML file.")] = "llama3",
+    costs: Costs = "shepherd",
+    failures: Failures = "llama3",
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the plan as JSON to this file.")] = None,
 ) -> None:
     """Say what goodput the job SPEC can expect, which spares and intervals it wants, and what would help most."""
     from orchestrator.observe import live
     from orchestrator.simulate import plan as plans
-    from orchestrator.simulate import profile, scenario
+    from orchestrator.simulate.profile import ProfileError
 
-    with _refusals(profile.ProfileError):
-        spec = _load(file, set_)
-        if gpus is not None:
-            spec = _load(file, [*(set_ or []), scenario.scaled(spec, gpus)])
-        made = scenario.of_spec(spec, profile.load_profile(costs), profile.load_failures(failures), days=1, seed=0)
+    made = _scenario(file, set_, gpus, costs, failures)
+    with _refusals(ProfileError):
         made = made if mtbf is None else plans.with_mtbf(made, mtbf)
     found = plans.make_plan(made, target)
     plans.show(found, live.new_console())
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps(found.document(), indent=1) + "\n")
+    _write_json(json_, found.document())
 
 
 @app.command()
@@ -294,15 +288,32 @@ def demo(
     with _refusals():
         outcome = demos.run(steps, out.absolute())
     demos.show(outcome)
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps(outcome.document(), indent=1) + "\n")
+    _write_json(json_, outcome.document())
     raise typer.Exit(0 if outcome.holds else 1)
 
 
 def _load(file: str, overrides: list[str] | None) -> JobSpec:
     with _refusals():
         return specs.load(file, overrides)
+
+
+def _scenario(
+    file: str, overrides: list[str] | None, gpus: int | None, costs: str, failures: str, days: float = 1, seed: int = 0
+) -> Scenario:
+    from orchestrator.simulate import profile, scenario
+
+    with _refusals(profile.ProfileError):
+        spec = _load(file, overrides)
+        if gpus is not None:
+            spec = _load(file, [*(overrides or []), scenario.scaled(spec, gpus)])
+        return scenario.of_spec(spec, profile.load_profile(costs), profile.load_failures(failures), days, seed)
+
+
+def _write_json(path: Path | None, document: dict[str, Any]) -> None:
+    """Where a file was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 @contextmanager

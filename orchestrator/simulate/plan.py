@@ -89,7 +89,7 @@ def with_mtbf(made: Scenario, hours: float) -> Scenario:
     if failures_a_day == 0:
         raise ProfileError(f"{made.failures.title}: every count is 0, so that there is no mix to scale by --mtbf")
     factor = 24 / hours / failures_a_day
-    return _causes(lambda cause: {"count": cause.count * factor})(made)
+    return each_cause(lambda cause: {"count": cause.count * factor})(made)
 
 
 def from_store(made: Scenario, cause: Cause) -> bool:
@@ -192,28 +192,22 @@ def intervals_wanted(made: Scenario) -> tuple[int, int | None]:
 
 def make_plan(made: Scenario, target: float) -> Plan:
     """The scenario as it is, as it should be set, and what would help beyond."""
-    spares = spares_wanted(made)
     snapshots, saves = intervals_wanted(made)
-    better = replace(
-        made,
-        layout=replace(made.layout, spares=spares),
-        snapshot_interval_steps=snapshots or made.snapshot_interval_steps,
-        checkpoint_interval_steps=saves or made.checkpoint_interval_steps,
-    )
+    better, expected = as_planned(made), expect(made)
     planned = expect(better)
     improvements = [
         Improvement(what=what, goodput=after, gain=after - planned.goodput)
         for what, change in IMPROVEMENTS.items()
-        for after in (_replanned(change(better)),)
+        for after in (expect(as_planned(change(better))).goodput,)
     ]
     return Plan(
         gpus=made.layout.slots,
         nodes=made.layout.nodes,
         target=target,
-        mtbf_h=24 / expect(made).failures_a_day if expect(made).failures_a_day else math.inf,
-        expected=expect(made),
+        mtbf_h=24 / expected.failures_a_day if expected.failures_a_day else math.inf,
+        expected=expected,
         spares=made.layout.spares,
-        spares_wanted=spares,
+        spares_wanted=better.layout.spares,
         snapshot_interval_steps=made.snapshot_interval_steps if made.profile.memory else 0,
         snapshot_interval_wanted=snapshots,
         checkpoint_interval_steps=made.checkpoint_interval_steps,
@@ -223,36 +217,36 @@ def make_plan(made: Scenario, target: float) -> Plan:
     )
 
 
-def _replanned(made: Scenario) -> float:
-    """Goodput of a scenario whose spares and intervals follow the change that was made to it."""
+def as_planned(made: Scenario) -> Scenario:
+    """With the spares and intervals that its failures and costs want."""
     snapshots, saves = intervals_wanted(made)
-    return expect(
-        replace(
-            made,
-            layout=replace(made.layout, spares=spares_wanted(made)),
-            snapshot_interval_steps=snapshots or made.snapshot_interval_steps,
-            checkpoint_interval_steps=saves or made.checkpoint_interval_steps,
-        )
-    ).goodput
+    return replace(
+        made,
+        layout=replace(made.layout, spares=spares_wanted(made)),
+        snapshot_interval_steps=snapshots or made.snapshot_interval_steps,
+        checkpoint_interval_steps=saves or made.checkpoint_interval_steps,
+    )
 
 
 Change = Callable[[Scenario], Scenario]
 
 
-def halved(*fields: str) -> Change:
-    """Of the profile's costs and detection times."""
+def times(factor: float, *fields: str) -> Change:
+    """Some of the profile's costs and detection times, times a factor."""
 
     def change(made: Scenario) -> Scenario:
         document = made.profile.model_dump()
         for section in ("costs", "detection"):
             for field in document[section].keys() & set(fields):
-                document[section][field]["value"] /= 2
+                document[section][field]["value"] *= factor
         return replace(made, profile=Profile.model_validate(document))
 
     return change
 
 
-def _causes(change: Callable[[Cause], dict[str, float]]) -> Change:
+def each_cause(change: Callable[[Cause], dict[str, float]]) -> Change:
+    """The fields that `change` gives for a cause, in each of the list's."""
+
     def changed(made: Scenario) -> Scenario:
         causes = tuple(cause.model_copy(update=change(cause)) for cause in made.failures.causes)
         return replace(made, failures=made.failures.model_copy(update={"causes": causes}))
@@ -261,14 +255,14 @@ def _causes(change: Callable[[Cause], dict[str, float]]) -> Change:
 
 
 IMPROVEMENTS: dict[str, Change] = {
-    "detect failures in half the time": halved("exit", "network", "hang", "corruption"),
-    "halt and restart in half the time": halved("halt", "restart"),
-    "restore in half the time": halved("restore_ram", "restore_peer", "restore_durable"),
-    "snapshots at half the stall": halved("snapshot_stall"),
-    "saves at half the stall": halved("save_stall"),
-    "saves written in half the time": halved("save_write", "commit"),
-    "half as many failures": _causes(lambda cause: {"count": cause.count / 2}),
-    "machines mended in half the time": _causes(lambda cause: {"repair_s": cause.repair_s / 2}),
+    "detect failures in half the time": times(0.5, "exit", "network", "hang", "corruption"),
+    "halt and restart in half the time": times(0.5, "halt", "restart"),
+    "restore in half the time": times(0.5, "restore_ram", "restore_peer", "restore_durable"),
+    "snapshots at half the stall": times(0.5, "snapshot_stall"),
+    "saves at half the stall": times(0.5, "save_stall"),
+    "saves written in half the time": times(0.5, "save_write", "commit"),
+    "half as many failures": each_cause(lambda cause: {"count": cause.count / 2}),
+    "machines mended in half the time": each_cause(lambda cause: {"repair_s": cause.repair_s / 2}),
 }
 
 
