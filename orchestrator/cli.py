@@ -153,6 +153,24 @@ def stop(
 
 
 @app.command()
+def drain(
+    run: RunName,
+    node: Annotated[str, typer.Argument(help="The node, as `shepherd status` names it.", metavar="NODE")],
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    address: Address = None,
+) -> None:
+    """Take a node out of an active run: it is let go once another has its place, with nothing lost."""
+    from orchestrator.runtime import driver
+
+    with _refusals(ValueError):
+        driver.connect(address)
+        driver.drain(driver.find(run), driver.read_token(log_dir, run), node, by="shepherd drain")
+    print(f"run {run} has been asked to let {node} go")
+
+
+@app.command()
 def chaos(
     scenario: Annotated[str, typer.Argument(help=f"What to do: {', '.join(SCENARIOS)}.", metavar="SCENARIO")],
     run: Annotated[str, typer.Option(help="The run's name (run.name).")],

@@ -132,6 +132,29 @@ class RecoverySection(_Section):
         default=8, ge=1, description="Crash-loop breaker: this many generations without one new step end the run."
     )
     strikes: int = Field(default=3, ge=1, description="Incidents that quarantine a node when a spare can replace it.")
+    strike_expiry_s: float = Field(
+        default=604800,
+        gt=0,
+        description="For so long a strike counts: a week. Llama 3's nodes failed once in 264 days each: three times in "
+        "a week is no chance.",
+    )
+    probation_s: float = Field(
+        default=86400,
+        gt=0,
+        description="After its return from quarantine, a node's next strike in this time sends it there for good.",
+    )
+    quarantine_share: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Of the nodes, mesh and spares, so many may be quarantined at once, and always two: what strikes "
+        "more is not theirs.",
+    )
+    grow_settle_s: float = Field(
+        default=60,
+        gt=0,
+        description="A mesh that has shrunk waits so long for further nodes before it takes those that came back.",
+    )
     driver_lease_s: float = Field(
         default=10, gt=0, description="The run ends this long after its driver's last sign of life (unless detached)."
     )
@@ -181,6 +204,10 @@ class JobSpec(_Section):
             recoveries_without_progress=r.recoveries_without_progress,
             strikes=r.strikes,
             keep_checkpoints=self.checkpoint.keep,
+            strike_expiry_us=_us(r.strike_expiry_s),
+            probation_us=_us(r.probation_s),
+            quarantined_at_most=max(2, math.floor(r.quarantine_share * (self.layout.nodes + self.layout.spares))),
+            grow_settle_us=_us(r.grow_settle_s),
         )
 
     @property

@@ -61,6 +61,7 @@ COLOURS = {
     "data_wait": "yellow",
     "checkpoint_stall": "purple",
     "validation": "light-blue",
+    "straggling": "semi-dark-yellow",
     "waiting_for_nodes": "dark-orange",
     "idle_spare": "light-green",
     "degraded_capacity": "orange",

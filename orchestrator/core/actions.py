@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Copy the snapshot of (from_slot on from_node) into slot's place on to_node before the generation opens."""
+    """Copy the snapshot of (from_slot on from_node) into slot's place on to_node before the generation opens.
+
+    Slots are numbered as in the generation that wrote the snapshot. Where that had another number of replicas, `slot`
+    is `from_slot`: see OpenGeneration.
+    """
 
     slot: int
     to_node: str
@@ -21,7 +25,11 @@ class Transfer:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenGeneration:
-    """Start workers for every slot. Node i of `nodes` fills slots [i * slots_per_node, (i + 1) * slots_per_node)."""
+    """Start workers for every slot. Node i of `nodes` fills slots [i * slots_per_node, (i + 1) * slots_per_node).
+
+    Where `snapshot_dp_replicate` is not `dp_replicate`, the mesh has another size than the one that wrote the
+    snapshots, and slots other numbers: a rank restores whatever its node holds of its shard (`placement.shard_of`).
+    """
 
     generation: int
     nodes: tuple[str, ...]
@@ -33,15 +41,21 @@ class OpenGeneration:
     """For "ram": the generation that wrote the snapshots."""
     transfers: tuple[Transfer, ...]
     reason: str
+    dp_replicate: int
+    """Replicas of this generation's mesh. The global batch is the same with fewer: each accumulates more."""
+    snapshot_dp_replicate: int
+    """Replicas of the mesh whose slots the snapshots are numbered by."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HaltGeneration:
-    """End the workers of `generation` on these nodes; each answers NodeHalted with its snapshots."""
+    """End or park the workers of `generation` on these nodes; each answers NodeHalted with its snapshots."""
 
     generation: int
     nodes: tuple[str, ...]
     reason: str
+    park: bool
+    """Live workers let go of their collectives and keep their process; what does not park is ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +104,27 @@ class ReleaseNode:
 
     node: str
     reason: str
+    for_good: bool = False
+    """Its machine is taken away: no agent is started there any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeNode:
+    """Have a quarantined node do work whose result is known; answer NodeProbed."""
+
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskThird:
+    """Repeat the computation in which two nodes disagreed on a third, `judge`; answer AuditSettled."""
+
+    number: int
+    generation: int
+    step: int
+    auditor: str
+    accused: str
+    judge: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +151,8 @@ Action = (
     | DeleteCheckpoint
     | InjectFault
     | ReleaseNode
+    | ProbeNode
+    | AskThird
     | SetTimer
     | EndRun
 )

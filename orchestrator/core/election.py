@@ -10,6 +10,7 @@ as runs of slots (`Held`), and what is asked of it costs a look at each node, no
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 from orchestrator.core import placement
 from orchestrator.core.actions import Transfer
@@ -48,7 +49,7 @@ def _slots(run: Held, place_first: int) -> range:
     return range(first, first + run.slots)
 
 
-def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
+def newest_in_ram(state: State, mesh: tuple[str, ...], replicas: int) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
     """The newest snapshot that every slot of `mesh` can be given, with the copies that it takes; None without any."""
     if "ram" not in state.capabilities:
         return None
@@ -58,27 +59,29 @@ def newest_in_ram(state: State, mesh: tuple[str, ...]) -> tuple[Snapshot, tuple[
     for snapshot in sorted(known, key=lambda s: (s.step, s.generation), reverse=True):
         if snapshot.name in state.bad_snapshots or state.is_unclean(snapshot.generation, snapshot.step):
             continue
-        transfers = _transfers(state, mesh, snapshot)
+        transfers = _transfers(state, mesh, replicas, snapshot)
         if transfers is not None:
             return snapshot, transfers
     return None
 
 
-def _transfers(state: State, mesh: tuple[str, ...], snapshot: Snapshot) -> tuple[Transfer, ...] | None:
+def _transfers(state: State, mesh: tuple[str, ...], replicas: int, snapshot: Snapshot) -> tuple[Transfer, ...] | None:
     """The copies that give every slot of `mesh` this snapshot; None when some slot's cannot be had."""
-    layout = state.layout
-    assert layout is not None
-    missing = _missing(state, layout, mesh, snapshot)
-    if not missing:
-        return ()
-    if "peer" not in state.capabilities:
+    assert state.layout is not None
+    layout, writers = state.layout.with_replicas(replicas), state.layout_of(snapshot.generation)
+    sources = _Sources(state, writers, snapshot)
+    if layout == writers:
+        missing = _missing(state, layout, mesh, snapshot)
+    else:
+        missing = sources.missing_shards(layout, mesh)
+    if missing and "peer" not in state.capabilities:
         return None
-    sources = _Sources(state, layout, snapshot)
     transfers = []
-    for slot, to_node in missing.items():
-        source = sources.best(slot)
+    for to_node, slot in missing:
+        source = sources.best(placement.shard_of(layout, slot), slot if layout == writers else None)
         if source is None:
             return None
+        slot = slot if layout == writers else source[0]
         transfers.append(Transfer(slot=slot, to_node=to_node, from_slot=source[0], from_node=source[1]))
     return tuple(transfers)
 
@@ -98,17 +101,21 @@ class _Holds:
         return answer
 
 
-def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snapshot) -> dict[int, str]:
-    """The slots whose node in `mesh` does not hold the snapshot, in order, and that node."""
+Missing = list[tuple[str, int]]
+"""Nodes, and slots for which they lack a snapshot."""
+
+
+def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snapshot) -> Missing:
+    """The slots whose node in `mesh` does not hold the snapshot, in order. For a mesh of the size of the writer's."""
     width, inventory = layout.slots_per_node, state.inventory
-    missing: dict[int, str] = {}
+    missing: Missing = []
     holds = _Holds(snapshot)
     for index, node in enumerate(mesh):
         held = inventory.get(node, ())
         if len(held) == 1 and held[0].first in (OWN_PLACE, index * width) and held[0].slots == width and holds(held[0]):
             continue  # as good as always
         own = {slot for run in held if holds(run) for slot in _slots(run, index * width)}
-        missing |= {slot: node for slot in placement.slots_of(layout, index) if slot not in own}
+        missing += [(node, slot) for slot in placement.slots_of(layout, index) if slot not in own]
     return missing
 
 
@@ -119,37 +126,54 @@ class _Sources:
     nobody else holds the same.
     """
 
-    def __init__(self, state: State, layout: Layout, snapshot: Snapshot) -> None:
-        self._state, self._layout = state, layout
+    def __init__(self, state: State, writers: Layout, snapshot: Snapshot) -> None:
+        self._state, self._writers = state, writers
         self._holds = _Holds(snapshot)
         self._elsewhere: dict[int, list[str]] | None = None
         mesh = set(state.mesh)
         self._strays = [node for node in state.inventory if node not in mesh]
 
-    def best(self, slot: int) -> tuple[int, str] | None:
-        """A slot and a node that holds it: the slot itself before its replicas, whose copies hold less of a rank's own.
+    def best(self, shard: int, slot: int | None) -> tuple[int, str] | None:
+        """A slot and a node that holds the shard as this slot. `slot` comes first: others hold less of a rank's own.
 
-        First asked are the nodes that had these places, and those that had none; then all, once.
+        First asked are the nodes that have these places, and those that have none; then all, once.
         """
-        copies = (slot, *placement.replicas(self._layout, slot))
-        for copy in copies:
-            for node in (self._state.mesh[copy // self._layout.slots_per_node], *self._strays):
+        width = self._writers.slots_per_node
+        own = () if slot is None else (slot,)
+        of_shard = placement.slots_of_shard(self._writers, shard)
+        for copy in chain(own, of_shard):
+            at_home = self._state.mesh[copy // width : copy // width + 1]
+            for node in (*at_home, *self._strays):
                 if self._has(node, copy) and not self._is_suspect(node):
                     return copy, node
         if self._elsewhere is None:
             self._elsewhere = self._everywhere()
-        found = [(copy, node) for copy in copies for node in self._elsewhere.get(copy, ())]
+        found = [(copy, node) for copy in chain(own, of_shard) for node in self._elsewhere.get(copy, ())]
         return min(found, key=lambda pair: self._is_suspect(pair[1]), default=None)
 
+    def missing_shards(self, layout: Layout, mesh: tuple[str, ...]) -> Missing:
+        """The same as `_missing` for a mesh of another size than the writer's: any replica of a shard is as good."""
+        self._elsewhere = self._elsewhere or self._everywhere()
+        held: dict[str, set[int]] = {}
+        for slot, nodes in self._elsewhere.items():
+            for node in nodes:
+                held.setdefault(node, set()).add(placement.shard_of(self._writers, slot))
+        return [
+            (node, slot)
+            for index, node in enumerate(mesh)
+            for slot in placement.slots_of(layout, index)
+            if placement.shard_of(layout, slot) not in held.get(node, ())
+        ]
+
     def _has(self, node: str, slot: int) -> bool:
-        width = self._layout.slots_per_node
+        width = self._writers.slots_per_node
         first = slot - slot % width  # of the place that is asked for, and this node's own if it has one
         runs = self._state.inventory.get(node, ())
         return any(slot in _slots(run, first) and self._holds(run) for run in runs)
 
     def _everywhere(self) -> dict[int, list[str]]:
         holders: dict[int, list[str]] = {}
-        places = {node: index * self._layout.slots_per_node for index, node in enumerate(self._state.mesh)}
+        places = {node: index * self._writers.slots_per_node for index, node in enumerate(self._state.mesh)}
         for node, runs in self._state.inventory.items():
             for run in runs:
                 if self._holds(run):
@@ -158,5 +182,5 @@ class _Sources:
         return holders
 
     def _is_suspect(self, name: str) -> bool:
-        node = self._state.nodes[name]
-        return node.convicted or node.state == "quarantined"
+        state = self._state
+        return name in state.convicted or state.nodes[name].state in ("quarantined", "probed") or name in state.disputes

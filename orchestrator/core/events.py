@@ -16,7 +16,10 @@ under a new name, the old one's NodeLost comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+FOR_EVER_US = 2**62
+"""Longer than any run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +35,20 @@ class Layout:
     """Nodes that the mesh fills."""
     spares: int
     """Nodes beyond those that the run keeps and pays for."""
+    shrinks_to: tuple[int, ...] = ()
+    """Numbers of replicas below dp_replicate with which this body can train too, descending; empty: none. A replica
+    must fill whole nodes: slots_per_node divides dp_shard x tp."""
 
     @property
     def slots(self) -> int:
         return self.pp * self.dp_replicate * self.dp_shard * self.tp
+
+    def with_replicas(self, dp_replicate: int) -> Layout:
+        """The same mesh with another number of replicas."""
+        if dp_replicate == self.dp_replicate:
+            return self
+        nodes = self.pp * dp_replicate * self.dp_shard * self.tp // self.slots_per_node
+        return replace(self, dp_replicate=dp_replicate, nodes=nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +63,11 @@ class Limits:
     recoveries_without_progress: int
     strikes: int
     keep_checkpoints: int
+    strike_expiry_us: int = FOR_EVER_US
+    probation_us: int = 0
+    quarantined_at_most: int = 2**31
+    """Nodes that may be in quarantine at once; beyond that the fault is not one of nodes, and people must look."""
+    grow_settle_us: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +92,14 @@ class RunDeclared:
     limits: Limits
     total_steps: int
     capabilities: tuple[str, ...]
-    """What this body can do beyond the minimum: "ram" (snapshots in shared memory), "peer" (copies between nodes)."""
+    """What this body can do beyond the minimum:
+
+    - "ram": keep snapshots in shared memory; "peer": copy them between nodes;
+    - "park": keep the processes of live workers from one generation to the next;
+    - "probe": check a node with work whose result is known; "third": repeat an audited computation on a third node.
+
+    Whether it can train with fewer replicas stands in `Layout.shrinks_to`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +130,60 @@ class NodeLost:
     at: int
     node: str
     cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLeaving:
+    """A node will be taken away: somebody drains it, or its cloud has given notice. It works until it is gone."""
+
+    at: int
+    node: str
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSlow:
+    """A node computes more slowly than its peers do, by its own time and not by what it waits for."""
+
+    at: int
+    node: str
+    generation: int
+    detail: str
+    """By how much, against whom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeProbed:
+    """The answer to ProbeNode."""
+
+    at: int
+    node: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditDisagreed:
+    """Two nodes computed the same thing from the same input, and their results differ: one of them is wrong."""
+
+    at: int
+    generation: int
+    step: int
+    """The step whose computation was audited."""
+    auditor: str
+    accused: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettled:
+    """The answer to AskThird: who was wrong."""
+
+    at: int
+    number: int
+    wrong: str
+    """Empty when the third agrees with neither, or could not do it."""
+    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,23 +227,29 @@ class WorkerHung:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeHalted:
-    """A node's workers are gone, and this is what its shared memory holds."""
+    """A node's workers have ended or are parked, and this is what its shared memory holds."""
 
     at: int
     node: str
     generation: int
     snapshots: dict[int, tuple[Snapshot, ...]]
-    """Slot to its complete snapshots."""
+    """Slot to its complete snapshots; a slot is that of the generation that wrote them."""
+    parked: bool = False
+    """All of its workers live, and wait for their next assignment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodesHalted:
-    """Several nodes' answers in one, as a fan-in tells them: each holds the same for all slots of its place."""
+    """Several nodes' answers in one, as a fan-in tells them: each holds the same for all slots of its place.
+
+    What they hold was written by generations with as many replicas as this one.
+    """
 
     at: int
     nodes: tuple[str, ...]
     generation: int
     snapshots: tuple[Snapshot, ...]
+    parked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +289,8 @@ class StepsDone:
     tokens: int
     loss_millionths: tuple[int, ...]
     """Of the steps in order, nats per token; what the report's curve is drawn from."""
+    straggling_us: int = 0
+    """What the slowest rank computed longer than the median one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +399,11 @@ Event = (
     | EpochBegan
     | NodeJoined
     | NodeLost
+    | NodeLeaving
+    | NodeSlow
+    | NodeProbed
+    | AuditDisagreed
+    | AuditSettled
     | WorkerFailed
     | WorkerExited
     | WorkerHung

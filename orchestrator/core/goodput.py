@@ -27,6 +27,7 @@ Label = Literal[
     "data_wait",
     "checkpoint_stall",
     "validation",
+    "straggling",
     "waiting_for_nodes",
     "idle_spare",
     "degraded_capacity",
@@ -38,15 +39,16 @@ LABELS: dict[Label, str] = {
     "productive": "first execution of a step that completed",
     "recomputed": "execution of a step that had been completed before and was lost",
     "detection": "the step in flight when something failed, and the time until that was noticed",
-    "recovery": "from the notice of a failure until every rank stands before its first step again",
+    "recovery": "from the notice of a failure, or of a planned change, until all ranks stand before a first step again",
     "provisioning": "places without a ready node before the first generation",
     "start_up": "the first generation: worker start, rendezvous, model, restore",
     "data_wait": "ranks waiting for their batch",
     "checkpoint_stall": "training blocked by snapshots and saves",
     "validation": "passes over the held-out documents",
+    "straggling": "ranks waiting for one that computes more slowly",
     "waiting_for_nodes": "ready nodes that wait because the mesh cannot be filled",
     "idle_spare": "ready nodes kept as spares",
-    "degraded_capacity": "places whose node is lost or quarantined",
+    "degraded_capacity": "places whose node is lost or quarantined, and nodes that a shrunk mesh has no use for",
     "paused": "between the end of a run and its resume",
     "other": "everything else",
 }
@@ -68,6 +70,8 @@ class Ledger:
     spare_nodes: int = 0
     mesh_label: Label = "provisioning"
     """What the mesh's nodes are doing when they are not training."""
+    idle_label: Label = "idle_spare"
+    """What a ready node beyond those of the mesh counts as, unless all ready nodes wait for the same thing."""
     empty_label: Label = "provisioning"
     """What a place without a usable node counts as."""
     totals: dict[Label, int] = field(default_factory=lambda: dict.fromkeys(LABELS, 0))
@@ -77,7 +81,7 @@ class Ledger:
         assert at >= self.mark, (at, self.mark)
         span, self.mark = at - self.mark, at
         self.owed += span * self.places
-        spare_label: Label = self.mesh_label if self.mesh_label in _OF_EVERY_NODE else "idle_spare"
+        spare_label: Label = self.mesh_label if self.mesh_label in _OF_EVERY_NODE else self.idle_label
         self.totals[spare_label] += span * self.spare_nodes
         self.totals[self.empty_label] += span * (self.places - self.mesh_nodes - self.spare_nodes)
         if self.pending_since is None:

@@ -2,42 +2,149 @@
 
 Slots are numbered with tp fastest, and a node takes `slots_per_node` consecutive ones, so tensor-parallel groups stay
 inside a node whenever tp divides slots_per_node (the spec demands it). What is left to decide is which node takes
-which place in that order.
+which place in that order:
+
+- whoever can stay stays, so that as little state as possible moves;
+- the replicas of a slot stand in different failure domains (racks), so that no rack takes all copies along;
+- the stages of a pipeline stand in one, since neighbours talk all the time.
+
+A *shard* is a slot without its replica: what all replicas of it hold alike. It is numbered the same in meshes of any
+number of replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orchestrator.core.events import Layout
 
+Places = list[str | None]
+"""A node, or a hole, for each place of a mesh in its order."""
+
 
 def place(
-    layout: Layout, previous: Sequence[str], usable: Sequence[str], held: Mapping[str, Collection[int]]
+    layout: Layout,
+    before: Layout,
+    previous: Sequence[str],
+    usable: Sequence[str],
+    held: Mapping[str, Collection[int]],
+    domain_of: Callable[[str], str],
 ) -> tuple[str, ...] | None:
     """The nodes in mesh order, or None when there are too few.
 
-    A node that is still usable keeps its place, so as few slots as possible move. A hole goes to the node that `held`
-    says has the hole's slots in its shared memory (an agent that came back); the others are filled from `usable` in
-    the order in which it lists them.
+    `previous` is the mesh until now, laid out as `before` says; `usable` lists the nodes, the best first. A hole goes
+    to the node that `held` says has the hole's slots in its shared memory (an agent that came back), else to one in a
+    failure domain that suits it.
     """
-    alive, kept = set(usable), set(previous[: layout.nodes])
-    places = [node if node in alive else None for node in previous[: layout.nodes]]
-    places += [None] * (layout.nodes - len(places))
-    free = dict.fromkeys(node for node in usable if node not in kept)
-    holes = [index for index, node in enumerate(places) if node is None]
-    if len(holes) > len(free):
+    if len(usable) < layout.nodes:
         return None
+    alive = set(usable)
+    places = _kept(layout, before, [node if node in alive else None for node in previous])
+    kept = set(places)
+    free = dict.fromkeys(node for node in usable if node not in kept)
+    if before == layout:
+        _take_home(layout, places, free, held)
+    domains = {node: domain_of(node) for node in free} if any(domain_of(node) for node in free) else {}
+    if domains and not any(places):
+        _spread(layout, places, domains)
+    elif domains:
+        _fit_in(layout, places, domains, domain_of)
+    else:
+        rest = iter(free)
+        places = [node if node is not None else next(rest) for node in places]
+    filled = tuple(node for node in places if node is not None)
+    assert len(filled) == len(set(filled)) == layout.nodes, places
+    return filled
+
+
+def _kept(layout: Layout, before: Layout, previous: Places) -> Places:
+    """Who stays where. Of a mesh of another size each keeps its shards, and its replica where there still is one."""
+    if not previous:
+        return [None] * layout.nodes
+    if before == layout:
+        return previous
+    a_replica = layout.dp_shard * layout.tp // layout.slots_per_node
+    assert a_replica * layout.slots_per_node == layout.dp_shard * layout.tp, "a replica must fill whole nodes"
+    places: Places = [None] * layout.nodes
+    for stage in range(layout.pp):
+        for part in range(a_replica):
+            old = [previous[(stage * before.dp_replicate + r) * a_replica + part] for r in range(before.dp_replicate)]
+            new = (old + [None] * layout.dp_replicate)[: layout.dp_replicate]
+            others = iter([node for node in old[layout.dp_replicate :] if node is not None])
+            new = [node if node is not None else next(others, None) for node in new]
+            for replica, node in enumerate(new):
+                places[(stage * layout.dp_replicate + replica) * a_replica + part] = node
+    return places
+
+
+def _take_home(layout: Layout, places: Places, free: dict[str, None], held: Mapping[str, Collection[int]]) -> None:
     homes = {slot: node for node in reversed(free) for slot in held.get(node, ())}
-    for index in holes:
+    for index in _holes(places):
         home = homes.get(slots_of(layout, index)[0])
         if home in free:
             places[index] = home
             del free[home]
-    rest = iter(free)
-    filled = tuple(node if node is not None else next(rest) for node in places)
-    assert len(set(filled)) == layout.nodes, filled
-    return filled
+
+
+def _fit_in(layout: Layout, places: Places, domains: dict[str, str], domain_of: Callable[[str], str]) -> None:
+    """Each hole goes to a domain with the fewest of its replicas, and of those to one with most of its pipeline."""
+    free: dict[str, deque[str]] = {}
+    for node, domain in domains.items():
+        free.setdefault(domain, deque()).append(node)
+
+    def found(indices: Iterable[int]) -> Counter[str]:
+        return Counter(domain_of(node) for node in (places[index] for index in indices) if node is not None)
+
+    for index in _holes(places):
+        replicated, near = found(_twins(layout, index)), found(_neighbours(layout, index))
+        best = min((domain for domain, nodes in free.items() if nodes), key=lambda d: (replicated[d], -near[d]))
+        places[index] = free[best].popleft()
+
+
+def _spread(layout: Layout, places: Places, domains: dict[str, str]) -> None:
+    """A whole mesh: replica after replica, stage beside stage, rack after rack.
+
+    So copies of a shard stand as far apart as a replica is large, and all are in one rack only where it has more nodes
+    than all replicas but one. Hence spares are left to the racks with most nodes.
+    """
+    free: dict[str, list[str]] = {}
+    for node, domain in domains.items():
+        free.setdefault(domain, []).append(node)
+    largest = [(-len(nodes), number, nodes) for number, nodes in enumerate(free.values())]
+    heapq.heapify(largest)
+    for _ in range(len(domains) - layout.nodes):
+        left, number, nodes = largest[0]
+        nodes.pop()
+        heapq.heapreplace(largest, (left + 1, number, nodes))
+    taken = (node for nodes in free.values() for node in nodes)
+    for index in sorted(range(layout.nodes), key=lambda index: _by_replica(layout, index)):
+        places[index] = next(taken)
+
+
+def _by_replica(layout: Layout, index: int) -> tuple[int, int, int]:
+    """Replica, shard of its stage, stage, of a place's first slot."""
+    inner = layout.dp_shard * layout.tp
+    stage, rest = divmod(index * layout.slots_per_node, layout.dp_replicate * inner)
+    return rest // inner, rest % inner, stage
+
+
+def _holes(places: Places) -> list[int]:
+    return [index for index, node in enumerate(places) if node is None]
+
+
+def _twins(layout: Layout, index: int) -> list[int]:
+    """The places that hold a replica of one of this place's slots."""
+    copies = (copy for slot in slots_of(layout, index) for copy in replicas(layout, slot))
+    return list(dict.fromkeys(copy // layout.slots_per_node for copy in copies))
+
+
+def _neighbours(layout: Layout, index: int) -> list[int]:
+    """The places of the stages before and after this place's slots, in the same replica."""
+    a_stage = layout.dp_replicate * layout.dp_shard * layout.tp
+    beside = (slot + step for slot in slots_of(layout, index) for step in (-a_stage, a_stage))
+    return list(dict.fromkeys(slot // layout.slots_per_node for slot in beside if 0 <= slot < layout.slots))
 
 
 def slots_of(layout: Layout, place_index: int) -> range:
@@ -47,11 +154,18 @@ def slots_of(layout: Layout, place_index: int) -> range:
 
 def replicas(layout: Layout, slot: int) -> tuple[int, ...]:
     """The other slots whose parameters and moments are bit-identical to this one's: same but for dp_replicate."""
+    return tuple(copy for copy in slots_of_shard(layout, shard_of(layout, slot)) if copy != slot)
+
+
+def shard_of(layout: Layout, slot: int) -> int:
+    """The shard that a slot holds, in [0, pp x dp_shard x tp)."""
     inner = layout.dp_shard * layout.tp
-    stage, rest = divmod(slot, layout.dp_replicate * inner)
-    own, shard = divmod(rest, inner)
-    return tuple(
-        stage * layout.dp_replicate * inner + replica * inner + shard
-        for replica in range(layout.dp_replicate)
-        if replica != own
-    )
+    return slot // (layout.dp_replicate * inner) * inner + slot % inner
+
+
+def slots_of_shard(layout: Layout, shard: int) -> range:
+    """The slots that hold a shard, one for each replica."""
+    inner = layout.dp_shard * layout.tp
+    stage, own = divmod(shard, inner)
+    first = stage * layout.dp_replicate * inner + own
+    return range(first, first + layout.dp_replicate * inner, inner)

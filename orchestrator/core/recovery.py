@@ -1,20 +1,27 @@
 """The ladder: after a failure, the cheapest recovery that is sufficient.
 
-`decide` is asked once the generation's workers are gone and every reachable node has said what its shared memory
-holds. It reads, top to bottom, as the ladder does:
+`decide` is asked once the generation's workers are gone or parked and every reachable node has said what its shared
+memory holds. It reads, top to bottom, as the ladder does:
 
     fail      the fault follows the job, or recovering has stopped helping
-    wait      too few usable nodes
+    wait      too few usable nodes, also for a smaller mesh
+    resume    every worker lives, a collective failed: no process is started anew
     replace   a worker died: fork it anew, state from the nodes' shared memory
-    spare     a node died: a spare takes its place, state from a replica's or its own copies in shared memory
+    spare     a node died, is slow, corrupt or leaves: a spare takes its place, state from a replica's or its own copies
+              in shared memory
+    shrink    no spare is left: the mesh goes on with fewer replicas, whose copies hold the state of every shard
+    grow      nodes are back: the mesh takes its replicas back, with state from the others' copies
     durable   shared memory does not hold one complete step: the newest committed checkpoint, or the very beginning
 
-A rung is taken only when the body has said that it can do it ("ram", "peer"), and a rung that has failed by itself in
-an incident is not taken again in it: the next one down is, without the node on which it failed if there are others.
+Where state was proven corrupt, what may hold it is passed over: that is the rewind of each rung.
+
+A rung is taken only when the body has said that it can do it, and one that has failed by itself in an incident is not
+taken again in it: the next one down is, without the node on which it failed if there are others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.core import election, placement
@@ -32,6 +39,7 @@ _ROOTS = (
     "node",
     "signal",
     "hang",
+    "slow",
     "memory",
     "audit",
     "exception",
@@ -42,14 +50,19 @@ _ROOTS = (
     "save",
     "unclean",
     "collective",
+    "leave",
+    "grow",
 )
+
+# Nothing has failed: a change that can wait for a quiet moment, and was ordered in one.
+PLANNED = ("slow", "leave", "grow")
 
 # Kinds that come from the program itself when they repeat, whatever the node.
 _OF_THE_JOB = ("exception", "memory", "audit")
 
 # Kinds that a node's hardware can cause and whose reporter is the one that has it: an uncorrectable memory error of a
 # GPU is an exception in torch. A number that is not finite ("audit") shows on every rank at once, a peer's death too.
-_OF_A_NODE = ("corrupt", "node", "signal", "hang", "exit", "start", "exception", "memory")
+_OF_A_NODE = ("corrupt", "node", "signal", "hang", "slow", "exit", "start", "exception", "memory")
 
 # Proof that state is not what it must be. "corrupt" convicts the node that says it; "diverged" convicts nobody, but one
 # of those that say it is wrong, so each gets a strike.
@@ -64,8 +77,9 @@ UNCLEAN = (*CORRUPTION, "unclean")
 # and a store that could not be read, after tries of its own, may be back.
 _NOT_THE_RUNGS = ("node", "state", "store", "save", *UNCLEAN)
 
-# The rungs that restore from shared memory, the cheaper first.
-_RAM_RUNGS = ("replace", "spare")
+# The rungs that restore from shared memory. After one that failed by itself, those that stand before it are not taken
+# either. A mesh that could not grow goes on as it was.
+_RAM_RUNGS = ("grow", "resume", "replace", "spare", "shrink")
 
 # Pieces of evidence that an incident keeps. Every rank of a mesh reports that its peer vanished, so their number must
 # not grow with the mesh; what matters is the root, and that is never dropped.
@@ -81,6 +95,7 @@ class Decision:
     step: int = 0
     snapshot_generation: int = 0
     transfers: tuple[Transfer, ...] = ()
+    replicas: int = 0
     exit_code: int = 0
 
 
@@ -145,10 +160,13 @@ def charged(incident: Incident) -> list[Evidence]:
 
 
 def note_for_the_job(state: State, incident: Incident) -> None:
-    """Count what can be the job's own fault, to know it again."""
+    """Count what can be the job's own fault, to know it again.
+
+    A node that an audit convicts was found by another's computation, so it is not the program's, which has no slot.
+    """
     cause = root(incident)
     pieces = charged(incident) if cause.kind == "corrupt" else [cause] if is_of_the_job(cause) else []
-    for evidence in pieces:
+    for evidence in (piece for piece in pieces if piece.slot is not None):
         state.errors.setdefault(signature(evidence), []).append(evidence.node)
 
 
@@ -175,7 +193,11 @@ def _follows_the_job(state: State, evidence: Evidence) -> bool:
     struck = state.errors.get(signature(evidence), [])
     if evidence.kind == "corrupt":
         return len(set(struck)) >= max(2, state.limits.same_error_tries)
-    evicted = follows_one_node(state, evidence) and state.nodes[evidence.node].state in ("quarantined", "lost")
+    evicted = follows_one_node(state, evidence) and state.nodes[evidence.node].state in (
+        "quarantined",
+        "probed",
+        "lost",
+    )
     return is_of_the_job(evidence) and len(struck) >= state.limits.same_error_tries and not evicted
 
 
@@ -203,24 +225,27 @@ def decide(state: State) -> Decision:
         )
 
     usable = state.usable()
-    if incident.spent and is_of_a_node(cause) and len(usable) > layout.nodes:
+    if incident.spent and is_of_a_node(cause) and len(usable) > fewest_nodes(state):
         usable = tuple(node for node in usable if node != cause.node)  # a recovery failed on it
-    previous = set(state.mesh)
-    held = {node: election.slots_held(runs) for node, runs in state.inventory.items() if node not in previous}
-    mesh = placement.place(layout, state.mesh, usable, held)
-    if mesh is None:
-        return Decision(rung="wait", reason=f"the mesh needs {layout.nodes} nodes, {len(usable)} are usable")
+    before = state.layout_of(incident.generation).dp_replicate
+    found = largest_mesh(state, usable, at_most=before if "grow" in incident.spent else layout.dp_replicate)
+    if found is None:
+        return Decision(rung="wait", reason=f"the mesh needs {fewest_nodes(state)} nodes, {len(usable)} are usable")
+    mesh, replicas = found
 
     what = _what(incident) + _fate(state, mesh)
-    rung = "replace" if mesh == state.mesh else "spare"
+    rung = _rung(state, mesh, replicas)
     if "durable" in incident.spent or any(r in incident.spent for r in _RAM_RUNGS[_RAM_RUNGS.index(rung) :]):
-        return durable_decision(state, mesh, f"{what}: rung {incident.spent[-1]} failed before its first step")
-    found = election.newest_in_ram(state, mesh)
+        failed = f"rung {incident.spent[-1]} failed before its first step"
+        return durable_decision(state, mesh, replicas, f"{what}: {failed}")
+    elected = election.newest_in_ram(state, mesh, replicas)
     clean = " and known to be clean" if any(e.kind in UNCLEAN for e in incident.evidence) else ""
-    if found is None or found[0].step < (state.newest_checkpoint() or 0):
-        return durable_decision(state, mesh, f"{what}: shared memory holds no complete step that is newer{clean}")
-    snapshot, transfers = found
+    if elected is None or elected[0].step < (state.newest_checkpoint() or 0):
+        why = f"{what}: shared memory holds no complete step that is newer{clean}"
+        return durable_decision(state, mesh, replicas, why)
+    snapshot, transfers = elected
     copied = f", {len(transfers)} of its slots copied from elsewhere" if transfers else ""
+    size = "" if replicas == state.replicas else f"; {replicas} of {layout.dp_replicate} replicas"
     return Decision(
         rung=rung,
         mesh=mesh,
@@ -228,11 +253,50 @@ def decide(state: State) -> Decision:
         step=snapshot.step,
         snapshot_generation=snapshot.generation,
         transfers=transfers,
-        reason=f"{what}: step {snapshot.step} is complete in shared memory{clean}{copied}",
+        replicas=replicas,
+        reason=f"{what}: step {snapshot.step} is complete in shared memory{clean}{copied}{size}",
     )
 
 
-def durable_decision(state: State, mesh: tuple[str, ...], why: str) -> Decision:
+def fewest_nodes(state: State) -> int:
+    """Nodes of the smallest mesh that this body can train with."""
+    assert state.layout is not None
+    return state.layout.with_replicas(min((state.layout.dp_replicate, *state.layout.shrinks_to))).nodes
+
+
+def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tuple[str, ...], int] | None:
+    """The mesh with most replicas, up to `at_most`, that these nodes fill, and their number; None when none is filled.
+
+    Nodes that leave are kept where the mesh would be smaller without them.
+    """
+    layout = state.layout
+    assert layout is not None
+    staying = [name for name in usable if name not in state.leaving]
+    previous = set(state.mesh)
+    held = {node: election.slots_held(runs) for node, runs in state.inventory.items() if node not in previous}
+    for replicas in (layout.dp_replicate, *layout.shrinks_to):
+        if replicas > at_most or replicas * layout.nodes > len(usable) * layout.dp_replicate:
+            continue
+        wanted = layout.with_replicas(replicas)
+        for names in (staying, usable) if state.leaving else (usable,):
+            mesh = placement.place(
+                wanted, state.mesh_layout, state.mesh, names, held, lambda name: state.nodes[name].domain
+            )
+            if mesh is not None:
+                return mesh, replicas
+    return None
+
+
+def _rung(state: State, mesh: tuple[str, ...], replicas: int) -> str:
+    """What a mesh is, seen from the last one."""
+    if replicas != state.replicas:
+        return "shrink" if replicas < state.replicas else "grow"
+    if mesh != state.mesh:
+        return "spare"
+    return "resume" if state.parked else "replace"
+
+
+def durable_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str) -> Decision:
     """Start from the newest committed checkpoint that nobody distrusts, else from the beginning.
 
     A run that has checkpoints never begins again by itself: when all are damaged, or those that are left hold corrupt
@@ -244,8 +308,10 @@ def durable_decision(state: State, mesh: tuple[str, ...], why: str) -> Decision:
         which = ", ".join(f"{n} ({trust})" for n, trust in lost.items())
         return Decision(rung="fail", exit_code=RUN_FAILED, reason=f"{why}; no checkpoint is left to trust: {which}")
     if step is None:
-        return Decision(rung="durable", mesh=mesh, source="init", reason=f"{why}; no checkpoint is committed")
-    return Decision(rung="durable", mesh=mesh, source="durable", step=step, reason=f"{why}; checkpoint {step}")
+        why, source = f"{why}; no checkpoint is committed", "init"
+    else:
+        why, source = f"{why}; checkpoint {step}", "durable"
+    return Decision(rung="durable", mesh=mesh, replicas=replicas, source=source, step=step or 0, reason=why)
 
 
 def _telling(evidence: Evidence) -> tuple[int, int]:
@@ -255,7 +321,7 @@ def _telling(evidence: Evidence) -> tuple[int, int]:
 def _what(incident: Incident) -> str:
     """What happened, in a few words: the root, and what else happened for itself."""
     cause = root(incident)
-    others = [e for e in incident.evidence if e is not cause and e.kind in (*CORRUPTION, "node")]
+    others = [e for e in incident.evidence if e is not cause and e.kind in (*CORRUPTION, "node", "leave")]
     pieces = [
         f"{e.kind} on {e.node or 'the mesh'}" + ("" if e.slot is None else f", slot {e.slot}")
         for e in (cause, *others[:3])
@@ -265,7 +331,11 @@ def _what(incident: Incident) -> str:
 
 def _fate(state: State, mesh: tuple[str, ...]) -> str:
     """What becomes of nodes of the last mesh that are not to be trusted."""
-    gone = [node for node in state.mesh if state.nodes[node].state == "quarantined"]
-    kept = [node for node in mesh if state.nodes[node].convicted]
-    words = [f"{node} is quarantined" for node in gone] + [f"{node} stays for want of a spare" for node in kept]
+    assert state.limits is not None
+    gone = [node for node in state.mesh if state.nodes[node].state in ("quarantined", "probed")]
+    full = state.counts["quarantined"] + state.counts["probed"] >= state.limits.quarantined_at_most
+    failed = [node for node, struck in state.strikes.items() if full and len(struck) >= state.limits.strikes]
+    kept = [node for node in dict.fromkeys((*state.convicted, *failed)) if node in mesh]
+    why = "since quarantine is full" if full else "for want of a spare"
+    words = [f"{node} is quarantined" for node in gone] + [f"{node} stays {why}" for node in kept]
     return f" ({', '.join(words)})" if words else ""

@@ -12,13 +12,23 @@ from orchestrator.core.actions import OpenGeneration
 from orchestrator.core.events import Layout, Limits, Snapshot
 from orchestrator.core.goodput import Ledger
 
-NodeState = Literal["spare", "active", "quarantined", "lost"]
+NodeState = Literal["spare", "active", "quarantined", "probed", "lost"]
 
 NODE_STATES: dict[NodeState, str] = {
     "spare": "ready, holds no slot",
     "active": "fills a place of the mesh",
     "quarantined": "alive, but it failed too often or its state was corrupt: never given a slot",
+    "probed": "quarantined, and at work whose result is known: if that comes out right, it returns on probation",
     "lost": "gone, or sent away; its name is never used again",
+}
+
+Standing = Literal["good", "suspect", "probation", "leaving"]
+
+STANDINGS: dict[Standing, str] = {
+    "good": "nothing is held against it",
+    "suspect": "a strike that still counts, or an audit in which it and another disagreed: the last spare to be taken",
+    "probation": "back from quarantine after a probe: the next strike sends it there again, for good",
+    "leaving": "it will be taken away: it gives its place up as soon as another can take it, and is let go",
 }
 
 JobState = Literal["waiting", "starting", "training", "halting", "committing", "ended"]
@@ -45,10 +55,6 @@ EXIT_STOPPED = 96
 class Node:
     state: NodeState
     domain: str
-    strikes: int = 0
-    """Failures charged to this node; at limits.strikes it is quarantined."""
-    convicted: bool = False
-    """Its state was proven corrupt: it is quarantined as soon as a generation can be opened without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,18 @@ class Evidence:
     """"node", "signal", "exit", "hang", "start", "save", or the kind of the worker's last words."""
     detail: str
     step: int
+
+
+@dataclass(kw_only=True)
+class Disagreement:
+    """An audit in which two nodes disagreed, and a third was asked."""
+
+    number: int
+    generation: int
+    step: int
+    auditor: str
+    accused: str
+    judge: str
 
 
 OWN_PLACE = -1
@@ -159,6 +177,22 @@ class State:
     job: JobState = "waiting"
     nodes: dict[str, Node] = field(default_factory=dict)
     """Every node that joined since the run was declared, in the order in which they did."""
+    strikes: dict[str, list[int]] = field(default_factory=dict)
+    """Node to the times of the failures charged to it that still count; at limits.strikes it is quarantined."""
+    convicted: dict[str, None] = field(default_factory=dict)
+    """Nodes whose state was proven corrupt: quarantined as soon as a generation can be opened without them."""
+    probation: dict[str, int] = field(default_factory=dict)
+    """Nodes that are back from quarantine, and until when the next strike sends them there for good."""
+    leaving: dict[str, str] = field(default_factory=dict)
+    """Nodes that will be taken away, and who says so. Others may join for them: they count as no place of the run's."""
+    drained: dict[str, None] = field(default_factory=dict)
+    """Nodes that left: their machines are not taken again, until the run is declared anew."""
+    disputes: dict[str, int] = field(default_factory=dict)
+    """Node to the time of the last audit in which it disagreed with another, unless a third has cleared it."""
+    disagreements: list[Disagreement] = field(default_factory=list)
+    """Those on which a third node has been asked and has not answered."""
+    n_disagreements: int = 0
+    """That were ever put to a third."""
     counts: dict[NodeState, int] = field(default_factory=lambda: dict.fromkeys(NODE_STATES, 0))
     """Nodes in each state. Kept by `add_node` and `move_node`: an event costs the same at 5 nodes and at 12,500."""
 
@@ -167,6 +201,14 @@ class State:
     """The first one since the run was declared. Snapshots of earlier ones may be of another mesh: never used."""
     mesh: tuple[str, ...] = ()
     """Nodes of the current generation in mesh order; between generations, of the last one."""
+    replicas: int = 0
+    """dp_replicate of that mesh; below the layout's while it is shrunk."""
+    shapes: dict[int, int] = field(default_factory=dict)
+    """Generation to the number of replicas from it on: snapshots are numbered by the slots of their generation."""
+    growing: bool = False
+    """The shrunk mesh can have more replicas, and a timer runs until it does."""
+    grown_in_vain: int = 0
+    """Meshes that grew and did not come up, since one did."""
     order: OpenGeneration | None = None
     """What opened the current generation; ordered again when a controller comes back before it was ready."""
     restored_step: int = 0
@@ -194,6 +236,8 @@ class State:
 
     awaiting: dict[str, None] = field(default_factory=dict)
     """While halting: the nodes that have not reported yet."""
+    parked: bool = False
+    """Whether every worker of the mesh has parked, of those that were heard."""
     inventory: dict[str, tuple[Held, ...]] = field(default_factory=dict)
     """Node to the snapshots in its shared memory: of every node that fills no slot now and is not lost."""
 
@@ -225,15 +269,56 @@ class State:
         self.counts[node.state] -= 1
         self.counts[to] += 1
         node.state = to
+        if to == "lost":
+            if name in self.leaving:
+                self.drained[name] = None
+            for known in (self.strikes, self.convicted, self.probation, self.leaving, self.disputes):
+                known.pop(name, None)
+
+    def standing(self, name: str) -> Standing:
+        """What is to be thought of a usable node."""
+        if name in self.leaving:
+            return "leaving"
+        if name in self.probation:
+            return "probation"
+        return "suspect" if name in self.strikes or name in self.disputes else "good"
 
     @property
     def n_usable(self) -> int:
-        return self.counts["active"] + self.counts["spare"]
+        """How many `usable` has."""
+        idle_convicts = sum(self.nodes[name].state == "spare" for name in self.convicted)
+        return self.counts["active"] + self.counts["spare"] - idle_convicts
+
+    @property
+    def places_taken(self) -> int:
+        """By nodes that are ready and will stay."""
+        return self.counts["active"] + self.counts["spare"] - len(self.leaving)
+
+    @property
+    def spares_counted(self) -> int:
+        """Spares in a place that the run pays for; a node that leaves and the one that came for it have only one."""
+        return min(self.counts["spare"], self.ledger.places - self.counts["active"])
 
     def usable(self) -> tuple[str, ...]:
-        """Nodes that may hold slots, those that do first, then in the order of joining."""
+        """Nodes that may hold slots: those that do, then spares, each by standing and then in the order of joining.
+
+        A convicted node may stay where it is for want of a spare, and is none itself where quarantine is full.
+        """
         active = [name for name, node in self.nodes.items() if node.state == "active"]
-        return (*active, *(name for name, node in self.nodes.items() if node.state == "spare"))
+        spares = [name for name, node in self.nodes.items() if node.state == "spare" and name not in self.convicted]
+        order = list(STANDINGS)
+        return (*active, *sorted(spares, key=lambda name: order.index(self.standing(name))))
+
+    @property
+    def mesh_layout(self) -> Layout:
+        """How the mesh is laid out; while it is shrunk, not as declared."""
+        assert self.layout is not None
+        return self.layout.with_replicas(self.replicas)
+
+    def layout_of(self, generation: int) -> Layout:
+        """How the mesh of `generation` was laid out, by which its snapshots' slots are numbered."""
+        assert self.layout is not None
+        return self.layout.with_replicas(self.shapes[max(first for first in self.shapes if first <= generation)])
 
     def is_unclean(self, generation: int, step: int) -> bool:
         """Whether a state that `generation` had in memory after `step` is not known to be clean.
@@ -261,10 +346,11 @@ class State:
         assert sum(self.counts.values()) == len(self.nodes) and min(self.counts.values()) >= 0, self.counts
         if self.job in ("starting", "training"):
             assert self.layout is not None
-            assert self.counts["active"] == len(self.mesh) == self.layout.nodes, (self.counts, len(self.mesh))
+            wanted = self.layout.nodes * self.replicas // self.layout.dp_replicate
+            assert self.counts["active"] == len(self.mesh) == wanted, (self.counts, len(self.mesh), wanted)
         if self.job != "ended":
             held = (self.ledger.mesh_nodes, self.ledger.spare_nodes)
-            assert held == (self.counts["active"], self.counts["spare"]), (held, self.counts)
+            assert held == (self.counts["active"], self.spares_counted), (held, self.counts)
         assert (self.job == "halting") == bool(self.awaiting), (self.job, self.awaiting)
         assert self.job != "halting" or self.incident is not None
         assert (self.job == "training") == (self.ledger.pending_since is not None), self.job
@@ -278,6 +364,7 @@ class State:
 
         - every place of the mesh is held by a different node, and while slots are held, by an active one;
         - nobody awaits the report of a node that is lost, and no lost node's memory is counted on;
+        - no lost node is held to account any more;
         - the counts are true.
         """
         assert len(set(self.mesh)) == len(self.mesh), self.mesh
@@ -289,3 +376,6 @@ class State:
         assert all(states.count(state) == self.counts[state] for state in NODE_STATES), self.counts
         lost = {name for name, node in nodes.items() if node.state == "lost"}
         assert lost.isdisjoint(self.awaiting) and lost.isdisjoint(self.inventory)
+        assert all(lost.isdisjoint(known) for known in (self.strikes, self.convicted, self.probation, self.leaving))
+        away = self.counts["quarantined"] + self.counts["probed"]
+        assert self.limits is None or away <= self.limits.quarantined_at_most, self.counts

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.core import checkpoints, election, placement, recovery
+from orchestrator.core import checkpoints, election, health, recovery
 from orchestrator.core import events as ev
 from orchestrator.core.actions import (
     Action,
@@ -51,6 +51,11 @@ from orchestrator.core.state import (
     State,
 )
 
+GROW_DOUBLINGS = 6
+"""The wait before a mesh grows doubles with each time that it did not come up, so often: from a minute to an hour."""
+
+_HOLDS_SLOTS = ("starting", "training", "halting")
+
 
 class Supervisor:
     """Folds events into `state` and answers each with actions. Not thread-safe: it has one caller."""
@@ -71,6 +76,8 @@ class Supervisor:
             return []
         before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
+        if self.state.job == "training" and self.state.incident is None:
+            actions += self._in_peace(event.at)
         self._count_nodes()
         self.state.check()
         if before != (self.state.job, self.state.generation) and self.state.job != "training":
@@ -89,7 +96,11 @@ class Supervisor:
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
         s.first_generation = s.generation + 1
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
+        s.replicas, s.shapes = event.layout.dp_replicate, {s.first_generation: event.layout.dp_replicate}
+        s.growing, s.grown_in_vain = False, 0
         s.counts = dict.fromkeys(NODE_STATES, 0)
+        s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
+        s.disputes, s.disagreements = {}, []
         s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
         # Who resumes has looked: what was found damaged may have been mended, and is tried again.
         s.checkpoints = {step: c for step, c in s.checkpoints.items() if c.trust != "damaged"}
@@ -117,6 +128,11 @@ class Supervisor:
             again.append(self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us))
         elif s.job == "training" and s.stopping:
             again.append(AskStop(generation=s.generation))
+        s.growing = False  # its timer went with the controller
+        for name, node in s.nodes.items():
+            again += health.probe(s, name, event.at) if node.state == "probed" else []
+        for asked in s.disagreements:
+            again += health.ask(s, asked, event.at)
         return again
 
     def _on_stop_requested(self, event: ev.StopRequested) -> list[Action]:
@@ -143,7 +159,7 @@ class Supervisor:
         if known is not None:
             return [ReleaseNode(node=event.node, reason="its name was lost before")]
         s.add_node(event.node, event.domain)
-        if s.n_usable > s.ledger.places:
+        if s.places_taken > s.ledger.places:
             s.move_node(event.node, "lost")
             return [ReleaseNode(node=event.node, reason="no place is free")]
         s.inventory[event.node] = election.inventory_of(event.snapshots, s.first_generation)
@@ -154,13 +170,62 @@ class Supervisor:
         node = s.nodes.get(event.node)
         if node is None or node.state == "lost":
             return []
-        held = node.state == "active" and s.job in ("starting", "training", "halting")
+        held = node.state == "active" and s.job in _HOLDS_SLOTS
         s.move_node(event.node, "lost")
         s.inventory.pop(event.node, None)
-        actions: list[Action] = [ReleaseNode(node=event.node, reason=event.cause)]
+        gone = ReleaseNode(node=event.node, reason=event.cause, for_good=event.node in s.drained)
+        actions: list[Action] = [gone]
         if held:
             actions += self._fault(self._evidence(event.at, event.node, None, "node", event.cause))
         return actions + self._no_longer_awaited(event.at, event.node)
+
+    def _on_node_leaving(self, event: ev.NodeLeaving) -> list[Action]:
+        """It works until it is gone, or until another can take its place without a loss: see `_in_peace`."""
+        s = self.state
+        node = s.nodes.get(event.node)
+        if node is None or node.state == "lost" or event.node in s.leaving:
+            return []
+        s.leaving[event.node] = event.by
+        return []
+
+    def _on_node_slow(self, event: ev.NodeSlow) -> list[Action]:
+        """A strike; where a spare can take its place, it is swapped, for the mesh is as slow as its slowest node."""
+        s = self.state
+        if event.generation != s.generation or s.job != "training" or event.node not in s.mesh:
+            return []
+        evidence = self._evidence(event.at, event.node, None, "slow", event.detail)
+        if s.incident is None and health.can_be_replaced(s, event.node):
+            return self._interrupt(event.at, evidence)
+        health.strike(s, event.node, event.at)
+        return []
+
+    def _on_node_probed(self, event: ev.NodeProbed) -> list[Action]:
+        s = self.state
+        if not health.probed(s, event):
+            return []
+        if s.places_taken > s.ledger.places:  # another has come for it
+            return self._let_go(event.node, "no place is free")
+        return self._open(event.at, "a node has passed its probe") if s.job == "waiting" else []
+
+    # --- audits -----------------------------------------------------------------------------------------------------
+
+    def _on_audit_disagreed(self, event: ev.AuditDisagreed) -> list[Action]:
+        return health.disagreed(self.state, event)
+
+    def _on_audit_settled(self, event: ev.AuditSettled) -> list[Action]:
+        """A third node has convicted one: what came of its step is not to be trusted, in whatever generation."""
+        s = self.state
+        found = health.settled(s, event.number, event.wrong)
+        if found is None or s.order is None:
+            return []
+        s.unclean[s.generation] = min(found.step, s.unclean.get(s.generation, found.step))
+        for generation in range(found.generation, s.generation + 1):
+            checkpoints.revoke(s, generation, found.step)
+        detail = f"wrong in the audit of step {found.step}, says {found.judge}: {event.detail}"
+        evidence = Evidence(at=event.at, node=event.wrong, slot=None, kind="corrupt", detail=detail, step=found.step)
+        if s.job in (*_HOLDS_SLOTS, "committing"):
+            return self._fault(evidence)
+        return health.charge(s, evidence, event.at)
 
     # --- a generation -----------------------------------------------------------------------------------------------
 
@@ -172,6 +237,8 @@ class Supervisor:
             wrong = f"ready at step {event.step}, ordered was {s.restored_step}"
             return self._fault(self._evidence(event.at, "", None, "start", wrong))
         s.job = "training"
+        if s.incident is not None and s.incident.rungs[-1] == "grow":
+            s.grown_in_vain = 0
         s.ledger.settle("other", then="recovery")
         s.ledger.train()
         if s.incident is not None:
@@ -188,6 +255,7 @@ class Supervisor:
             "data_wait": event.data_wait_us,
             "checkpoint_stall": event.checkpoint_us,
             "validation": event.validation_us,
+            "straggling": event.straggling_us,
         }
         self._complete(event.at, event.last, stalls)
         return []
@@ -255,7 +323,7 @@ class Supervisor:
             self._distrust(s.order, event.error)
         if event.kind in recovery.UNCLEAN:
             self._mark_unclean(s.order, event.step)
-        if s.job not in ("starting", "training", "halting"):
+        if s.job not in _HOLDS_SLOTS:
             return []
         return self._fault(
             Evidence(
@@ -265,7 +333,7 @@ class Supervisor:
 
     def _on_worker_exited(self, event: ev.WorkerExited) -> list[Action]:
         s = self.state
-        if event.generation != s.generation or s.job not in ("starting", "training", "halting"):
+        if event.generation != s.generation or s.job not in _HOLDS_SLOTS:
             return []
         halted = s.incident if s.job == "halting" else None
         if halted is not None and recovery.has_told_why(halted, event.node, event.slot, event.exit_code):
@@ -283,7 +351,7 @@ class Supervisor:
     def _on_worker_hung(self, event: ev.WorkerHung) -> list[Action]:
         """Its agent has lost patience with it; the halt's SIGKILL ends also what is stopped."""
         s = self.state
-        if event.generation != s.generation or s.job not in ("starting", "training", "halting"):
+        if event.generation != s.generation or s.job not in _HOLDS_SLOTS:
             return []
         return self._fault(
             Evidence(at=event.at, node=event.node, slot=event.slot, kind="hang", detail=event.detail, step=event.step)
@@ -294,6 +362,7 @@ class Supervisor:
         if s.job != "halting" or event.generation != s.generation or event.node not in s.awaiting:
             return []
         s.inventory[event.node] = election.inventory_of(event.snapshots, s.first_generation)
+        s.parked = s.parked and event.parked
         return self._no_longer_awaited(event.at, event.node)
 
     def _on_nodes_halted(self, event: ev.NodesHalted) -> list[Action]:
@@ -303,6 +372,7 @@ class Supervisor:
         snapshots = tuple(snapshot for snapshot in event.snapshots if snapshot.generation >= s.first_generation)
         alike = Held(first=OWN_PLACE, slots=self._layout.slots_per_node, snapshots=snapshots)
         held = (alike,) if snapshots else ()
+        s.parked = s.parked and event.parked
         for name in event.nodes:
             if name in s.awaiting:
                 del s.awaiting[name]
@@ -311,11 +381,18 @@ class Supervisor:
 
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
         s = self.state
-        name, _, generation = event.timer.partition("/")
-        if generation != str(s.generation):
+        name, _, about = event.timer.partition("/")
+        if name == "probe":
+            return self._on_node_probed(ev.NodeProbed(at=event.at, node=about, passed=False, detail="no answer"))
+        if name == "third":
+            health.settled(s, int(about), wrong="")
+            return []
+        if about != str(s.generation):
             return []
         if name == "wait" and s.job == "waiting":
-            have, need = s.n_usable, self._layout.nodes
+            have, need = s.n_usable, recovery.fewest_nodes(s)
+            if have >= need:
+                return self._open(event.at, "the wait for more nodes has ended", at_least=need)
             return self._end(EXIT_NO_NODES, f"the mesh needs {need} nodes, {have} were usable when the wait ended")
         if name == "halt" and s.job == "halting":
             actions: list[Action] = []
@@ -323,6 +400,8 @@ class Supervisor:
                 lost = ev.NodeLost(at=event.at, node=node, cause="did not halt within its deadline")
                 actions += self._on_node_lost(lost)
             return actions
+        if name == "grow" and s.growing and s.job == "training" and s.incident is None:
+            return self._grow(event.at)
         if name == "start" and s.job == "starting":
             return self._fault(self._evidence(event.at, "", None, "start", "not ready within its deadline"))
         if name == "commit" and s.job == "committing":
@@ -372,14 +451,16 @@ class Supervisor:
         s = self.state
         if s.incident is None:
             s.incident = Incident(number=len(s.incidents) + 1, detected_at=at, generation=s.generation, step=s.step)
+            in_flight: Label = "recovery" if evidence.kind in recovery.PLANNED else "detection"
+            s.incident.cost_us += s.ledger.settle(in_flight, then="recovery")
             s.incident.ledger_before_us = _interruption_us(s)
-            s.incident.cost_us += s.ledger.settle("detection", then="recovery")
         else:
             s.ledger.settle("recovery", then="recovery")
             s.incident.answered += s.incident.evidence
             s.incident.evidence = []
         recovery.note(s.incident, evidence)
-        s.job = "halting"
+        s.job, s.growing = "halting", False
+        s.parked = "park" in s.capabilities and "resume" not in s.incident.spent
         s.awaiting = dict.fromkeys(name for name in s.mesh if s.nodes[name].state == "active")
         if not s.awaiting:
             return self._recover(at)
@@ -388,7 +469,7 @@ class Supervisor:
     def _halt(self, at: int, reason: str) -> list[Action]:
         s = self.state
         return [
-            HaltGeneration(generation=s.generation, nodes=tuple(s.awaiting), reason=reason),
+            HaltGeneration(generation=s.generation, nodes=tuple(s.awaiting), reason=reason, park=s.parked),
             self._timer(f"halt/{s.generation}", at + self._limits.halt_deadline_us),
         ]
 
@@ -411,9 +492,11 @@ class Supervisor:
         elif recovery.blames_the_rung(cause):
             incident.spent.append(incident.rungs[-1])
         recovery.note_for_the_job(s, incident)
+        health.forgive(s, at)
+        actions: list[Action] = []
         for charged in recovery.charged(incident):
-            self._charge_node(charged)
-        self._quarantine_convicts()
+            actions += health.charge(s, charged, at)
+        actions += health.quarantine_convicts(s, at)
         decision = recovery.decide(s)
         incident.reason = decision.reason
         if decision.rung == "fail":
@@ -423,25 +506,28 @@ class Supervisor:
         if decision.rung == "wait":
             s.job = "waiting"
             s.ledger.settle("recovery", then="waiting_for_nodes")
-            return [self._timer(f"wait/{s.generation}", at + self._limits.wait_deadline_us)]
-        return self._open_from(at, decision)
+            return [*actions, self._timer(f"wait/{s.generation}", at + self._limits.wait_deadline_us)]
+        return actions + self._open_from(at, decision)
 
-    def _open(self, at: int, why: str) -> list[Action]:
-        """A generation where none runs: the first, or the one that a wait was for."""
+    def _open(self, at: int, why: str, at_least: int | None = None) -> list[Action]:
+        """A generation where none runs: the first, or the one that a wait was for.
+
+        A run begins with the whole mesh, unless no more nodes have come in the time that it waits.
+        """
         s = self.state
-        if s.n_usable < self._layout.nodes:
+        if s.n_usable < (at_least or (self._layout.nodes if s.incident is None else recovery.fewest_nodes(s))):
             return []
-        self._quarantine_convicts()
+        actions = health.quarantine_convicts(s, at)
         if s.incident is not None:
             decision = recovery.decide(s)
             s.incident.reason = decision.reason
         else:
-            mesh = placement.place(self._layout, s.mesh, s.usable(), {})
-            assert mesh is not None
-            decision = recovery.durable_decision(s, mesh, why)
+            found = recovery.largest_mesh(s, s.usable(), at_most=self._layout.dp_replicate)
+            assert found is not None
+            decision = recovery.durable_decision(s, *found, why)
         if decision.rung == "fail":
             return self._end(decision.exit_code, decision.reason)
-        return self._open_from(at, decision)
+        return actions + self._open_from(at, decision)
 
     def _open_from(self, at: int, decision: recovery.Decision) -> list[Action]:
         s = self.state
@@ -460,6 +546,8 @@ class Supervisor:
         first = s.incident is None
         s.generation += 1
         s.mesh, s.job = decision.mesh, "starting"
+        if decision.replicas != s.replicas:
+            s.replicas = s.shapes[s.generation] = decision.replicas
         s.restored_step = decision.step
         if decision.step < s.floor:
             s.floor = s.reached = decision.step
@@ -467,6 +555,7 @@ class Supervisor:
         s.recoveries_without_progress += not first
         s.ledger.mesh_label = "start_up" if first else "recovery"
         s.ledger.empty_label = "degraded_capacity"
+        s.ledger.idle_label = "idle_spare" if s.replicas == self._layout.dp_replicate else "degraded_capacity"
         if s.incident is not None:
             s.incident.rungs.append(decision.rung)
             s.incident.ordered_at, s.incident.restored_step = at, decision.step
@@ -478,8 +567,56 @@ class Supervisor:
             snapshot_generation=decision.snapshot_generation,
             transfers=decision.transfers,
             reason=decision.reason,
+            dp_replicate=decision.replicas,
+            snapshot_dp_replicate=self._written_by(decision),
         )
         return [s.order, self._timer(f"start/{s.generation}", at + self._limits.start_deadline_us)]
+
+    def _in_peace(self, at: int) -> list[Action]:
+        """What can wait until the mesh trains well: nodes that leave are replaced, a shrunk mesh takes nodes back."""
+        s = self.state
+        if s.stopping:
+            return []
+        actions: list[Action] = []
+        for name in [name for name in s.leaving if s.nodes[name].state != "active"]:
+            actions += self._let_go(name, "it is not needed any more")
+        if s.leaving:
+            staying = s.n_usable - len(s.leaving)
+            if staying >= len(s.mesh):
+                first, by = next(iter(s.leaving.items()))
+                return actions + self._interrupt(at, self._evidence(at, first, None, "leave", by))
+        if s.replicas < self._layout.dp_replicate and not s.growing and self._growth() is not None:
+            s.growing = True
+            wait_us = self._limits.grow_settle_us << min(s.grown_in_vain, GROW_DOUBLINGS)
+            actions.append(self._timer(f"grow/{s.generation}", at + wait_us))
+        return actions
+
+    def _growth(self) -> int | None:
+        """The number of replicas that the shrunk mesh could have now; None when that is no more than it has."""
+        s = self.state
+        full, nodes = self._layout, s.n_usable - len(s.leaving)
+        sizes = (full.dp_replicate, *full.shrinks_to)
+        return next((n for n in sizes if n > s.replicas and n * full.nodes <= nodes * full.dp_replicate), None)
+
+    def _grow(self, at: int) -> list[Action]:
+        s = self.state
+        s.growing = False
+        replicas = self._growth()
+        if replicas is None:
+            return []
+        s.grown_in_vain += 1  # until it is ready
+        return self._interrupt(at, self._evidence(at, "", None, "grow", f"nodes for {replicas} replicas are there"))
+
+    def _let_go(self, name: str, why: str) -> list[Action]:
+        self.state.move_node(name, "lost")
+        self.state.inventory.pop(name, None)
+        return [ReleaseNode(node=name, reason=why, for_good=name in self.state.drained)]
+
+    def _written_by(self, decision: recovery.Decision) -> int:
+        """Replicas of the mesh whose slots the snapshots are numbered by."""
+        if decision.source != "ram":
+            return decision.replicas
+        return self.state.layout_of(decision.snapshot_generation).dp_replicate
 
     def _suspend(self) -> None:
         """Nothing runs from here on; the time until a resume is a pause."""
@@ -500,28 +637,6 @@ class Supervisor:
             s.reached, s.recoveries_without_progress = step, 0
         if step > s.high_water:
             s.high_water = s.floor = step
-
-    def _charge_node(self, cause: Evidence) -> None:
-        """A strike for a node that failed; it is quarantined when that is its fault and a spare can replace it."""
-        s = self.state
-        node = s.nodes.get(cause.node)
-        if node is None:
-            return
-        node.strikes += 1
-        node.convicted = node.convicted or cause.kind == "corrupt"
-        if node.strikes >= self._limits.strikes or recovery.follows_one_node(s, cause):
-            self._quarantine(cause.node)
-
-    def _quarantine(self, name: str) -> None:
-        s = self.state
-        if s.nodes[name].state in ("active", "spare") and s.n_usable > self._layout.nodes:
-            s.move_node(name, "quarantined")
-
-    def _quarantine_convicts(self) -> None:
-        """Also those that no spare could replace when they were convicted."""
-        for name, node in self.state.nodes.items():
-            if node.convicted:
-                self._quarantine(name)
 
     def _distrust(self, order: OpenGeneration, error: str) -> None:
         """A worker refused the state that it was given: never give it again."""
@@ -585,7 +700,7 @@ class Supervisor:
         if s.job == "ended":
             s.ledger.populate(0, 0)
             return
-        s.ledger.populate(s.counts["active"], s.counts["spare"])
+        s.ledger.populate(s.counts["active"], s.spares_counted)
 
     @property
     def _limits(self) -> ev.Limits:
@@ -610,6 +725,11 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.NodesRefused: Supervisor._on_nodes_refused,
     ev.NodeJoined: Supervisor._on_node_joined,
     ev.NodeLost: Supervisor._on_node_lost,
+    ev.NodeLeaving: Supervisor._on_node_leaving,
+    ev.NodeSlow: Supervisor._on_node_slow,
+    ev.NodeProbed: Supervisor._on_node_probed,
+    ev.AuditDisagreed: Supervisor._on_audit_disagreed,
+    ev.AuditSettled: Supervisor._on_audit_settled,
     ev.GenerationReady: Supervisor._on_generation_ready,
     ev.StepsDone: Supervisor._on_steps_done,
     ev.Validated: lambda self, event: [],

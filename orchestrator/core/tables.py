@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import JOB_STATES, NODE_STATES
+from orchestrator.core.state import JOB_STATES, NODE_STATES, STANDINGS
 
 
 def page() -> str:
@@ -24,6 +24,10 @@ def page() -> str:
             "## A node is",
             "",
             *_table("state", NODE_STATES),
+            "",
+            "## A node that may hold a slot is",
+            "",
+            *_table("standing", STANDINGS),
             "",
             "## A microsecond of a node counts as",
             "",

@@ -34,6 +34,7 @@ CAUSES = {
     "signal": "a worker was killed by a signal",
     "exit": "a worker's process ended without last words",
     "hang": "a worker showed no sign of life or made no progress",
+    "slow": "a node computed more slowly than its peers, and a spare took its place",
     "exception": "an exception in a worker",
     "memory": "a worker was out of memory",
     "audit": "the loss or the gradient norm was not finite",
@@ -45,8 +46,10 @@ CAUSES = {
     "start": "a generation did not come up",
     "save": "the last checkpoint could not be saved",
     "collective": "an exchange between ranks broke, and nothing else explains it",
+    "leave": "a node was about to be taken away, and another took its place",
+    "grow": "nodes were back, and the mesh took its replicas back",
 }
-RUNGS = ("replace", "spare", "durable")
+RUNGS = ("resume", "replace", "spare", "shrink", "grow", "durable")
 PHASES = ("teardown", "restart", "restore", "first_step")
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -146,7 +149,7 @@ def _nodes(s: Status, spec: JobSpec) -> Iterable[Family]:
     strikes = {(node,): count for node, count in s.strikes.items()}
     text = "Failures charged to a node since the run was started or resumed."
     yield _labelled(run, GaugeMetricFamily, "node_strikes", text, ("node",), strikes)
-    quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state == "quarantined"}
+    quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state in ("quarantined", "probed")}
     yield _labelled(run, GaugeMetricFamily, "node_quarantined", "1 for a node in quarantine.", ("node",), quarantined)
 
 

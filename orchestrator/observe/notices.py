@@ -42,6 +42,16 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"node {event.node} joined ({ready} of {state.ledger.places})"]
         case ev.NodeLost():
             return [f"node {event.node} is lost: {event.cause}"]
+        case ev.NodeLeaving():
+            return [f"node {event.node} will be taken away: {event.by}"]
+        case ev.NodeSlow():
+            return [f"node {event.node} is slow: {event.detail}"]
+        case ev.NodeProbed():
+            return [f"node {event.node} {'has passed' if event.passed else 'has not passed'} its probe: {event.detail}"]
+        case ev.AuditDisagreed():
+            return [f"{event.auditor} and {event.accused} disagree about step {event.step}: {event.detail}"]
+        case ev.AuditSettled():
+            return [f"audit {event.number} is settled: {event.wrong or 'neither'} was wrong: {event.detail}"]
         case ev.WorkerFailed() if event.kind != "collective":
             return [f"rank {event.slot} on {event.node} failed at step {event.step}: {event.error}"]
         case ev.WorkerExited() if event.signal is not None:

@@ -23,6 +23,7 @@ LABEL_COLOURS: dict[Label, str] = {
     "data_wait": "#F0E442",
     "checkpoint_stall": "#8C6BB1",
     "validation": "#999933",
+    "straggling": "#117733",
     "waiting_for_nodes": "#CC79A7",
     "idle_spare": "#B5B5B5",
     "degraded_capacity": "#6E6E6E",
@@ -31,7 +32,13 @@ LABEL_COLOURS: dict[Label, str] = {
 }
 """After Okabe and Ito (2008) and Tol's muted scheme, which people with colour blindness can tell apart."""
 
-NODE_COLOURS = {"active": "#0072B2", "spare": "#B5B5B5", "quarantined": "#CC79A7", "lost": "#6E6E6E"}
+NODE_COLOURS = {
+    "active": "#0072B2",
+    "spare": "#B5B5B5",
+    "quarantined": "#CC79A7",
+    "probed": "#8FD3BF",
+    "lost": "#6E6E6E",
+}
 MESH_COLOURS = {
     "training": "#0072B2",
     "waiting": "#CC79A7",
@@ -296,7 +303,7 @@ def _lanes(history: History) -> list[str]:
     """The nodes that have a lane, in the order of joining; those that changed most often when there are too many."""
     bars: dict[str, int] = {}
     for span in sorted(history.node_spans, key=lambda span: span.start):
-        bars[span.lane] = bars.get(span.lane, 0) + 1 + 1000 * (span.doing in ("lost", "quarantined"))
+        bars[span.lane] = bars.get(span.lane, 0) + 1 + 1000 * (span.doing in ("lost", "quarantined", "probed"))
     kept = set(sorted(bars, key=lambda name: -bars[name])[:LANES_SHOWN])
     return [name for name in bars if name in kept]
 

@@ -180,6 +180,12 @@ def what_happened(evidence: Evidence) -> str:
             return f"{worker} ended by itself, with {detail}"
         case "hang":
             return f"{worker} made no progress: {detail}"
+        case "slow":
+            return f"node {node} was slower than its peers: {detail}"
+        case "leave":
+            return f"node {node} was to be taken away: {detail}"
+        case "grow":
+            return f"the mesh could take replicas back: {detail}"
         case "exception":
             return f"{worker} raised an exception: {detail}"
         case "memory":

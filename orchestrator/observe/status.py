@@ -148,7 +148,7 @@ def status_of(
         faults=tuple(dataclasses.replace(fault) for fault in state.faults),
         mesh=state.mesh,
         nodes={name: node.state for name, node in state.nodes.items()},
-        strikes={name: n.strikes for name, n in state.nodes.items() if n.strikes and n.state != "lost"},
+        strikes={name: len(times) for name, times in state.strikes.items()},
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
         newest_checkpoint=newest_step,
         newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,

@@ -24,12 +24,14 @@ from orchestrator.core import placement
 from orchestrator.core.actions import (
     Action,
     AskStop,
+    AskThird,
     CommitCheckpoint,
     DeleteCheckpoint,
     EndRun,
     HaltGeneration,
     InjectFault,
     OpenGeneration,
+    ProbeNode,
     ReleaseNode,
     SetTimer,
     Transfer,
@@ -68,6 +70,8 @@ START_TRIES = 3
 """Agents that may fail on one Ray node before that node is left alone."""
 REST_S = 30.0
 """A node that was lost is not tried again for so long: Ray itself takes 15 s to see that one is dead."""
+NAME_LENGTH = 8
+"""Of a Ray node's id (56 hex digits), in its agent's name: among 12,500 nodes, two alike once in 55 clusters."""
 LINE_RETRIES = 2
 """A line that breaks is taken up again this often in a row before its node counts as lost."""
 LINE_SOUND_S = 60.0
@@ -97,7 +101,7 @@ class Body:
         now: Callable[[], int],
         post: Callable[[ev.Event], None],
         notice: Callable[[str], None],
-        quarantined: Callable[[], int],
+        without_place: Callable[[], int],
     ) -> None:
         self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
         self._instance = instance
@@ -112,8 +116,12 @@ class Body:
         self.tracebacks: dict[str, str] = {}
         """The last words of failed workers, newest last."""
         self._places = spec.layout.nodes + spec.layout.spares
-        self._quarantined = quarantined
-        """How many agents hold no place: their nodes are never given a slot again, others may join for them."""
+        self._without_place = without_place
+        """How many agents hold no place, being quarantined or about to leave: others may join for them."""
+        self._leaving: set[str] = set()
+        """Nodes of which it has been told that they leave."""
+        self._drained: set[str] = set()
+        """Begins of the ids of Ray nodes that are taken away."""
         self._starting: set[str] = set()
         self._failed_starts: dict[str, int] = {}
         self._given_up: dict[str, str] = {}
@@ -212,6 +220,8 @@ class Body:
                 self._spawn(self._release(action))
             case SetTimer():
                 self._spawn(self._timer(action))
+            case ProbeNode() | AskThird():
+                raise AssertionError(f"{action}: this body has not said that it can do that")
             case EndRun():
                 raise AssertionError("the controller ends the run")
 
@@ -376,6 +386,8 @@ class Body:
 
     async def _release(self, action: ReleaseNode) -> None:
         handle = self.agents.pop(action.node, None)
+        if action.for_good:
+            self._drained.add(action.node[:NAME_LENGTH])
         if handle is not None:
             self._rests_until[handle.ray_node] = time.monotonic() + REST_S
             await self._end_agent(handle, LEAVE_DEADLINE_S)
@@ -389,6 +401,8 @@ class Body:
     async def adopt(self, state: State) -> None:
         """After a restart: find the agents of every node that is not lost, and hear what was missed."""
         self._used_names = set(state.nodes)
+        self._leaving = set(state.leaving)
+        self._drained = {name[:NAME_LENGTH] for name in state.drained}
         if state.order is not None:
             self.fold = MeshFold(
                 generation=state.generation,
@@ -428,14 +442,15 @@ class Body:
             free = [
                 n
                 for n in found
-                if n.free and n.id not in taken and self._tries_left(n.id) and self._rests_until.get(n.id, 0.0) <= now
+                if n.free and n.id not in taken and self._may_serve(n) and self._rests_until.get(n.id, 0.0) <= now
             ]
-            for node in free[: max(0, self._places + self._quarantined() - len(taken))]:
+            for node in free[: max(0, self._places + self._without_place() - len(taken))]:
                 self._starting.add(node.id)
                 join = self._spawn(self._join(node))
                 self._joins.add(join)
                 join.add_done_callback(self._joins.discard)
             self._check_silence()
+            self._check_leaving(found)
             self._check_hope(found)
             await asyncio.sleep(DISCOVER_INTERVAL_S)
 
@@ -450,6 +465,17 @@ class Body:
         if hopeless and not self._refusal_told:
             self._post(ev.NodesRefused(at=0, error=refused[0]))
         self._refusal_told = hopeless
+
+    def _check_leaving(self, found: list[RayNode]) -> None:
+        """Ray drains a node: its agent goes on until another has its place."""
+        leaving = {node.id for node in found if node.leaving}
+        for handle in list(self.agents.values()):
+            if handle.ray_node in leaving and handle.node not in self._leaving and handle.line is not None:
+                self._leaving.add(handle.node)
+                self._post(ev.NodeLeaving(at=0, node=handle.node, by="Ray drains it"))
+
+    def _may_serve(self, node: RayNode) -> bool:
+        return not node.leaving and node.id[:NAME_LENGTH] not in self._drained and self._tries_left(node.id)
 
     def _tries_left(self, ray_node: str) -> bool:
         return self._failed_starts.get(ray_node, 0) < START_TRIES
@@ -497,7 +523,9 @@ class Body:
     def _fresh_name(self, ray_node: str) -> str:
         """A name that no agent of this run has had: those of lost nodes are never used again."""
         tries = 1
-        while (name := ray_node[:8] if tries == 1 else f"{ray_node[:8]}-{tries}") in self._used_names:
+        while (
+            name := ray_node[:NAME_LENGTH] if tries == 1 else f"{ray_node[:NAME_LENGTH]}-{tries}"
+        ) in self._used_names:
             tries += 1
         self._used_names.add(name)
         return name

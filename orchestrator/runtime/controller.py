@@ -153,6 +153,20 @@ class Controller:
             self._end_asked.set()
         self._post(ev.StopRequested(at=0, by=by, graceful=graceful))
 
+    async def drain(self, token: str, node: str, by: str) -> None:
+        """A node will be taken away: another takes its place as soon as it can, and no agent is started there again.
+
+        Raises:
+            PermissionError: not the job's token.
+            ValueError: there is no such node.
+        """
+        if not hmac.compare_digest(token, self._token):
+            raise PermissionError("draining a node of a run needs its token")
+        here = [name for name, known in self._supervisor.state.nodes.items() if known.state != "lost"]
+        if node not in here:
+            raise ValueError(f"{node}: is no node of this run; its nodes are {', '.join(here) or 'none yet'}")
+        self._post(ev.NodeLeaving(at=0, node=node, by=by))
+
     async def inject(self, token: str, order: Order, by: str) -> str:
         """Chaos: do harm, as somebody asks who has the job's token. Its truth comes into the journal under the answer.
 
@@ -234,7 +248,7 @@ class Controller:
             self._now,
             self._post,
             self.notice,
-            self._quarantined,
+            self._without_place,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
         if restarted and records:
@@ -451,8 +465,9 @@ class Controller:
         self._last_at = max(self._last_at, at + round((time.monotonic() - monotonic) * 1_000_000))
         return self._last_at
 
-    def _quarantined(self) -> int:
-        return self._supervisor.state.counts["quarantined"]
+    def _without_place(self) -> int:
+        state = self._supervisor.state
+        return state.counts["quarantined"] + state.counts["probed"] + len(state.leaving)
 
     def notice(self, line: str) -> None:
         """A line for the people who watch."""

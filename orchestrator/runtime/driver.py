@@ -119,6 +119,12 @@ def stop(controller: Any, token: str, by: str, graceful: bool) -> None:
         ray.get(controller.stop.remote(token, by, graceful), timeout=POLL_DEADLINE_S)
 
 
+def drain(controller: Any, token: str, node: str, by: str) -> None:
+    """Have a node of a run replaced, and let go. Raises PermissionError for a wrong token, ValueError for the node."""
+    with _refused_as_it_was():
+        ray.get(controller.drain.remote(token, node, by), timeout=POLL_DEADLINE_S)
+
+
 def where(controller: Any, token: str) -> str:
     """run.url of an active run. Raises PermissionError when the token is not the job's."""
     with _refused_as_it_was():
@@ -130,7 +136,7 @@ def _refused_as_it_was() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as e:
-        if isinstance(e.cause, PermissionError):
+        if isinstance(e.cause, (PermissionError, ValueError)):
             raise e.cause from e
         raise
 

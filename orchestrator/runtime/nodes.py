@@ -51,13 +51,17 @@ class RayNode:
     domain: str
     free: bool
     """Whether nobody else has taken what an agent needs there. Ray's view of this is up to a second old."""
+    leaving: bool
+    """Ray drains it: an autoscaler takes it away, or its cloud has given notice."""
 
 
 def eligible(spec: JobSpec) -> list[RayNode]:
-    """The live nodes of the cluster whose resources fit an agent, in a fixed order. Blocks for two RPCs."""
+    """The live nodes of the cluster whose resources fit an agent, in a fixed order. Blocks for three RPCs."""
     bundle = bundle_of(spec)
     # Ray has no public call for what is free on each node; its own `ray status` reads this one.
     available = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    # Nor for who is drained; Ray Train reads this one.
+    draining = ray._private.state.state.get_draining_nodes()
 
     def fits(resources: dict[str, float]) -> bool:
         return all(resources.get(name, 0) >= amount for name, amount in bundle.items())
@@ -67,6 +71,7 @@ def eligible(spec: JobSpec) -> list[RayNode]:
             id=node["NodeID"],
             domain=(node.get("Labels") or {}).get(spec.cluster.domain_label, ""),
             free=fits(available.get(node["NodeID"], {})),
+            leaving=node["NodeID"] in draining,
         )
         for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))  # type: ignore[no-untyped-call]
         if node["Alive"] and fits(node["Resources"])

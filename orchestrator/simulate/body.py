@@ -1,28 +1,30 @@
 """The simulated body: the same supervisor as on a cluster, its events and orders in virtual time.
 
 `Simulation` keeps the truth about machines, their memory, the store and the mesh's steps. It tells the supervisor
-what a real body would tell, when it would know, and carries its orders out at the profile's cost. Time is whole
-microseconds; one seed gives one history.
+what a real body would tell, when it would know, and carries its orders out at the profile's cost. What goes wrong
+stands in harm.py. Time is whole microseconds; one seed gives one history.
 
-What is left out, so that a month takes seconds: agents' reports between two checkpoints come as one, and messages
-arrive at once and in order (hostile delivery is what the histories of tests/unit/core_body.py are for).
+What is left out, so that a month takes seconds: agents' reports between two checkpoints come as one. Without a
+`delivery` in the profile, messages arrive at once and in order.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
+from orchestrator.core import placement
 from orchestrator.core.events import Layout, Limits, Snapshot
 from orchestrator.core.state import State
 from orchestrator.core.supervisor import Supervisor
+from orchestrator.simulate import harm
 from orchestrator.simulate.chance import Chance
-from orchestrator.simulate.profile import Effect, Failures, Profile
+from orchestrator.simulate.harm import DAY_US, Strike
+from orchestrator.simulate.profile import Failures, Profile
 
-DAY_US = 86_400_000_000
 ENDLESS_STEPS = 10**12
 """Without another number, a simulated run ends by the calendar."""
 FAN_IN = 128
@@ -31,22 +33,6 @@ SAMPLES = 120
 """Points of the outcome's curve."""
 
 Recorder = Callable[[ev.Event, list[ac.Action]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strike:
-    """A failure of a known generation, as a journal tells it."""
-
-    step: int | None
-    """It strikes in the step after this one; None: while the generation is starting."""
-    after_us: int
-    """How long after that step was complete, at most until the next is; else after the order to open."""
-    detect_us: int
-    effect: Effect
-    place: int | None
-    """In the mesh; None: on a spare."""
-    repair_us: int
-    """Until its machine is there again, when the node is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +53,18 @@ class Scenario:
     """Generation and step to what that save took, where it is known; else the profile's cost."""
     total_steps: int = ENDLESS_STEPS
     """The simulation ends with them, or with its days."""
+    microbatches: int = 1
+    """Of a replica in a step of the whole mesh; fewer replicas take more each, and longer."""
+    rack_machines: int = 0
+    """Neighbouring machines that are a failure domain; 0: nobody knows racks."""
 
 
 @dataclass
 class Machine:
     """A place for a node; nodes come and go."""
 
+    number: int
+    """Neighbours have neighbouring ones."""
     node: Node | None = None
     repair_us: int = 0
     """What its last fault takes to mend."""
@@ -85,10 +77,23 @@ class Node:
     alive: bool = True
     place: int = -1
     """In the mesh, the last that it had."""
+    layout: Layout | None = None
+    """Of that mesh."""
     held: tuple[Snapshot, ...] = ()
-    """The snapshots in its memory, the same for each slot of that place; the newest last."""
+    """The snapshots in its memory, the same for each slot that they are of; the newest last."""
+    slots: tuple[int, ...] | None = None
+    """Those slots, as the mesh that wrote them counts; None: those of its place."""
     leaving: bool = False
     """It is quarantined, and its machine will be mended."""
+    slowdown: int = 0
+    """How much longer it takes for a step, in millionths of it."""
+    noticed_after_us: int = 0
+    """Time in which it is found to be slow."""
+
+    def slots_held(self) -> tuple[int, ...]:
+        if self.slots is None and self.layout is not None:
+            return tuple(placement.slots_of(self.layout, self.place))
+        return self.slots or ()
 
 
 @dataclass
@@ -96,18 +101,25 @@ class Running:
     """The newest generation that was opened."""
 
     order: ac.OpenGeneration
+    layout: Layout
     places: dict[str, int]
     """Node to its place in the mesh's order."""
+    step_us: int
+    """One step at its pace, with snapshots."""
     phase: str = "starting"
     """Then "training"; "stuck" when a failure has stopped it and nobody has ended it yet; "halted"."""
     step: int = 0
     """Steps completed and told."""
     since: int = 0
     """When `step` was complete."""
+    due: int = 0
+    """When the next boundary is reached at this pace."""
     saving_until: int = 0
     """When the store will have all parts of the save under way."""
     save_due: int = 0
     """The step after which the next one is wanted; it begins when the one before has ended."""
+    broken: dict[str, None] = field(default_factory=dict)
+    """Nodes of which a worker cannot park."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +142,25 @@ class Simulation:
         """Cause to the number of failures that hit something."""
         self.samples: list[Sample] = []
         self.ended_by_calendar = False
+        self.chance = Chance(scenario.seed)
+        self.machines = [Machine(number) for number in range(scenario.layout.nodes + scenario.layout.spares)]
+        self.nodes: dict[str, Node] = {}
+        self.running: Running | None = None
+        self.store_away_until = 0
+        self.weights = [round(cause.count * 1_000_000) for cause in scenario.failures.causes]
         self._record = record
         self._end = round(scenario.days * DAY_US)
-        self._chance = Chance(scenario.seed)
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
-        self._entries = 0
-        places = scenario.layout.nodes + scenario.layout.spares
-        self._machines = [Machine() for _ in range(places)]
-        self._nodes: dict[str, Node] = {}
-        self._running: Running | None = None
-        costs = scenario.profile.costs
-        snapshots = costs.snapshot_stall.us // scenario.snapshot_interval_steps if scenario.profile.memory else 0
-        self._snapshot_stall_us = snapshots
-        self._step_us = scenario.step_us + snapshots
-        self._causes = scenario.failures.causes
-        self._weights = [round(cause.count * 1_000_000) for cause in self._causes]
+        self._entries = self._names = 0
+        self._arrivals: dict[str, int] = {}
+        """Sender to when the last message of it arrives, where messages take time."""
+        self._layouts = {scenario.layout.dp_replicate: scenario.layout}
+        self._ended_generation = 0
+        """Halted, so that an order to open it comes too late."""
+        self._parked = False
+        """Whether the workers of the last generation wait for the next."""
+        stall_us = scenario.profile.costs.snapshot_stall.us // scenario.snapshot_interval_steps
+        self._snapshot_stall_us = stall_us if scenario.profile.memory else 0
 
     @property
     def state(self) -> State:
@@ -152,7 +168,13 @@ class Simulation:
 
     def run(self) -> State:
         """Live through the scenario's days, or until the run ends by itself; the supervisor's last state."""
-        s = self.scenario
+        s, profile = self.scenario, self.scenario.profile
+        can = {
+            "ram": profile.memory,
+            "peer": profile.memory,
+            "park": profile.costs.resume is not None,
+            "probe": profile.probes is not None,
+        }
         self._tell(
             ev.RunDeclared(
                 at=0,
@@ -160,16 +182,16 @@ class Simulation:
                 layout=s.layout,
                 limits=s.limits,
                 total_steps=s.total_steps,
-                capabilities=("ram", "peer") if s.profile.memory else (),
+                capabilities=tuple(name for name, does in can.items() if does),
             )
         )
         self._tell(ev.EpochBegan(at=0, epoch=1, version="simulated"))
         self._tell(ev.CheckpointsFound(at=0, steps=()))
-        for machine in self._machines:
-            self._later(s.profile.costs.provision.us, lambda machine=machine: self._join(machine))  # type: ignore[misc]
-        self._await_failure()
+        for machine in self.machines:
+            self.later(profile.costs.provision.us, lambda machine=machine: self._join(machine))  # type: ignore[misc]
+        harm.await_failure(self)
         for index in range(1, SAMPLES + 1):
-            self._at(self._end * index // SAMPLES, self._sample)
+            self.at(self._end * index // SAMPLES, self._sample)
         while self._agenda and self._agenda[0][0] <= self._end and not self._is_over:
             self.now, _, do = heapq.heappop(self._agenda)
             do()
@@ -185,14 +207,43 @@ class Simulation:
 
     # --- time and messages --------------------------------------------------------------------------------------------
 
-    def _at(self, at: int, do: Callable[[], None]) -> None:
+    def at(self, at: int, do: Callable[[], None]) -> None:
+        """Do something at this time, after what is to be done then already."""
         self._entries += 1
         heapq.heappush(self._agenda, (at, self._entries, do))
 
-    def _later(self, us: int, do: Callable[[], None]) -> None:
-        self._at(self.now + us, do)
+    def later(self, us: int, do: Callable[[], None]) -> None:
+        """Do something after so long."""
+        self.at(self.now + us, do)
+
+    def send(self, sender: str, event: ev.Event) -> None:
+        """A message to the controller: told now, or when it arrives. Those of one sender arrive in order."""
+        delivery = self.scenario.profile.delivery
+        if delivery is None:
+            return self._tell(replace(event, at=self.now))
+        arrives = max(self.now + self._delay_us(), self._arrivals.get(sender, 0))
+        self._arrivals[sender] = arrives
+        self.at(arrives, lambda: self._tell(replace(event, at=self.now)))
+        once = isinstance(event, ev.CheckpointFailed)  # the controller counts them, and has them told once
+        if not once and self._happens(delivery.repeated):
+            self.at(arrives + self._delay_us(), lambda: self._tell(replace(event, at=self.now)))
+
+    def _delay_us(self) -> int:
+        delivery = self.scenario.profile.delivery
+        if delivery is None:
+            return 0
+        delay_us = self.chance.exponential(delivery.mean_delay.us)
+        while self._happens(delivery.lost):
+            delay_us += delivery.retry.us + self.chance.exponential(delivery.mean_delay.us)
+        return delay_us
+
+    def _happens(self, share: float) -> bool:
+        return self.chance.below(1_000_000) < round(share * 1_000_000)
 
     def _tell(self, event: ev.Event) -> None:
+        planned = isinstance(event, (ev.NodeLeaving, ev.NodeSlow)) or self.state.leaving or self.state.growing
+        if planned and not isinstance(event, ev.StepsDone):
+            self._tell_steps()  # the supervisor may change the mesh now, and what was done until now is done
         actions = self.supervisor.handle(event)
         self.events += 1
         if self._record is not None:
@@ -204,21 +255,32 @@ class Simulation:
         costs = self.scenario.profile.costs
         match action:
             case ac.OpenGeneration():
-                self._open(action)
+                self._once_delivered(0, lambda: self._open(action))
             case ac.HaltGeneration():
-                self._later(costs.halt.us, lambda: self._halt(action))
+                self._once_delivered(costs.halt.us, lambda: self._halt(action))
             case ac.CommitCheckpoint():
-                self._later(costs.commit.us, lambda: self._commit(action))
+                self.later(costs.commit.us, lambda: self._commit(action))
             case ac.SetTimer():
-                self._at(action.at, lambda: self._tell(ev.TimerFired(at=self.now, timer=action.timer)))
+                self.at(action.at, lambda: self._tell(ev.TimerFired(at=self.now, timer=action.timer)))
             case ac.ReleaseNode():
-                node = self._nodes.pop(action.node, None)
+                node = self.nodes.pop(action.node, None)
                 if node is not None and node.machine.node is node:
+                    node.alive = False
                     self._free(node.machine)
+            case ac.ProbeNode():
+                self.later(costs.provision.us, lambda: self._probe(action.node))
             case ac.DeleteCheckpoint() | ac.EndRun():
                 pass
             case _:
                 raise AssertionError(f"a simulated body was never asked for {action}")
+
+    def _once_delivered(self, after_us: int, do: Callable[[], None]) -> None:
+        """An order is carried out where it arrives; without delays, one to open begins at once."""
+        after_us += self._delay_us()
+        if after_us:
+            self.later(after_us, do)
+        else:
+            do()
 
     def _sample(self) -> None:
         self._replace_quarantined()
@@ -229,182 +291,168 @@ class Simulation:
 
     def _join(self, machine: Machine) -> None:
         machine.repair_us = 0
-        name = f"n{len(self.state.nodes) + 1}"
-        machine.node = self._nodes[name] = Node(name=name, machine=machine)
-        self._tell(ev.NodeJoined(at=self.now, node=name, domain="", snapshots={}))
+        self._names += 1
+        node = machine.node = Node(name=f"n{self._names}", machine=machine)
+        self.nodes[node.name] = node
+        rack = self.scenario.rack_machines
+        domain = f"rack {machine.number // rack}" if rack else ""
+        self.send(node.name, ev.NodeJoined(at=self.now, node=node.name, domain=domain, snapshots={}))
 
     def _free(self, machine: Machine) -> None:
         """The machine is mended, and made a node again."""
         machine.node = None
-        self._later(machine.repair_us + self.scenario.profile.costs.provision.us, lambda: self._join(machine))
+        self.later(machine.repair_us + self.scenario.profile.costs.provision.us, lambda: self._join(machine))
 
     def _replace_quarantined(self) -> None:
         """Operators see who is quarantined, and mend the machine."""
         if not self.state.counts["quarantined"]:
             return
-        for node in list(self._nodes.values()):
-            if self.state.nodes[node.name].state == "quarantined" and not node.leaving:
+        for node in list(self.nodes.values()):
+            known = self.state.nodes.get(node.name)
+            if known is not None and known.state == "quarantined" and not node.leaving:
                 node.leaving = True
-                lost = ev.NodeLost(at=self.now, node=node.name, cause="taken out for repair")
-                self._tell(lost)
+                self._tell(ev.NodeLost(at=self.now, node=node.name, cause="taken out for repair"))
 
-    # --- failures -----------------------------------------------------------------------------------------------------
+    def _probe(self, name: str) -> None:
+        node, passes = self.nodes.get(name), self.scenario.profile.probes
+        if node is not None and node.alive and passes is not None:
+            passed = self._happens(passes)
+            self.send(name, ev.NodeProbed(at=self.now, node=name, passed=passed, detail="drawn"))
 
-    def _await_failure(self) -> None:
-        """Failures strike machines at a constant rate each; one that finds nothing to hit does nothing."""
-        total = sum(self._weights)
-        if total == 0:
-            return
-        node_days_us = round(self.scenario.failures.exposure.node_days * 1_000_000) * DAY_US
-        self._later(self._chance.exponential(node_days_us // (total * len(self._machines))), self._fail)
-
-    def _fail(self) -> None:
-        cause = self._causes[self._chance.pick(self._weights)]
-        node = self._machines[self._chance.below(len(self._machines))].node
-        self._await_failure()
-        if node is None or not node.alive:
-            return
-        if self._hit(node, cause.effect, getattr(self.scenario.profile.detection, cause.sign).us, cause.name):
-            self.strikes[cause.name] += 1
-            node.machine.repair_us = max(node.machine.repair_us, round(cause.repair_s * 1_000_000))
-
-    def _strikes(self, order: ac.OpenGeneration) -> tuple[Strike, ...]:
-        return self.scenario.strikes.get(order.generation, ())
-
-    def _strike_at(self, order: ac.OpenGeneration, step: int) -> None:
-        for strike in self._strikes(order):
-            if strike.step is not None and (strike.step == step or strike.step < order.step == step):
-                after_us = min(strike.after_us, self._step_us - 1)
-                self._later(after_us, lambda s=strike: self._strike(order, s))  # type: ignore[misc]
-
-    def _strike(self, order: ac.OpenGeneration, strike: Strike) -> None:
-        node = self._spare() if strike.place is None else self._nodes.get(order.nodes[strike.place])
-        if self._running is None or self._running.order is not order or node is None or not node.alive:
-            return
-        node.machine.repair_us = strike.repair_us
-        self._hit(node, strike.effect, strike.detect_us, "told by the journal")
-
-    def _spare(self) -> Node | None:
-        ready = (n for n in self._nodes.values() if n.alive and self.state.nodes[n.name].state == "spare")
+    def a_spare(self) -> Node | None:
+        """A live node that fills no slot, if there is one."""
+        ready = (n for n in self.nodes.values() if n.alive and self.state.nodes[n.name].state == "spare")
         return next(ready, None)
 
-    def _hit(self, node: Node, effect: Effect, detect_us: int, name: str) -> bool:
-        """Something fails on a live node now; whether there was anything to hit."""
-        if effect == "node":
-            node.alive = False
-            if self._fills_a_slot(node):
-                self._stick()
-            lost = ev.NodeLost(at=self.now + detect_us, node=node.name, cause=name)
-            self._at(lost.at, lambda: self._tell(lost))
-            return True
-        if not self._fills_a_slot(node):
-            return False
-        assert self._running is not None
-        generation, slot = self._running.order.generation, self._slot(node)
-        if effect == "corrupt":
-            if self._running.phase != "training":
-                return False
-            step = self._steps_done()
-            self._later(detect_us, lambda: self._await_audit(node, generation, slot, step, name))
-            return True
-        self._stick()
-        step = self._running.step
-        self._later(detect_us, lambda: self._tell(self._words(effect, name, node, generation, slot, step)))
-        return True
+    def fills_a_slot(self, node: Node) -> bool:
+        """Whether a rank of the newest generation runs there."""
+        running = self.running
+        return running is not None and running.phase != "halted" and node.name in running.places
 
-    def _words(self, effect: Effect, name: str, node: Node, generation: int, slot: int, step: int) -> ev.Event:
-        if effect == "hang":
-            return ev.WorkerHung(at=self.now, node=node.name, generation=generation, slot=slot, step=step, detail=name)
-        which = f"{name}, event {self.events}"  # no two are the same: else it were the program's
-        return ev.WorkerFailed(
-            at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="exception", error=which
-        )
-
-    def _await_audit(self, node: Node, generation: int, slot: int, step: int, name: str) -> None:
-        """The audit comes before the optimizer, so at the end of the step under way, and that step is not taken."""
-        running = self._running
-        if running is None or running.order.generation != generation or running.phase != "training":
-            return
-        end = running.since + (self._steps_done() + 1 - running.step) * self._step_us - 1
-        self._at(max(self.now, end), lambda: self._audit(node, generation, slot, step, name))
-
-    def _audit(self, node: Node, generation: int, slot: int, step: int, name: str) -> None:
-        """State has been wrong since `step`, and is found to be, if its generation has lived to see it."""
-        running = self._running
-        if running is None or running.order.generation != generation or running.phase != "training":
-            return
-        self._stick()
-        found = ev.WorkerFailed(
-            at=self.now, node=node.name, generation=generation, slot=slot, step=step, kind="corrupt", error=name
-        )
-        self._tell(found)
-
-    def _fills_a_slot(self, node: Node) -> bool:
-        running = self._running
-        return running is not None and running.phase != "halted" and self.state.nodes[node.name].state == "active"
-
-    def _slot(self, node: Node) -> int:
-        assert self._running is not None
-        return self._running.places[node.name] * self.scenario.layout.slots_per_node
+    def slot_of(self, node: Node) -> int:
+        """The first slot that it fills."""
+        assert self.running is not None
+        return self.running.places[node.name] * self.scenario.layout.slots_per_node
 
     # --- the mesh -----------------------------------------------------------------------------------------------------
 
+    def _layout(self, replicas: int) -> Layout:
+        if replicas not in self._layouts:
+            self._layouts[replicas] = self.scenario.layout.with_replicas(replicas)
+        return self._layouts[replicas]
+
     def _open(self, order: ac.OpenGeneration) -> None:
-        costs = self.scenario.profile.costs
+        newest = max(self._ended_generation, self.running.order.generation if self.running else 0)
+        if order.generation <= newest:
+            return  # it has been halted before the order came
+        costs, layout = self.scenario.profile.costs, self._layout(order.dp_replicate)
         places = {name: place for place, name in enumerate(order.nodes)}
-        self._running = Running(order=order, places=places, step=order.step, save_due=self._next_due(order.step))
-        wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
-        for transfer in order.transfers:
-            assert wanted in self._nodes[transfer.from_node].held, (wanted, transfer)
-        for name, place in places.items():
-            node = self._nodes[name]
-            if node.place != place:
-                node.place, node.held = place, ()
-        for name in {transfer.to_node for transfer in order.transfers}:
-            self._nodes[name].held += (wanted,)
+        self.running = Running(
+            order=order,
+            layout=layout,
+            places=places,
+            step_us=self.scenario.step_us,
+            step=order.step,
+            save_due=self._next_due(order.step),
+        )
+        self._place_state(order, layout)
         # If one of them is dead by now, it will not come up, and the loss will be told.
         restore_us = costs.restore_durable.us if order.source == "durable" else 0
         if order.source == "ram":
             restore_us = costs.restore_ram.us + (costs.restore_peer.us if order.transfers else 0)
-        self._later(costs.restart.us + restore_us, lambda: self._ready(order, restore_us))
-        for strike in self._strikes(order):
-            if strike.step is None:
-                self._later(strike.after_us, lambda s=strike: self._strike(order, s))  # type: ignore[misc]
+        start = costs.resume if self._parked and costs.resume is not None else costs.restart
+        self.later(start.us + restore_us, lambda: self._ready(order, start.us, restore_us))
+        harm.strike_while_starting(self, order)
 
-    def _ready(self, order: ac.OpenGeneration, restore_us: int) -> None:
-        running, costs = self._running, self.scenario.profile.costs
+    def _place_state(self, order: ac.OpenGeneration, layout: Layout) -> None:
+        """What each node's memory holds once copies are made."""
+        wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        fetched: dict[str, list[int]] = {}
+        for transfer in order.transfers:
+            source = self.nodes.get(transfer.from_node)
+            assert source is None or (wanted in source.held and transfer.from_slot in source.slots_held()), transfer
+            fetched.setdefault(transfer.to_node, []).append(transfer.slot)
+        renumbered = order.dp_replicate != order.snapshot_dp_replicate
+        for place, name in enumerate(order.nodes):
+            node = self.nodes.get(name)
+            if node is None:
+                continue  # let go before the order came
+            stays = node.place == place and node.layout is layout and node.slots is None
+            if name in fetched:
+                node.held = (*node.held, wanted) if stays and not renumbered else (wanted,)
+                node.slots = tuple(fetched[name]) if renumbered else None
+            elif renumbered and order.source == "ram":
+                node.slots = node.slots_held()
+            elif not stays:
+                own = tuple(placement.slots_of(layout, place))
+                node.held = node.held if order.source == "ram" and node.slots_held() == own else ()
+                assert order.source != "ram" or wanted in node.held, (node, wanted)
+                node.slots = None
+            node.place, node.layout = place, layout
+
+    def _ready(self, order: ac.OpenGeneration, start_us: int, restore_us: int) -> None:
+        running, costs = self.running, self.scenario.profile.costs
         assert running is not None
-        if running.order is not order or running.phase != "starting" or self.state.job != "starting":
+        if running.order is not order or running.phase != "starting":
             return
-        if not all(self._nodes[name].alive for name in order.nodes):
+        nodes = [self.nodes.get(name) for name in order.nodes]
+        if not all(node is not None and node.alive for node in nodes):
             return  # its loss will be told
-        running.phase, running.since = "training", self.now
-        self._tell(
-            ev.GenerationReady(
-                at=self.now,
-                generation=order.generation,
-                step=order.step,
-                rendezvous_us=costs.restart.us,
-                build_us=0,
-                restore_us=restore_us,
-            )
+        if order.source == "durable" and self.store_away_until > self.now:
+            return self.later(harm.STORE_PATIENCE_US, lambda: harm.refuse_the_store(self, order))
+        running.phase, running.since, running.step_us = "training", self.now, self._pace(running)
+        ready = ev.GenerationReady(
+            at=self.now,
+            generation=order.generation,
+            step=order.step,
+            rendezvous_us=start_us,
+            build_us=0,
+            restore_us=restore_us,
         )
+        self.send("mesh", ready)
         self._replace_quarantined()
-        self._strike_at(order, order.step)
+        if self.running is not running:
+            return
+        harm.strike_at(self, order, order.step)
+        for node in nodes:
+            if node is not None and node.slowdown:
+                harm.notice_slowness(self, node)
         running.since += costs.warm_up.us
-        self._later(costs.warm_up.us + self._step_us, lambda: self._first_step(running))
+        self.later(costs.warm_up.us + running.step_us, lambda: self._first_step(running))
         self._go_on()
+
+    def _pace(self, running: Running) -> int:
+        """A step of this mesh: fewer replicas take more microbatches each, and all wait for the slowest node."""
+        s, full = self.scenario, self.scenario.layout.dp_replicate
+        each = -(-full * s.microbatches // running.layout.dp_replicate)
+        slowest = max(node.slowdown for name in running.order.nodes if (node := self.nodes.get(name)) is not None)
+        return s.step_us * each // s.microbatches * (1_000_000 + slowest) // 1_000_000 + self._snapshot_stall_us
+
+    def _straggling_us(self, running: Running) -> int:
+        """What each step takes longer for its slowest node."""
+        s, full = self.scenario, self.scenario.layout.dp_replicate
+        each = -(-full * s.microbatches // running.layout.dp_replicate)
+        return running.step_us - self._snapshot_stall_us - s.step_us * each // s.microbatches
+
+    def change_pace(self) -> None:
+        """A node has become slower; the step under way is as slow as the next ones."""
+        running = self.running
+        assert running is not None and running.phase == "training"
+        self._tell_steps()
+        if self.running is running and running.phase == "training":
+            running.step_us = self._pace(running)
+            self._go_on()
 
     def _first_step(self, running: Running) -> None:
         """Told by itself: it is what ends an incident."""
-        if self._running is running:
+        if self.running is running:
             self._tell_steps()
 
     def _boundary(self) -> int:
         """The step after which something is due: a durable save, a strike, or the run's end."""
-        assert self._running is not None
-        step = self._running.step
-        strikes = [s.step for s in self._strikes(self._running.order) if s.step is not None and s.step > step]
+        assert self.running is not None
+        step, order = self.running.step, self.running.order
+        strikes = [s.step for s in harm.known_strikes(self, order) if s.step is not None and s.step > step]
         return min(self._save_step(), self.scenario.total_steps, *strikes)
 
     def _next_due(self, step: int) -> int:
@@ -413,106 +461,145 @@ class Simulation:
 
     def _save_step(self) -> int:
         """The step after which a save can begin: when it is due, or the first by which the one before has ended."""
-        running = self._running
+        running = self.running
         assert running is not None
-        until_free = -(-max(0, running.saving_until - running.since) // self._step_us)
+        until_free = -(-max(0, running.saving_until - running.since) // running.step_us)
         return max(running.save_due, running.step + max(1, until_free))
 
     def _go_on(self) -> None:
         """Train on to the next boundary. A save waits for the one before."""
-        running = self._running
+        running = self.running
         assert running is not None
         if running.phase != "training":
             return
         step = self._boundary()
         saves = step == self._save_step()
         stall_us = self.scenario.profile.costs.save_stall.us if saves else 0
-        due = running.since + (step - running.step) * self._step_us + stall_us
-        self._at(due, lambda: self._arrive(running, step, saves))
+        due = running.due = running.since + (step - running.step) * running.step_us + stall_us
+        self.at(due, lambda: self._arrive(running, step, saves, due))
 
-    def _arrive(self, running: Running, step: int, saves: bool) -> None:
-        if self._running is not running or running.phase != "training":
+    def _arrive(self, running: Running, step: int, saves: bool, due: int) -> None:
+        if self.running is not running or running.phase != "training" or running.due != due:
             return
         self._tell_steps(step)
-        if self._is_over:
+        if self._is_over or self.running is not running or running.phase != "training":
             return
         if saves:
             running.save_due = self._next_due(step)
             own = (running.order.generation, step)
             write_us = self.scenario.writes_us.get(own, self.scenario.profile.costs.save_write.us)
             running.saving_until = self.now + write_us
-            self._later(write_us, lambda: self._written(running, step, write_us))
-        self._strike_at(running.order, step)
+            self.later(write_us, lambda: self._written(running, step, write_us))
+        harm.strike_at(self, running.order, step)
         self._go_on()
 
     def _written(self, running: Running, step: int, write_us: int) -> None:
-        """Every rank's part is on the store, unless the ranks were ended before."""
-        if self._running is running and running.phase == "training":
-            generation = running.order.generation
-            self._tell(ev.CheckpointWritten(at=self.now, generation=generation, step=step, bytes=0, write_us=write_us))
+        """Every rank's part is on the store, unless the ranks were ended before, or the store was away."""
+        if self.running is not running or running.phase != "training":
+            return
+        if self.store_away_until > self.now:
+            return self.send("mesh", ev.CheckpointFailed(at=self.now, step=step, error="the store does not answer"))
+        generation = running.order.generation
+        written = ev.CheckpointWritten(at=self.now, generation=generation, step=step, bytes=0, write_us=write_us)
+        self.send("mesh", written)
 
     def _commit(self, order: ac.CommitCheckpoint) -> None:
+        if self.store_away_until > self.now:
+            return self._tell(ev.CheckpointFailed(at=self.now, step=order.step, error="the store does not answer"))
         self._tell(ev.CheckpointCommitted(at=self.now, step=order.step, epoch=order.epoch, generation=order.generation))
 
-    def _steps_done(self) -> int:
+    @property
+    def step_us(self) -> int:
+        """A step of the newest generation, at its pace."""
+        assert self.running is not None
+        return self.running.step_us
+
+    def steps_done(self) -> int:
         """Steps that are complete by now; the one before a boundary is when it is told."""
-        running = self._running
+        running = self.running
         assert running is not None and running.phase == "training"
-        return min(running.step + max(0, self.now - running.since) // self._step_us, self._boundary() - 1)
+        return min(running.step + max(0, self.now - running.since) // running.step_us, self._boundary() - 1)
 
     def _tell_steps(self, upto: int | None = None) -> None:
-        running = self._running
+        running = self.running
         if running is None or running.phase != "training":
             return
-        last = self._steps_done() if upto is None else upto
+        last = self.steps_done() if upto is None else upto
         steps = last - running.step
         if steps <= 0:
             return
         spent = self.now - running.since
-        stall = steps * self._snapshot_stall_us + (spent - steps * self._step_us if upto is not None else 0)
-        running.since = self.now if upto is not None else running.since + steps * self._step_us
+        stall = steps * self._snapshot_stall_us + (spent - steps * running.step_us if upto is not None else 0)
+        running.since = self.now if upto is not None else running.since + steps * running.step_us
         first, running.step = running.step + 1, last
-        self._tell(
-            ev.StepsDone(
-                at=max(running.since, self.state.ledger.mark),  # the step that is under way is not theirs
-                generation=running.order.generation,
-                first=first,
-                last=last,
-                data_wait_us=0,
-                checkpoint_us=stall,
-                validation_us=0,
-                tokens=0,
-                loss_millionths=(),
-            )
+        done = ev.StepsDone(
+            at=max(running.since, self.state.ledger.mark),  # the step that is under way is not theirs
+            generation=running.order.generation,
+            first=first,
+            last=last,
+            data_wait_us=0,
+            checkpoint_us=stall,
+            validation_us=0,
+            tokens=0,
+            loss_millionths=(),
+            straggling_us=steps * self._straggling_us(running),
         )
+        if self.scenario.profile.delivery is None:
+            self._tell(done)
+        else:
+            self.send("mesh", done)
 
-    def _stick(self) -> None:
+    def stick(self) -> None:
         """A rank is gone or wrong: all others wait for it, in the step that was under way."""
         self._tell_steps()
-        if self._running is not None:
-            self._running.phase = "stuck"
+        if self.running is not None:
+            self.running.phase = "stuck"
 
     def _halt(self, order: ac.HaltGeneration) -> None:
-        running = self._running
-        if running is None or running.order.generation != order.generation:
+        running = self.running
+        if running is None or running.order.generation > order.generation:
             return
+        self._ended_generation, self._parked = order.generation, order.park
+        found = (self.nodes.get(name) for name in order.nodes)
+        alive = [node for node in found if node is not None and node.alive]
+        if running.order.generation < order.generation:  # the order to open it has not come yet, and never will
+            return self._answer_each(order, alive)
         self._tell_steps()
         running.phase = "halted"
         kept = self._snapshots(running)
-        found = (self._nodes.get(name) for name in order.nodes)
-        alive = [node for node in found if node is not None and node.alive]
-        answers: dict[tuple[Snapshot, ...], list[str]] = {}
         if kept:
             for node in alive:
-                node.held = kept
-            answers[kept] = [node.name for node in alive]
-        else:
-            for node in alive:
-                answers.setdefault(node.held, []).append(node.name)
-        for snapshots, names in answers.items():
+                node.held, node.slots = kept, None
+        if self.scenario.profile.delivery is not None:
+            return self._answer_each(order, alive)
+        self._answer_each(order, [node for node in alive if node.slots is not None])
+        answers: dict[tuple[tuple[Snapshot, ...], bool], list[str]] = {}
+        for node in alive:
+            if node.slots is None:
+                parked = order.park and node.name not in running.broken
+                answers.setdefault((node.held, parked), []).append(node.name)
+        for (snapshots, parked), names in answers.items():
             for first in range(0, len(names), FAN_IN):
-                nodes = tuple(names[first : first + FAN_IN])
-                self._tell(ev.NodesHalted(at=self.now, nodes=nodes, generation=order.generation, snapshots=snapshots))
+                halted = ev.NodesHalted(
+                    at=self.now,
+                    nodes=tuple(names[first : first + FAN_IN]),
+                    generation=order.generation,
+                    snapshots=snapshots,
+                    parked=parked,
+                )
+                self._tell(halted)
+
+    def _answer_each(self, order: ac.HaltGeneration, nodes: list[Node]) -> None:
+        assert self.running is not None
+        for node in nodes:
+            halted = ev.NodeHalted(
+                at=self.now,
+                node=node.name,
+                generation=order.generation,
+                snapshots=dict.fromkeys(node.slots_held(), node.held),
+                parked=order.park and node.name not in self.running.broken,
+            )
+            self.send(node.name, halted)
 
     def _snapshots(self, running: Running) -> tuple[Snapshot, ...]:
         """What each node of the mesh holds once steps were done: the two newest, of which one may be the restored."""
@@ -525,6 +612,6 @@ class Simulation:
             for step in (newest - interval, newest)
             if step > order.step
         )
-        if len(own) == 1 and order.source == "ram":
+        if len(own) == 1 and order.source == "ram" and order.dp_replicate == order.snapshot_dp_replicate:
             return (Snapshot(generation=order.snapshot_generation, step=order.step), *own)
         return own

@@ -18,7 +18,8 @@ from orchestrator.core.codec import action_from_json
 from orchestrator.core.state import Evidence, Incident, State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.runtime.journal import Record
-from orchestrator.simulate.body import DAY_US, Scenario, Strike
+from orchestrator.simulate.body import Scenario
+from orchestrator.simulate.harm import DAY_US, Strike
 from orchestrator.simulate.profile import (
     Costs,
     Detection,

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from orchestrator.core.goodput import LABELS
 from orchestrator.core.state import Incident, State
-from orchestrator.simulate.body import DAY_US, Sample, Scenario, Simulation
+from orchestrator.simulate.body import Sample, Scenario, Simulation
+from orchestrator.simulate.harm import DAY_US
 
 LABEL = "SIMULATION"
 """Stands wherever a simulated number does."""

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 HERE = Path(__file__).resolve().parent
 
-Effect = Literal["node", "worker", "hang", "corrupt"]
-Sign = Literal["exit", "network", "hang", "corruption", "notice"]
+Effect = Literal["node", "worker", "collective", "hang", "slow", "corrupt", "leave", "store"]
+Sign = Literal["exit", "network", "hang", "slow", "corruption", "notice"]
 
 
 class ProfileError(ValueError):
@@ -54,6 +54,8 @@ class Costs(_Table):
     """From the order until every node that lives has ended its workers and said what it holds."""
     restart: Seconds
     """From the order to open a generation until its ranks are connected and their model is built."""
+    resume: Seconds | None = None
+    """The same where the workers that live have parked; left out: this body's do not park."""
     warm_up: Seconds
     """What a generation's first step takes longer; the ledger counts it as that step's."""
     restore_ram: Seconds
@@ -84,16 +86,37 @@ class Detection(_Table):
     """State is wrong. Zero: the audit finds it in the step under way."""
     notice: Seconds
     """Told beforehand."""
+    slow: Seconds | None = None
+    """A node computes more slowly than its peers; left out: nobody notices, and no cause may show so."""
+
+
+class Delivery(_Table):
+    """What happens to messages between the nodes and the controller. They are sent until they have arrived."""
+
+    mean_delay: Seconds
+    """Exponential. Messages of one sender stay in order, those of different ones do not."""
+    retry: Seconds
+    """A lost message is sent again after this."""
+    lost: float = Field(ge=0, lt=1)
+    """The share of messages that are lost, each try anew."""
+    repeated: float = Field(ge=0, le=1)
+    """The share of messages that arrive a second time, later."""
 
 
 class Profile(_Table):
     title: str
     memory: bool
     """Whether state is kept in shared memory and copied between nodes; without, only the store has it."""
+    shrinks: bool = False
+    """Whether the mesh can go on with fewer replicas, which then accumulate more microbatches each."""
+    probes: float | None = Field(default=None, ge=0, le=1)
+    """Of quarantined nodes, the share that passes a probe and comes back; left out: none is probed."""
     tflops_per_gpu: Figure
     """Floating-point operations of training that a GPU does in a second, in millions of millions: gives the step."""
     costs: Costs
     detection: Detection
+    delivery: Delivery | None = None
+    """Left out: messages arrive at once and in order."""
 
 
 class Exposure(_Table):
@@ -106,8 +129,10 @@ class Exposure(_Table):
 class Cause(_Table):
     """One kind of failure.
 
-    node: the machine is gone, and back after its repair. worker: a process ends, its node stays. hang: a process stops
-    and does not end. corrupt: a node's state is wrong; it is quarantined.
+    node: the machine is gone, and back after its repair. worker: a process ends, its node stays. collective: an
+    exchange breaks, every process lives. hang: a process stops and does not end. slow: a node computes more slowly.
+    corrupt: a node's state is wrong; it is quarantined. leave: a machine will be taken away, and is known to be. store:
+    the store does not answer until its repair.
     """
 
     name: str = Field(min_length=1)
@@ -117,12 +142,23 @@ class Cause(_Table):
     """Over the exposure."""
     repair_s: float = Field(default=0, ge=0)
     """Until the machine, or one in its place, is there again."""
+    machines: int = Field(default=1, ge=1)
+    """Neighbouring ones that it strikes at once: a rack's, or those behind a switch."""
+    burst: int = Field(default=1, ge=1)
+    """Strikes of each time, the others at random within burst_s after the first."""
+    burst_s: float = Field(default=0, ge=0)
+    slowdown: float = Field(default=0, ge=0)
+    """slow: how much longer a step takes, as a share of it."""
+    notice_s: float = Field(default=0, ge=0)
+    """leave: from the notice until the machine is taken, if it has not been let go before."""
     source: str = Field(min_length=1)
 
 
 class Failures(_Table):
     title: str
     exposure: Exposure
+    machines_per_rack: int = Field(default=0, ge=0)
+    """Neighbouring machines in one failure domain, which placement knows; 0: it knows none."""
     causes: tuple[Cause, ...]
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from orchestrator.core.events import Layout
 from orchestrator.need import need_of
 from orchestrator.simulate.body import Scenario
 from orchestrator.simulate.profile import Failures, Profile
@@ -39,7 +42,8 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
     """The job in virtual time.
 
     Raises:
-        SpecError: the profile's costs are beyond the job's patience, so that every recovery would fail.
+        SpecError: the profile's costs are beyond the job's patience, so that every recovery would fail; or it does not
+            say when a failure is seen.
     """
     costs, r = profile.costs, spec.recovery
     start_s = costs.restart.value + max(costs.restore_durable.value, costs.restore_ram.value + costs.restore_peer.value)
@@ -47,11 +51,13 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
         ("halt_deadline_s", r.halt_deadline_s, costs.halt.value),
         ("start_deadline_s", r.start_deadline_s, start_s),
     )
+    if problems := _unseen(profile, failures):
+        raise SpecError("\n".join(problems))
     short = [f"recovery.{name} = {has:g}: this profile takes {takes:g} s" for name, has, takes in needs if has <= takes]
     if short:
         raise SpecError("\n".join(short))
     return Scenario(
-        layout=spec.layout,
+        layout=_layout(spec, profile),
         limits=spec.limits,
         step_us=max(1, round(step_s(spec, profile) * 1_000_000)),
         checkpoint_interval_steps=spec.checkpoint.interval_steps,
@@ -60,4 +66,22 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
         failures=failures,
         days=days,
         seed=seed,
+        microbatches=spec.parallel.microbatches,
+        rack_machines=failures.machines_per_rack,
     )
+
+
+def _layout(spec: JobSpec, profile: Profile) -> Layout:
+    """The job's, with the smaller meshes of a body that shrinks: a replica must fill whole nodes for that."""
+    layout = spec.layout
+    if not profile.shrinks or layout.dp_shard * layout.tp % layout.slots_per_node:
+        return layout
+    return replace(layout, shrinks_to=tuple(range(layout.dp_replicate - 1, 0, -1)))
+
+
+def _unseen(profile: Profile, failures: Failures) -> list[str]:
+    return [
+        f"failures: {cause.name}: the profile's [detection] does not say when one sees its sign, {cause.sign}"
+        for cause in failures.causes
+        if getattr(profile.detection, cause.sign) is None
+    ]

@@ -20,7 +20,7 @@ from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core import placement
 from orchestrator.core.codec import state_from_json, state_to_json
-from orchestrator.core.events import Snapshot
+from orchestrator.core.events import Layout, Snapshot
 from orchestrator.core.supervisor import Supervisor
 
 STEPS = 16
@@ -53,6 +53,9 @@ class Body:
         self.running: Running | None = None
         self.exit_code: int | None = None
         """The run's verdict, once EndRun has been carried out."""
+        self.shapes: dict[int, Layout] = {}
+        """Generation to how its mesh was laid out."""
+        self.limits = replace(LIMITS, quarantined_at_most=1 + 2 * tape.below(2))
         self.layout, self.capabilities = LAYOUTS[tape.below(len(LAYOUTS))], CAPABILITIES[tape.below(len(CAPABILITIES))]
         self.declare()
 
@@ -85,7 +88,7 @@ class Body:
                 at=self.at,
                 run="run",
                 layout=self.layout,
-                limits=LIMITS,
+                limits=self.limits,
                 total_steps=self.total_steps,
                 capabilities=self.capabilities,
             )
@@ -101,6 +104,11 @@ class Body:
         self.tell(ev.EpochBegan(at=self.at, epoch=self.epoch, version="test"))
         self.tell(ev.CheckpointsFound(at=self.at, steps=tuple(sorted(self.store))))
 
+    @property
+    def mesh(self) -> Layout:
+        """How the newest generation's mesh is laid out."""
+        return self.layout if self.running is None else self.shapes[self.running.order.generation]
+
     def send(self, sender: str, event: ev.Event) -> None:
         self.queues.setdefault(sender, []).append(event)
 
@@ -110,6 +118,7 @@ class Body:
         name, action = self.outbox.pop(index)
         match action:
             case ac.OpenGeneration():
+                self.shapes[action.generation] = self.layout.with_replicas(action.dp_replicate)
                 if self.running is None or self.running.order.generation < action.generation:
                     self.running = Running(order=action, step=action.step, told=action.step)
                 self._start_node(self.nodes[name], action)
@@ -125,6 +134,8 @@ class Body:
                 self.bad_steps.discard(action.step)
             case ac.InjectFault():
                 core_harm.inject(self, action)
+            case ac.ProbeNode() | ac.AskThird():
+                core_harm.examine(self, action)
             case ac.ReleaseNode():
                 if action.node in self.nodes:
                     self._kill(self.nodes[action.node])
@@ -138,7 +149,7 @@ class Body:
             return
         node.generation, node.hung = order.generation, {}
         place = order.nodes.index(node.name)
-        node.slots = dict.fromkeys(placement.slots_of(self.layout, place), True)
+        node.slots = dict.fromkeys(placement.slots_of(self.shapes[order.generation], place), True)
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
         for transfer in order.transfers:
             if transfer.to_node == node.name:
@@ -156,22 +167,40 @@ class Body:
         if refused:
             self.end_worker(node, next(iter(node.slots)), "state", "digest mismatch")
         elif order.source == "ram":
-            assert all(wanted in node.ram.get(slot, ()) for slot in node.slots), (wanted, node)
+            assert len(self.restored(node, order)) == len(node.slots), (wanted, node)
         elif order.source == "durable":
             assert order.step in self.store, order
+
+    def restored(self, node: SimNode, order: ac.OpenGeneration) -> dict[int, int]:
+        """The slots of `node` to those whose snapshots they restore, by the numbers of the mesh that wrote them."""
+        wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        held = {slot for slot, snapshots in node.ram.items() if wanted in snapshots}
+        if order.snapshot_dp_replicate == order.dp_replicate:
+            return {slot: slot for slot in node.slots if slot in held}
+        mesh, writers = self.shapes[order.generation], self.layout.with_replicas(order.snapshot_dp_replicate)
+        shards = {placement.shard_of(writers, slot): slot for slot in held}
+        found = {slot: shards.get(placement.shard_of(mesh, slot)) for slot in node.slots}
+        return {slot: source for slot, source in found.items() if source is not None}
 
     def _halt_node(self, node: SimNode, order: ac.HaltGeneration) -> None:
         if not node.alive or node.mute or node.generation > order.generation:
             return
+        parked = order.park and node.well and self.tape.below(8) < 7
         node.generation, node.slots, node.hung = order.generation, {}, {}
         held = node.snapshots()
-        mesh = self.running.order.nodes if self.running is not None else ()
-        place = placement.slots_of(self.layout, mesh.index(node.name)) if node.name in mesh else range(0)
-        if held and set(held) == set(place) and len(set(held.values())) == 1 and self.tape.below(2):
-            alike = held[place[0]]
-            halted = ev.NodesHalted(at=0, nodes=(node.name,), generation=order.generation, snapshots=alike)
+        running = self.running is not None and self.running.order.generation == order.generation
+        mesh = self.running.order.nodes if self.running is not None and running else ()
+        place = placement.slots_of(self.mesh, mesh.index(node.name)) if node.name in mesh else range(0)
+        replicas = {self.shapes[s.generation].dp_replicate for snapshots in held.values() for s in snapshots}
+        alike = held and set(held) == set(place) and len(set(held.values())) == 1
+        if alike and replicas == {self.mesh.dp_replicate} and self.tape.below(2):
+            halted = ev.NodesHalted(
+                at=0, nodes=(node.name,), generation=order.generation, snapshots=held[place[0]], parked=parked
+            )
             return self.send(node.name, halted)
-        self.send(node.name, ev.NodeHalted(at=0, node=node.name, generation=order.generation, snapshots=held))
+        self.send(
+            node.name, ev.NodeHalted(at=0, node=node.name, generation=order.generation, snapshots=held, parked=parked)
+        )
 
     def _commit(self, order: ac.CommitCheckpoint) -> None:
         if order.replaces_damaged and self.store.get(order.step) not in (None, order.generation):
@@ -279,7 +308,8 @@ class Body:
         self.names += 1
         node = SimNode(name=f"n{self.names}", ram=self.left.pop() if returning else {})
         self.nodes[node.name] = node
-        self.send(node.name, ev.NodeJoined(at=0, node=node.name, domain="", snapshots=node.snapshots()))
+        domain = ("", "rack 1", "rack 2")[self.tape.below(3)]
+        self.send(node.name, ev.NodeJoined(at=0, node=node.name, domain=domain, snapshots=node.snapshots()))
 
     # --- faults ---
 
@@ -396,6 +426,9 @@ class Body:
         patient = [timer for timer in self.timers if not timer[1].startswith("wait/")]
         if patient:  # messages are slower than a deadline
             moves.append((2, lambda: self.fire(min(patient))))
+        grows = [timer for timer in self.timers if timer[1] == f"grow/{self.supervisor.state.generation}"]
+        if grows:
+            moves.append((8, lambda: self.fire(grows[0])))
         if self.running is not None and self.running.phase == "starting":
             moves.append((1, self.refuse_to_start))
         moves += core_harm.moves(self)

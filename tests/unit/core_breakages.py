@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core import checkpoints, election, placement, recovery, supervisor
+from orchestrator.core import checkpoints, election, health, placement, recovery, supervisor
 from orchestrator.core import events as ev
 from orchestrator.core.actions import InjectFault
 from orchestrator.core.goodput import Ledger
@@ -36,12 +36,12 @@ def a_node_fills_two_places(patch: Patch) -> None:
 def the_newest_snapshot_is_passed_over(patch: Patch) -> None:
     newest = election.newest_in_ram
 
-    def broken(state: State, mesh: tuple[str, ...]) -> Any:
-        found = newest(state, mesh)
+    def broken(state: State, mesh: tuple[str, ...], replicas: int) -> Any:
+        found = newest(state, mesh, replicas)
         if found is None:
             return None
         older = replace(state, bad_snapshots={**state.bad_snapshots, found[0].name: "passed over"})
-        return newest(older, mesh) or found
+        return newest(older, mesh, replicas) or found
 
     patch.setattr(election, "newest_in_ram", broken)
 
@@ -145,18 +145,18 @@ def corrupt_state_is_committed(patch: Patch) -> None:
 
 
 def convicted_nodes_keep_their_slots(patch: Patch) -> None:
-    patch.setattr(Supervisor, "_quarantine_convicts", lambda self: None)
+    patch.setattr(health, "quarantine_convicts", lambda *args: [])
 
 
 def a_convict_is_forgotten_for_want_of_a_spare(patch: Patch) -> None:
-    convict = Supervisor._quarantine_convicts
+    convict = health.quarantine_convicts
 
-    def broken(self: Supervisor) -> None:
-        convict(self)
-        for node in self.state.nodes.values():
-            node.convicted = False
+    def broken(state: State, at: int) -> Any:
+        actions = convict(state, at)
+        state.convicted = {}
+        return actions
 
-    patch.setattr(Supervisor, "_quarantine_convicts", broken)
+    patch.setattr(health, "quarantine_convicts", broken)
 
 
 def quarantined_nodes_are_used(patch: Patch) -> None:
@@ -166,6 +166,53 @@ def quarantined_nodes_are_used(patch: Patch) -> None:
 def evidence_that_comes_later_is_dropped(patch: Patch) -> None:
     note = recovery.note
     patch.setattr(recovery, "note", lambda incident, evidence: incident.evidence or note(incident, evidence))
+
+
+# --- health of nodes ---
+
+
+def quarantine_has_no_bound(patch: Patch) -> None:
+    patch.setattr(health, "_has_room", lambda state: True)
+
+
+def an_auditors_word_convicts(patch: Patch) -> None:
+    disagreed = health.disagreed
+
+    def broken(state: State, event: ev.AuditDisagreed) -> Any:
+        state.convicted[event.accused] = None
+        return disagreed(state, event)
+
+    patch.setattr(health, "disagreed", broken)
+
+
+def a_third_is_not_heard(patch: Patch) -> None:
+    patch.setattr(health, "settled", lambda *args, **kwargs: None)
+
+
+def nodes_that_leave_get_slots(patch: Patch) -> None:
+    largest = recovery.largest_mesh
+
+    def broken(state: State, usable: Any, at_most: int) -> Any:
+        return largest(replace(state, leaving={}), usable, at_most)
+
+    patch.setattr(recovery, "largest_mesh", broken)
+
+
+# --- the size of the mesh ---
+
+
+def a_shrunk_mesh_stays_small(patch: Patch) -> None:
+    largest = recovery.largest_mesh
+    patch.setattr(recovery, "largest_mesh", lambda state, usable, at_most: largest(state, usable, state.replicas))
+
+
+def slots_of_another_size_are_mixed_up(patch: Patch) -> None:
+    patch.setattr(State, "layout_of", lambda self, generation: self.mesh_layout)
+
+
+def workers_that_have_ended_are_resumed(patch: Patch) -> None:
+    halted = Supervisor._on_node_halted
+    patch.setitem(supervisor._HANDLERS, ev.NodeHalted, lambda self, e: halted(self, replace(e, parked=True)))
 
 
 # --- hangs, chaos ---
@@ -275,6 +322,13 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     a_convict_is_forgotten_for_want_of_a_spare,
     quarantined_nodes_are_used,
     evidence_that_comes_later_is_dropped,
+    quarantine_has_no_bound,
+    an_auditors_word_convicts,
+    a_third_is_not_heard,
+    nodes_that_leave_get_slots,
+    a_shrunk_mesh_stays_small,
+    slots_of_another_size_are_mixed_up,
+    workers_that_have_ended_are_resumed,
     hangs_are_not_heard,
     faults_are_ordered_again,
     deleted_checkpoints_stay_in_mind,

@@ -60,11 +60,13 @@ class Corruption:
         if order.source != "ram":
             return False
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
-        changed = {slot for slot in node.slots if (slot, wanted) in self.changed}
-        diverged = {slot for slot in node.slots if (slot, wanted) in self.diverged}
+        restored = body.restored(node, order)
+        changed = {slot for slot, source in restored.items() if (source, wanted) in self.changed}
+        diverged = {slot for slot, source in restored.items() if (source, wanted) in self.diverged}
         known = any(wanted.generation == generation and wanted.step >= step for generation, step in self.told)
         assert not known, "state that was proven corrupt is restored"
-        body.running.diverged |= diverged
+        if body.mesh.dp_replicate > 1:  # else there is no replica that could tell
+            body.running.diverged |= diverged
         return bool(changed)
 
     def is_exposed(self, body: Body, step: int) -> bool:
@@ -76,14 +78,20 @@ def moves(body: Body) -> Moves:
     found: Moves = []
     running = body.running
     if running is not None and running.phase == "training" and body.healthy():
-        slots = body.layout.slots
+        slots = body.mesh.slots
         found.append((6, lambda: flip(body, body.tape.below(slots))))
-        if body.layout.dp_replicate > 1 and running.step > running.order.step:
+        if body.mesh.dp_replicate > 1 and running.step > running.order.step:
             found.append((2, lambda: diverge(body, body.tape.below(slots))))
         found.append((1, lambda: setattr(running, "stalled", True)))
+        found.append((2, lambda: tell_of_slowness(body)))
+        if running.step > 0 and len(running.order.nodes) > 1:
+            found.append((10, lambda: disagree(body)))
     working = [node for node in body.nodes.values() if node.well]
     if working:
         found.append((4, lambda: hang(working[body.tape.below(len(working))])))
+    present = [node.name for node in body.nodes.values() if node.alive]
+    if present:
+        found.append((2, lambda: tell_of_leaving(body, present[body.tape.below(len(present))])))
     found.append((2, lambda: order_fault(body)))
     return found
 
@@ -130,11 +138,11 @@ def find(body: Body) -> None:
     assert running is not None
     kinds = dict.fromkeys(running.flipped, "corrupt")
     for slot in running.diverged - running.flipped:
-        group = (slot, *placement.replicas(body.layout, slot))
+        group = (slot, *placement.replicas(body.mesh, slot))
         kinds = dict.fromkeys(group, "diverged") | kinds
     order = running.order
     for slot, kind in sorted(kinds.items(), key=lambda item: item[0] * (1 - 2 * body.tape.below(2))):
-        node = body.nodes[order.nodes[slot // body.layout.slots_per_node]]
+        node = body.nodes[order.nodes[slot // body.mesh.slots_per_node]]
         body.end_worker(node, slot, kind, f"state of slot {slot}")
     for node in [n for n in body.nodes.values() if n.well][: body.tape.below(3)]:
         body.end_worker(node, next(iter(node.slots)), "unclean", "the audit stopped all ranks")
@@ -163,9 +171,45 @@ def tell_of_stall(body: Body) -> None:
     )
 
 
+def tell_of_slowness(body: Body) -> None:
+    assert body.running is not None
+    order = body.running.order
+    node = order.nodes[body.tape.below(len(order.nodes))]
+    body.send("mesh", ev.NodeSlow(at=0, node=node, generation=order.generation, detail="30% slower than its peers"))
+
+
+def tell_of_leaving(body: Body, node: str) -> None:
+    if node in body.supervisor.state.nodes:  # else its joining must be heard first
+        body.tell(ev.NodeLeaving(at=body.at, node=node, by="the cloud"))
+
+
+def disagree(body: Body) -> None:
+    """An audit of the newest step: one of two nodes is wrong, and either may be the one that audits."""
+    assert body.running is not None
+    order, step = body.running.order, body.running.step
+    first = body.tape.below(len(order.nodes))
+    auditor, accused = order.nodes[first], order.nodes[first - 1]
+    event = ev.AuditDisagreed(
+        at=0, generation=order.generation, step=step, auditor=auditor, accused=accused, detail="gradients differ"
+    )
+    body.send("mesh", event)
+
+
+def examine(body: Body, order: ac.ProbeNode | ac.AskThird) -> None:
+    """Known work on an idle node, or an audited computation on a third, if it is still there."""
+    name = order.node if isinstance(order, ac.ProbeNode) else order.judge
+    if name not in body.nodes or not body.nodes[name].alive:
+        return
+    if isinstance(order, ac.ProbeNode):
+        passed = body.tape.below(3) < 2
+        return body.send(name, ev.NodeProbed(at=0, node=name, passed=passed, detail="digests of known work"))
+    wrong = (order.auditor, order.accused, "")[body.tape.below(3)]
+    body.send(name, ev.AuditSettled(at=0, number=order.number, wrong=wrong, detail="the other two agree"))
+
+
 def order_fault(body: Body) -> None:
     """Somebody with the run's token asks for harm, to a slot, to a node, or to neither."""
-    slot = (None, body.tape.below(body.layout.slots))[body.tape.below(2)]
+    slot = (None, body.tape.below(body.mesh.slots))[body.tape.below(2)]
     names = ["", *body.nodes]
     body.tell(
         ev.FaultRequested(

@@ -21,6 +21,9 @@ LIMITS = Limits(
     recoveries_without_progress=6,
     strikes=3,
     keep_checkpoints=2,
+    strike_expiry_us=900_000_000,
+    probation_us=100_000_000,
+    grow_settle_us=10_000_000,
 )
 
 
@@ -50,6 +53,14 @@ class Watch:
         self._errors: dict[tuple[str, int, str], int] = {}
         self._struck: dict[tuple[int, int], set[str]] = {}
         """Step and slot to the nodes whose state was found corrupt there."""
+        self._named: set[str] = set()
+        """Nodes on which something has failed, by its own word, its agent's or the controller's."""
+        self._asked: dict[int, ac.AskThird] = {}
+        """Disagreements that a third is to settle."""
+        self._leaving: set[str] = set()
+        self._parked: set[str] = set()
+        """Nodes that have said so since the newest generation was opened."""
+        self._limits = LIMITS
         self._faults = 0
         self._retired = False
         """Whether a checkpoint was ever deleted for its age."""
@@ -80,6 +91,7 @@ class Watch:
         assert all(len(incident.evidence) <= EVIDENCE_KEPT for incident in incidents)
         asked = lives and isinstance(event, ev.FaultRequested)
         assert sum(isinstance(action, ac.InjectFault) for action in actions) == asked, "harm that nobody asked for now"
+        self._check_health(supervisor)
         for action in actions:
             self._check_order(supervisor, event, action)
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
@@ -94,6 +106,9 @@ class Watch:
     def _learn(self, supervisor: Supervisor, event: ev.Event) -> None:
         current = max(self._opened, default=0)
         self.books.learn(event)
+        blames = (ev.WorkerFailed, ev.WorkerExited, ev.WorkerHung, ev.GenerationFailed, ev.NodeSlow)
+        if isinstance(event, blames):
+            self._named.add(event.node)
         match event:
             case ev.RunDeclared():
                 self._layout, self._capabilities, self._steps = event.layout, event.capabilities, event.total_steps
@@ -101,17 +116,26 @@ class Watch:
                 self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
+                self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
             case ev.NodeHalted() if event.generation == current and event.node not in self._lost:
                 self._inventory[event.node] = self._usable(event.snapshots)
+                self._parked |= {event.node} if event.parked else set()
             case ev.NodesHalted() if event.generation == current:
+                self._parked |= set(event.nodes) if event.parked else set()
                 for name in set(event.nodes) - self._lost:
-                    slots = placement.slots_of(self._layout, self._opened[current].nodes.index(name))
+                    slots = placement.slots_of(self._mesh(current), self._opened[current].nodes.index(name))
                     self._inventory[name] = self._usable(dict.fromkeys(slots, event.snapshots))
             case ev.NodeLost():
                 self._lost.add(event.node)
+            case ev.NodeLeaving():
+                self._leaving.add(event.node)
+            case ev.AuditSettled() if event.number in self._asked:
+                self._learn_of_verdict(event, self._asked.pop(event.number), current)
+            case ev.TimerFired() if event.timer.startswith("third/"):
+                self._asked.pop(int(event.timer.removeprefix("third/")), None)
             case ev.GenerationReady():
                 self._ready = max(self._ready, event.generation)
             case ev.WorkerFailed(kind="state") if event.generation == current:
@@ -141,6 +165,17 @@ class Watch:
             self._convicted.add(event.node)
             self._struck.setdefault((event.step, event.slot), set()).add(event.node)
 
+    def _learn_of_verdict(self, event: ev.AuditSettled, asked: ac.AskThird, current: int) -> None:
+        if event.wrong not in (asked.auditor, asked.accused):
+            return
+        self._corrupt.add((current, asked.step))
+        for generation in range(asked.generation, current + 1):
+            self.books.revoke(generation, asked.step)
+        self._convicted.add(event.wrong)
+
+    def _mesh(self, generation: int) -> ev.Layout:
+        return self._layout.with_replicas(self._opened[generation].dp_replicate)
+
     def _usable(self, snapshots: dict[int, tuple[Snapshot, ...]]) -> dict[int, tuple[Snapshot, ...]]:
         return {k: tuple(s for s in held if s.generation >= self._first_generation) for k, held in snapshots.items()}
 
@@ -169,33 +204,52 @@ class Watch:
                 newest = self._opened.get(max(self._opened, default=0))
                 if newest and newest.source == "durable" and newest.generation >= self._first_generation:
                     assert self._ready == newest.generation or newest.step != action.step, "it is being restored from"
+            case ac.AskThird():
+                self._asked[action.number] = action
             case ac.InjectFault():
                 assert action.number == self._faults, "faults are miscounted"
                 if isinstance(event, ev.FaultRequested) and not event.node and event.slot is not None and self._opened:
                     opened = self._opened[max(self._opened)]
-                    if opened.generation >= self._first_generation and event.slot < self._layout.slots:
+                    if opened.generation >= self._first_generation and event.slot < self._mesh(opened.generation).slots:
                         assert action.node == opened.nodes[event.slot // self._layout.slots_per_node]
             case ac.EndRun() if not isinstance(event, ev.EpochBegan):
                 self._check_verdict(supervisor, event, action)
 
+    def _check_health(self, supervisor: Supervisor) -> None:
+        """Nobody is kept away for nothing, or for another's word alone, and never too many are."""
+        nodes = supervisor.state.nodes
+        away = {name for name, node in nodes.items() if node.state in ("quarantined", "probed")}
+        assert len(away) <= self._limits.quarantined_at_most, "too many nodes are quarantined"
+        assert away <= self._named | self._convicted, "a node is quarantined on which nothing has failed"
+
     def _check_named(self, supervisor: Supervisor, nodes: tuple[str, ...]) -> None:
         assert set(nodes) <= self._joined, "an order names a node that never joined"
         assert not set(nodes) & self._lost, "an order names a lost node"
-        assert all(supervisor.state.nodes[n].state != "quarantined" for n in nodes), "an order names a quarantined node"
+        away = ("quarantined", "probed")
+        assert all(supervisor.state.nodes[n].state not in away for n in nodes), "an order names a quarantined node"
 
     def _check_open(self, supervisor: Supervisor, order: ac.OpenGeneration) -> None:
         assert order.generation > max(self._opened, default=0), "generations do not grow"
         self._opened[order.generation] = order
-        assert len(order.nodes) == len(set(order.nodes)) == self._layout.nodes, "a slot is filled twice, or not at all"
+        assert order.dp_replicate in (self._layout.dp_replicate, *self._layout.shrinks_to), (
+            "a mesh that nobody can train"
+        )
+        mesh = self._mesh(order.generation)
+        assert len(order.nodes) == len(set(order.nodes)) == mesh.nodes, "a slot is filled twice, or not at all"
         self._check_named(supervisor, order.nodes)
+        self._check_size(supervisor, order, mesh)
         self._check_convicts(supervisor, order)
         assert not {t.from_node for t in order.transfers} & self._lost, "a copy comes from a lost node"
         newest = max(self.books.good(self._steps), default=0)
         incident = supervisor.state.incident
+        if incident is not None and incident.rungs[-1] == "resume":
+            assert set(order.nodes) <= self._parked, "workers are resumed that have not parked"
+        self._parked = set()
         if order.source == "ram":
             chosen = Snapshot(generation=order.snapshot_generation, step=order.step)
             assert not self._holds_corruption(chosen), "state that was proven corrupt is restored"
-            assert chosen == self._newest_in_ram(order.nodes), "not the newest snapshot that every slot can get"
+            assert order.snapshot_dp_replicate == self._opened[chosen.generation].dp_replicate
+            assert chosen == self._newest_in_ram(order), "not the newest snapshot that every slot can get"
             self._check_transfers(order, chosen)
             assert order.step >= newest, "a committed checkpoint is newer"
         else:
@@ -203,47 +257,71 @@ class Watch:
             left = {checkpoint.trust for checkpoint in supervisor.state.checkpoints.values()} - {"written"}
             assert order.source != "init" or not (left and self._retired), "a run begins again by itself"
             assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
-            ram = None if incident is None or incident.spent else self._newest_in_ram(order.nodes)
+            ram = None if incident is None or incident.spent else self._newest_in_ram(order)
             assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
+
+    def _check_size(self, supervisor: Supervisor, order: ac.OpenGeneration, mesh: ev.Layout) -> None:
+        """No smaller than it must be, and no node that leaves where another is there."""
+        incident = supervisor.state.incident
+        if incident is not None and incident.spent:
+            return
+        states = {name: node.state for name, node in supervisor.state.nodes.items()}
+        usable = {name for name, state in states.items() if state in ("active", "spare")} - self._leaving
+        usable -= {name for name in self._convicted if states.get(name) == "spare"}
+        larger = [n for n in (self._layout.dp_replicate, *self._layout.shrinks_to) if n > order.dp_replicate]
+        assert all(self._layout.with_replicas(n).nodes > len(usable) for n in larger), "a mesh that could be larger"
+        if self._leaving & set(order.nodes):
+            assert len(usable) < mesh.nodes, "a node that leaves has a slot though others could fill it"
 
     def _check_convicts(self, supervisor: Supervisor, order: ac.OpenGeneration) -> None:
         assert not self._replaced & set(order.nodes), "a convicted node is given a slot again"
         nodes = supervisor.state.nodes
         spares = {name for name in self._joined - self._lost - self._convicted if nodes[name].state == "spare"}
+        away = sum(node.state in ("quarantined", "probed") for node in nodes.values())
+        spares = spares if away < self._limits.quarantined_at_most else set()
         assert not self._convicted & set(order.nodes) or not spares, "a convicted node is kept though there is a spare"
         self._replaced |= self._convicted - set(order.nodes)
 
     def _holds_corruption(self, snapshot: Snapshot) -> bool:
         return any(snapshot.generation <= generation and snapshot.step >= step for generation, step in self._corrupt)
 
-    def _newest_in_ram(self, nodes: tuple[str, ...]) -> Snapshot | None:
+    def _newest_in_ram(self, order: ac.OpenGeneration) -> Snapshot | None:
         if "ram" not in self._capabilities:
             return None
         held = {name: slots for name, slots in self._inventory.items() if name not in self._lost}
         known = {s for slots in held.values() for snapshots in slots.values() for s in snapshots} - self._refused
         known = {s for s in known if not self._holds_corruption(s)}
-        good = [s for s in known if all(self._sources(held, nodes, slot, s) for slot in range(self._layout.slots))]
+        slots = range(self._mesh(order.generation).slots)
+        good = [s for s in known if all(self._can_have(held, order, slot, s) for slot in slots)]
         return max(good, key=lambda s: (s.step, s.generation), default=None)
 
-    def _sources(
-        self, held: dict[str, dict[int, tuple[Snapshot, ...]]], nodes: tuple[str, ...], slot: int, snapshot: Snapshot
+    def _alike(self, order: ac.OpenGeneration, slot: int, snapshot: Snapshot) -> tuple[list[int], list[int]]:
+        """The slots whose snapshot a slot can restore as it stands, and after a copy, as their writer numbered them."""
+        mesh, writers = self._mesh(order.generation), self._mesh(snapshot.generation)
+        copies = list(placement.slots_of_shard(writers, placement.shard_of(mesh, slot)))
+        return ([slot] if mesh == writers else copies), copies
+
+    def _can_have(
+        self, held: dict[str, dict[int, tuple[Snapshot, ...]]], order: ac.OpenGeneration, slot: int, snapshot: Snapshot
     ) -> bool:
-        own = nodes[slot // self._layout.slots_per_node]
-        if snapshot in held.get(own, {}).get(slot, ()):
+        own, copies = self._alike(order, slot, snapshot)
+        here = held.get(order.nodes[slot // self._layout.slots_per_node], {})
+        if any(snapshot in here.get(s, ()) for s in own):
             return True
-        same = (slot, *placement.replicas(self._layout, slot))
-        return "peer" in self._capabilities and any(snapshot in held[n].get(s, ()) for n in held for s in same)
+        return "peer" in self._capabilities and any(snapshot in held[n].get(s, ()) for n in held for s in copies)
 
     def _check_transfers(self, order: ac.OpenGeneration, chosen: Snapshot) -> None:
         copied = {(t.to_node, t.slot): t for t in order.transfers}
         assert not copied or "peer" in self._capabilities
-        for slot in range(self._layout.slots):
+        for slot in range(self._mesh(order.generation).slots):
             node = order.nodes[slot // self._layout.slots_per_node]
-            transfer = copied.pop((node, slot), None)
+            own, copies = self._alike(order, slot, chosen)
+            transfer = next((copied.pop((node, s)) for s in own if (node, s) in copied), None)
             if transfer is None:
-                assert chosen in self._inventory.get(node, {}).get(slot, ()), f"slot {slot} has no such snapshot"
+                here = self._inventory.get(node, {})
+                assert any(chosen in here.get(s, ()) for s in own), f"slot {slot} has no such snapshot"
             else:
-                assert transfer.from_slot in (slot, *placement.replicas(self._layout, slot)), transfer
+                assert transfer.from_slot in copies, transfer
                 assert chosen in self._inventory[transfer.from_node][transfer.from_slot], transfer
         assert not copied, "a copy for a slot that is not there"
 

@@ -9,7 +9,15 @@ from orchestrator.core import actions as ac
 from orchestrator.core.events import Layout, Snapshot
 
 
-def layout(pp: int, dp_replicate: int, dp_shard: int, tp: int, slots_per_node: int, spares: int) -> Layout:
+def layout(
+    pp: int,
+    dp_replicate: int,
+    dp_shard: int,
+    tp: int,
+    slots_per_node: int,
+    spares: int,
+    shrinks_to: tuple[int, ...] = (),
+) -> Layout:
     slots = pp * dp_replicate * dp_shard * tp
     return Layout(
         pp=pp,
@@ -19,6 +27,7 @@ def layout(pp: int, dp_replicate: int, dp_shard: int, tp: int, slots_per_node: i
         slots_per_node=slots_per_node,
         nodes=slots // slots_per_node,
         spares=spares,
+        shrinks_to=shrinks_to,
     )
 
 
@@ -28,8 +37,10 @@ LAYOUTS = (
     layout(1, 1, 2, 2, 2, 2),
     layout(2, 2, 1, 1, 2, 1),
     layout(1, 2, 2, 1, 1, 0),
+    layout(1, 3, 1, 1, 1, 0, shrinks_to=(2, 1)),
+    layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,)),
 )
-CAPABILITIES = (("ram", "peer"), ("ram", "peer"), ("ram",), ())
+CAPABILITIES = (("ram", "peer"), ("ram", "peer", "park", "probe", "third"), ("ram",), ())
 
 
 class Tape:

@@ -130,7 +130,7 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
         body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=actor, group=None)
         body.fold = MeshFold(generation=2, nodes=("a",), ranks=1, done=0)
         body.fold.feed(0, "a", contract.Failed(generation=2, rank=0, step=3, kind=kind, error="", traceback=""))
-        body.perform(HaltGeneration(generation=2, nodes=("a",), reason=""))
+        body.perform(HaltGeneration(generation=2, nodes=("a",), reason="", park=False))
         await asyncio.gather(*body._tasks)
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
@@ -140,7 +140,15 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
 @pytest.mark.parametrize("unclean", [{}, {1: 3}, {2: 3}])
 def test_a_controller_that_comes_back_knows_that_state_was_found_corrupt(tmp_path, unclean):
     order = OpenGeneration(
-        generation=2, nodes=("a",), source="init", step=0, snapshot_generation=0, transfers=(), reason=""
+        generation=2,
+        nodes=("a",),
+        source="init",
+        step=0,
+        snapshot_generation=0,
+        transfers=(),
+        reason="",
+        dp_replicate=1,
+        snapshot_dp_replicate=1,
     )
     body = body_of(tmp_path, [])
     asyncio.run(body.adopt(State(generation=2, order=order, unclean=unclean)))

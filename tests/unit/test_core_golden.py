@@ -43,6 +43,7 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             slots_per_node=per_node,
             nodes=nodes,
             spares=int(options.pop("spares", "0")),
+            shrinks_to=tuple(int(n) for n in options.pop("shrinks", "").split(",") if n),
         ),
         limits=ev.Limits(
             halt_deadline_us=10 * SECOND,
@@ -53,6 +54,10 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             recoveries_without_progress=int(options.pop("recoveries", "4")),
             strikes=int(options.pop("strikes", "3")),
             keep_checkpoints=int(options.pop("keep", "3")),
+            strike_expiry_us=int(options.pop("expiry", "604800")) * SECOND,
+            probation_us=int(options.pop("probation", "86400")) * SECOND,
+            quarantined_at_most=int(options.pop("cap", "3")),
+            grow_settle_us=60 * SECOND,
         ),
         total_steps=int(options.pop("steps")),
         capabilities=tuple(filter(None, options.pop("can", "ram,peer").split(","))),
@@ -68,6 +73,23 @@ def _snapshots(words: list[str]) -> dict[int, tuple[ev.Snapshot, ...]]:
         pairs = [name.split("@") for name in names.split(",")]
         held[int(slot)] = tuple(ev.Snapshot(generation=int(g), step=int(step)) for g, step in pairs)
     return held
+
+
+def _join(at: int, w: list[str]) -> ev.NodeJoined:
+    name, *rest = w
+    domain = f"{rest.pop(0)} {rest.pop(0)}" if rest[:1] == ["rack"] else ""
+    return ev.NodeJoined(at=at, node=name, domain=domain, snapshots=_snapshots(rest))
+
+
+def _halted(at: int, w: list[str], parked: bool) -> ev.NodeHalted:
+    return ev.NodeHalted(at=at, node=w[1], generation=_g(w[0]), snapshots=_snapshots(w[2:]), parked=parked)
+
+
+def _disagreed(at: int, w: list[str]) -> ev.AuditDisagreed:
+    step, auditor, accused = int(w[2]), w[3], w[4]
+    return ev.AuditDisagreed(
+        at=at, generation=_g(w[0]), step=step, auditor=auditor, accused=accused, detail=" ".join(w[5:])
+    )
 
 
 def _failed(at: int, w: list[str]) -> ev.WorkerFailed:
@@ -123,16 +145,29 @@ def _g(word: str) -> int:
 
 
 _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
-    # run mesh=PPxREPLICATExSHARDxTP [per-node=N] [spares=N] steps=N [can=ram,peer] [strikes=N] [recoveries=N] [keep=N]
+    # run mesh=PPxREPLICATExSHARDxTP [per-node=N] [spares=N] [shrinks=N,...] steps=N [can=ram,peer] [recoveries=N]
+    #     [keep=N] [strikes=N] [expiry=SECONDS] [probation=SECONDS] [cap=N]
     "run": _run,
     # epoch N
     "epoch": lambda at, w: ev.EpochBegan(at=at, epoch=int(w[0]), version="test"),
     # found STEP ...
     "found": lambda at, w: ev.CheckpointsFound(at=at, steps=tuple(int(step) for step in w)),
-    # join NODE [SLOT:SNAPSHOTS ...]
-    "join": lambda at, w: ev.NodeJoined(at=at, node=w[0], domain="", snapshots=_snapshots(w[1:])),
+    # join NODE [rack NAME] [SLOT:SNAPSHOTS ...]
+    "join": _join,
     # lost NODE CAUSE
     "lost": lambda at, w: ev.NodeLost(at=at, node=w[0], cause=" ".join(w[1:])),
+    # leaving NODE BY
+    "leaving": lambda at, w: ev.NodeLeaving(at=at, node=w[0], by=" ".join(w[1:])),
+    # slow gN NODE DETAIL
+    "slow": lambda at, w: ev.NodeSlow(at=at, node=w[1], generation=_g(w[0]), detail=" ".join(w[2:])),
+    # probed NODE passed|failed DETAIL
+    "probed": lambda at, w: ev.NodeProbed(at=at, node=w[0], passed=w[1] == "passed", detail=" ".join(w[2:])),
+    # disagreed gN step STEP AUDITOR ACCUSED DETAIL
+    "disagreed": _disagreed,
+    # settled NUMBER NODE|- DETAIL
+    "settled": lambda at, w: ev.AuditSettled(
+        at=at, number=int(w[0]), wrong=w[1].removeprefix("-"), detail=" ".join(w[2:])
+    ),
     # ready gN step STEP
     "ready": lambda at, w: ev.GenerationReady(
         at=at, generation=_g(w[0]), step=int(w[2]), rendezvous_us=0, build_us=0, restore_us=0
@@ -147,11 +182,13 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "hung": _hung,
     # refused gN NODE ERROR
     "refused": lambda at, w: ev.GenerationFailed(at=at, generation=_g(w[0]), node=w[1], error=" ".join(w[2:])),
-    # halted gN NODE [SLOT:SNAPSHOTS ...]
+    # halted-alike gN NODE,... SNAPSHOTS
     "halted-alike": lambda at, w: ev.NodesHalted(
         at=at, generation=_g(w[0]), nodes=tuple(w[1].split(",")), snapshots=_snapshots([f"0:{w[2]}"])[0]
     ),
-    "halted": lambda at, w: ev.NodeHalted(at=at, node=w[1], generation=_g(w[0]), snapshots=_snapshots(w[2:])),
+    # halted|parked gN NODE [SLOT:SNAPSHOTS ...]
+    "halted": lambda at, w: _halted(at, w, parked=False),
+    "parked": lambda at, w: _halted(at, w, parked=True),
     # written gN STEP
     "written": lambda at, w: ev.CheckpointWritten(at=at, generation=_g(w[0]), step=int(w[1]), bytes=0, write_us=0),
     # committed gN STEP
@@ -177,12 +214,15 @@ def _told(action: ac.Action, now: int) -> str:
             state = {"init": "from the beginning", "durable": f"checkpoint {action.step}"}.get(
                 action.source, f"shared memory, step {action.step} of g{action.snapshot_generation}"
             )
+            if action.snapshot_dp_replicate != action.dp_replicate:
+                state += f", of a mesh with {action.snapshot_dp_replicate} x dp_replicate"
             copies = "".join(
                 f"\n    copy {t.from_node}:{t.from_slot} to {t.to_node}:{t.slot}" for t in action.transfers
             )
             return f"open g{action.generation} on {' '.join(action.nodes)}: {state}{copies}\n    {action.reason}"
         case ac.HaltGeneration():
-            return f"halt g{action.generation} on {' '.join(action.nodes)}\n    {action.reason}"
+            verb = "park" if action.park else "halt"
+            return f"{verb} g{action.generation} on {' '.join(action.nodes)}\n    {action.reason}"
         case ac.AskStop():
             return f"ask g{action.generation} to stop"
         case ac.CommitCheckpoint():
@@ -196,6 +236,11 @@ def _told(action: ac.Action, now: int) -> str:
             return f"inject {action.number}: {action.fault} g{action.generation} {action.node or '-'}{slot}{words}"
         case ac.ReleaseNode():
             return f"release {action.node}\n    {action.reason}"
+        case ac.ProbeNode():
+            return f"probe {action.node}"
+        case ac.AskThird():
+            audit = f"step {action.step} of g{action.generation} by {action.auditor} and {action.accused}"
+            return f"ask {action.judge} about audit {action.number}: {audit}"
         case ac.SetTimer():
             return f"timer {action.timer} in {(action.at - now) // SECOND} s"
         case ac.EndRun():
@@ -207,9 +252,13 @@ def _standing(supervisor: Supervisor) -> str:
     by_state: dict[str, list[str]] = {}
     for name, node in s.nodes.items():
         by_state.setdefault(node.state, []).append(name)
+    for name, node in s.nodes.items():
+        if node.state in ("spare", "active") and s.standing(name) != "good":
+            by_state.setdefault(s.standing(name), []).append(name)
     nodes = "; ".join(f"{state} {' '.join(names)}" for state, names in by_state.items())
     failing = f"; saving fails: {s.save_error}" if s.save_error else ""
-    return f"= {s.job}, step {s.step}; {nodes or 'no nodes'}{failing}"
+    rungs = f" ({', then '.join(s.incident.rungs)})" if s.incident is not None and s.incident.rungs else ""
+    return f"= {s.job}{rungs}, step {s.step}; {nodes or 'no nodes'}{failing}"
 
 
 def play(text: str) -> str:

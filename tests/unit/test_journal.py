@@ -113,9 +113,17 @@ def test_a_long_backlog_goes_in_bounded_segments(tmp_path, monkeypatch):
 
 DECISIONS = (
     ac.OpenGeneration(
-        generation=1, nodes=(), source="init", step=0, snapshot_generation=0, transfers=(), reason="first"
+        generation=1,
+        nodes=(),
+        source="init",
+        step=0,
+        snapshot_generation=0,
+        transfers=(),
+        reason="first",
+        dp_replicate=1,
+        snapshot_dp_replicate=1,
     ),
-    ac.HaltGeneration(generation=1, nodes=(), reason=""),
+    ac.HaltGeneration(generation=1, nodes=(), reason="", park=False),
     ac.CommitCheckpoint(step=1, epoch=1, generation=1, replaces_damaged=False),
     ac.ReleaseNode(node="a", reason=""),
     ac.EndRun(exit_code=0, reason=""),

@@ -21,8 +21,9 @@ from orchestrator import spec as specs
 from orchestrator.cli import EXIT_REFUSED, app
 from orchestrator.core import events as ev
 from orchestrator.simulate import formulas, outcome, scenario
-from orchestrator.simulate.body import DAY_US, Scenario, Simulation
+from orchestrator.simulate.body import Scenario, Simulation
 from orchestrator.simulate.chance import Chance
+from orchestrator.simulate.harm import DAY_US
 from orchestrator.simulate.profile import Cause, Failures, ProfileError, Seconds, load_failures, load_profile, names
 from orchestrator.simulate.simplest import goodput_of_restarts
 
@@ -120,7 +121,7 @@ def test_a_machine_that_was_mended_is_not_mended_again_for_the_old_fault() -> No
     simulation = Simulation(replace(made, failures=made.failures.model_copy(update={"causes": nodes})))
     simulation.run()
     assert simulation.strikes["node by exit"] > 20
-    assert all(m.repair_us == 0 for m in simulation._machines if m.node is not None and m.node.alive)
+    assert all(m.repair_us == 0 for m in simulation.machines if m.node is not None and m.node.alive)
 
 
 def history(seed: int) -> str:

@@ -1,0 +1,159 @@
+"""The health of nodes: what is held against one, who is kept away from the mesh, and how a node comes back.
+
+A failure that can be a node's is a *strike*; strikes expire. A node with too many is quarantined, when the mesh can do
+without it, and probed while it idles; one that passes returns on probation, and its next strike sends it away for good.
+Whose state was proven corrupt is convicted: quarantined as soon as a generation can be opened without it, and no probe
+brings it back, since a chip that is wrong now and then passes most of them. Never are more nodes quarantined than
+`limits.quarantined_at_most`: what strikes many nodes alike is not theirs.
+
+An audit in which two nodes disagree proves that one of them is wrong, not which. Both are suspects until a third node
+has repeated the computation; with no third voice nobody is convicted.
+"""
+
+from __future__ import annotations
+
+from orchestrator.core import events as ev
+from orchestrator.core import recovery
+from orchestrator.core.actions import Action, AskThird, ProbeNode, SetTimer
+from orchestrator.core.state import Disagreement, Evidence, State
+
+DISAGREEMENTS_ASKED = 8
+"""On which a third is asked at a time: each takes a spare's time, and one bad node disagrees with all its auditors."""
+
+
+def strike(state: State, name: str, at: int) -> None:
+    """Hold a failure against a node."""
+    if name in state.nodes and state.nodes[name].state != "lost":
+        state.strikes.setdefault(name, []).append(at)
+
+
+def charge(state: State, evidence: Evidence, at: int) -> list[Action]:
+    """A strike for the node of `evidence`, and quarantine when that was one too many and a spare can replace it.
+
+    Only while nothing runs: a node that is quarantined holds no slot.
+    """
+    name = evidence.node
+    strike(state, name, at)
+    if name not in state.strikes:
+        return []
+    if evidence.kind == "corrupt":
+        state.convicted[name] = None
+    too_many = len(state.strikes[name]) >= _limits(state).strikes
+    too_many = too_many or name in state.probation or evidence.kind == "slow"
+    if (too_many or recovery.follows_one_node(state, evidence)) and state.n_usable > len(state.mesh):
+        return _quarantine(state, name, at)
+    return []
+
+
+def quarantine_convicts(state: State, at: int) -> list[Action]:
+    """Also those whom nobody could replace when they were convicted; a smaller mesh is better than a corrupt one."""
+    actions: list[Action] = []
+    fewest = recovery.fewest_nodes(state)
+    for name in state.convicted:
+        if state.n_usable > fewest:
+            actions += _quarantine(state, name, at)
+    return actions
+
+
+def can_be_replaced(state: State, name: str) -> bool:
+    """Whether a spare in good standing could take the place of `name`, and `name` be quarantined."""
+    return _has_room(state) and any(
+        node.state == "spare" and state.standing(spare) == "good" for spare, node in state.nodes.items()
+    )
+
+
+def forgive(state: State, at: int) -> None:
+    """Strikes, disputes and probations that are over are forgotten."""
+    since = at - _limits(state).strike_expiry_us
+    for name, struck in list(state.strikes.items()):
+        state.strikes[name] = [time for time in struck if time > since]
+        if not state.strikes[name]:
+            del state.strikes[name]
+    state.disputes = {name: time for name, time in state.disputes.items() if time > since}
+    state.probation = {name: until for name, until in state.probation.items() if until > at}
+
+
+def _quarantine(state: State, name: str, at: int) -> list[Action]:
+    if state.nodes[name].state not in ("active", "spare") or not _has_room(state):
+        return []
+    for_good = name in state.convicted or name in state.probation
+    state.probation.pop(name, None)
+    if for_good or "probe" not in state.capabilities:
+        state.move_node(name, "quarantined")
+        return []
+    state.move_node(name, "probed")
+    return probe(state, name, at)
+
+
+def _has_room(state: State) -> bool:
+    return state.counts["quarantined"] + state.counts["probed"] < _limits(state).quarantined_at_most
+
+
+def probe(state: State, name: str, at: int) -> list[Action]:
+    """Have it probed; its answer has as long as a start may take, which it contains."""
+    return [ProbeNode(node=name), SetTimer(timer=f"probe/{name}", at=at + _limits(state).start_deadline_us)]
+
+
+def probed(state: State, event: ev.NodeProbed) -> bool:
+    """What the probe of a node has shown. Whether it is usable again."""
+    node = state.nodes.get(event.node)
+    if node is None or node.state != "probed":
+        return False
+    state.move_node(event.node, "spare" if event.passed else "quarantined")
+    state.strikes.pop(event.node, None)
+    if event.passed:
+        state.probation[event.node] = event.at + _limits(state).probation_us
+    return event.passed
+
+
+def disagreed(state: State, event: ev.AuditDisagreed) -> list[Action]:
+    """Two nodes disagree: both are suspects, and a spare of good standing is asked, where there is one."""
+    pair = (event.auditor, event.accused)
+    if any(name not in state.nodes or state.nodes[name].state == "lost" for name in pair):
+        return []
+    spares = (name for name, node in state.nodes.items() if node.state == "spare")
+    judge = next((name for name in spares if state.standing(name) == "good" and name not in pair), None)
+    state.disputes |= dict.fromkeys(pair, event.at)
+    if judge is None or "third" not in state.capabilities or len(state.disagreements) >= DISAGREEMENTS_ASKED:
+        return []
+    state.n_disagreements += 1
+    asked = Disagreement(
+        number=state.n_disagreements,
+        generation=event.generation,
+        step=event.step,
+        auditor=event.auditor,
+        accused=event.accused,
+        judge=judge,
+    )
+    state.disagreements.append(asked)
+    return ask(state, asked, event.at)
+
+
+def ask(state: State, asked: Disagreement, at: int) -> list[Action]:
+    """Have the third node repeat the computation, in no longer than a start may take."""
+    order = AskThird(
+        number=asked.number,
+        generation=asked.generation,
+        step=asked.step,
+        auditor=asked.auditor,
+        accused=asked.accused,
+        judge=asked.judge,
+    )
+    return [order, SetTimer(timer=f"third/{asked.number}", at=at + _limits(state).start_deadline_us)]
+
+
+def settled(state: State, number: int, wrong: str) -> Disagreement | None:
+    """The third has spoken, or its time is over. The disagreement in which `wrong` is convicted; else None."""
+    found = next((asked for asked in state.disagreements if asked.number == number), None)
+    if found is None:
+        return None
+    state.disagreements.remove(found)
+    if wrong not in (found.auditor, found.accused):
+        return None
+    state.disputes.pop(found.accused if wrong == found.auditor else found.auditor, None)
+    return found
+
+
+def _limits(state: State) -> ev.Limits:
+    assert state.limits is not None
+    return state.limits
