@@ -1,5 +1,8 @@
 """SIMULATION of the 54 days of the Llama 3 paper: a baseline as of that paper, Shepherd's ladder, and what each brings.
 
+The ladder is what runs today (profile "shepherd"); the whole ladder also has the rungs that the supervisor decides and
+that only the simulated body carries out yet (profile "ladder").
+
     python benchmarks/llama3_54_days.py [--seeds 10] [--json PATH]
 
 16,384 GPUs, failures by the counts of Table 5 and 47 planned interruptions (arXiv 2407.21783, section 3.3.4). The paper
@@ -69,6 +72,33 @@ LADDER: dict[str, Change] = {
 }
 
 
+def layout(**changes: Any) -> Change:
+    return lambda made: replace(made, layout=replace(made.layout, **changes))
+
+
+def costs(**changes: Any) -> Change:
+    def change(made: Scenario) -> Scenario:
+        profile = made.profile.model_copy(update={"costs": made.profile.costs.model_copy(update=changes)})
+        return replace(made, profile=profile)
+
+    return change
+
+
+def announced(made: Scenario) -> Scenario:
+    """Planned maintenance is known an hour before."""
+    notice = {"effect": "leave", "notice_s": 3600.0}
+    return each_cause(lambda cause: notice if cause.name == "planned maintenance" else {})(made)
+
+
+WHOLE_LADDER: dict[str, Change] = {
+    "without parked workers": costs(resume=None),
+    "without a mesh that shrinks": layout(shrinks_to=()),
+    "without spares, so that it shrinks": layout(spares=0),
+    "with neither: it waits for nodes": layout(spares=0, shrinks_to=()),
+    "with planned maintenance announced an hour before": announced,
+}
+
+
 def spread(made: Scenario, seeds: int) -> list[Outcome]:
     return [simulate(replace(made, seed=seed)) for seed in range(seeds)]
 
@@ -97,7 +127,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
     spec, failures = specs.load(JOB), load_failures("llama3")
-    made = {name: of_spec(spec, load_profile(name), failures, DAYS, 0) for name in ("restart", "shepherd")}
+    made = {name: of_spec(spec, load_profile(name), failures, DAYS, 0) for name in ("restart", "shepherd", "ladder")}
     found: dict[str, dict[str, Any]] = {}
     few = min(SENSITIVITY_SEEDS, arguments.seeds)
     table = Table(title=f"{LABEL}: 16,384 GPUs, 54 days; the paper reports {PAPER}")
@@ -119,14 +149,18 @@ def main() -> None:
     add("Shepherd's ladder", made["shepherd"], arguments.seeds)
     for name, change in LADDER.items():
         add(f"  ladder, {name}", change(made["shepherd"]), few)
+    add("the whole ladder", made["ladder"], arguments.seeds)
+    for name, change in WHOLE_LADDER.items():
+        add(f"  whole ladder, {name}", change(made["ladder"]), few)
     Console(width=130).print(table)
     shares = Table(title=f"{LABEL}: where the time goes, mean of all seeds")
-    for column in ("label", "baseline", "ladder"):
+    cases = ("baseline: whole-job restart", "Shepherd's ladder", "the whole ladder")
+    for column in ("label", "baseline", "ladder", "whole ladder"):
         shares.add_column(column, justify="left" if column == "label" else "right")
-    ladder = found["Shepherd's ladder"]["shares"]
-    for label, share in found["baseline: whole-job restart"]["shares"].items():
-        if share or ladder[label]:
-            shares.add_row(label, f"{share:.3%}", f"{ladder[label]:.3%}")
+    for label in found[cases[0]]["shares"]:
+        row = [found[case]["shares"][label] for case in cases]
+        if any(row):
+            shares.add_row(label, *(f"{share:.3%}" for share in row))
     Console(width=130).print(shares)
     if arguments.json:
         arguments.json.write_text(json.dumps({"simulation": True, "cases": found}, indent=1) + "\n")

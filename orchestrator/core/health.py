@@ -38,7 +38,7 @@ def charge(state: State, evidence: Evidence, at: int) -> list[Action]:
         return []
     if evidence.kind == "corrupt":
         state.convicted[name] = None
-    too_many = len(state.strikes[name]) >= _limits(state).strikes
+    too_many = len(state.strikes[name]) >= state.declared_limits.strikes
     too_many = too_many or name in state.probation or evidence.kind == "slow"
     if (too_many or recovery.follows_one_node(state, evidence)) and state.n_usable > len(state.mesh):
         return _quarantine(state, name, at)
@@ -64,7 +64,7 @@ def can_be_replaced(state: State, name: str) -> bool:
 
 def forgive(state: State, at: int) -> None:
     """Strikes, disputes and probations that are over are forgotten."""
-    since = at - _limits(state).strike_expiry_us
+    since = at - state.declared_limits.strike_expiry_us
     for name, struck in list(state.strikes.items()):
         state.strikes[name] = [time for time in struck if time > since]
         if not state.strikes[name]:
@@ -86,12 +86,12 @@ def _quarantine(state: State, name: str, at: int) -> list[Action]:
 
 
 def _has_room(state: State) -> bool:
-    return state.counts["quarantined"] + state.counts["probed"] < _limits(state).quarantined_at_most
+    return state.counts["quarantined"] + state.counts["probed"] < state.declared_limits.quarantined_at_most
 
 
 def probe(state: State, name: str, at: int) -> list[Action]:
     """Have it probed; its answer has as long as a start may take, which it contains."""
-    return [ProbeNode(node=name), SetTimer(timer=f"probe/{name}", at=at + _limits(state).start_deadline_us)]
+    return [ProbeNode(node=name), SetTimer(timer=f"probe/{name}", at=at + state.declared_limits.start_deadline_us)]
 
 
 def probed(state: State, event: ev.NodeProbed) -> bool:
@@ -102,7 +102,7 @@ def probed(state: State, event: ev.NodeProbed) -> bool:
     state.move_node(event.node, "spare" if event.passed else "quarantined")
     state.strikes.pop(event.node, None)
     if event.passed:
-        state.probation[event.node] = event.at + _limits(state).probation_us
+        state.probation[event.node] = event.at + state.declared_limits.probation_us
     return event.passed
 
 
@@ -139,7 +139,7 @@ def ask(state: State, asked: Disagreement, at: int) -> list[Action]:
         accused=asked.accused,
         judge=asked.judge,
     )
-    return [order, SetTimer(timer=f"third/{asked.number}", at=at + _limits(state).start_deadline_us)]
+    return [order, SetTimer(timer=f"third/{asked.number}", at=at + state.declared_limits.start_deadline_us)]
 
 
 def settled(state: State, number: int, wrong: str) -> Disagreement | None:
@@ -152,8 +152,3 @@ def settled(state: State, number: int, wrong: str) -> Disagreement | None:
         return None
     state.disputes.pop(found.accused if wrong == found.auditor else found.auditor, None)
     return found
-
-
-def _limits(state: State) -> ev.Limits:
-    assert state.limits is not None
-    return state.limits

@@ -99,6 +99,11 @@ class Decision:
     exit_code: int = 0
 
 
+def seen(state: State, at: int, node: str, slot: int | None, kind: str, detail: str) -> Evidence:
+    """A piece of evidence of now, at the step that the mesh has completed."""
+    return Evidence(at=at, node=node, slot=slot, kind=kind, detail=detail, step=state.step)
+
+
 def root(incident: Incident) -> Evidence:
     """The piece of evidence that explains the others: the most telling kind, and of those the first seen."""
     return min(incident.evidence, key=_telling)

@@ -258,6 +258,17 @@ class State:
 
     ledger: Ledger = field(default_factory=Ledger)
 
+    @property
+    def declared_limits(self) -> Limits:
+        assert self.limits is not None, "no run is declared"
+        return self.limits
+
+    @property
+    def declared_layout(self) -> Layout:
+        """The whole mesh; while it is shrunk, `mesh_layout` is another."""
+        assert self.layout is not None, "no run is declared"
+        return self.layout
+
     def add_node(self, name: str, domain: str) -> None:
         assert name not in self.nodes, name
         self.nodes[name] = Node(state="spare", domain=domain)
@@ -312,13 +323,13 @@ class State:
     @property
     def mesh_layout(self) -> Layout:
         """How the mesh is laid out; while it is shrunk, not as declared."""
-        assert self.layout is not None
-        return self.layout.with_replicas(self.replicas)
+        return self.declared_layout.with_replicas(self.replicas)
 
     def layout_of(self, generation: int) -> Layout:
         """How the mesh of `generation` was laid out, by which its snapshots' slots are numbered."""
-        assert self.layout is not None
-        return self.layout.with_replicas(self.shapes[max(first for first in self.shapes if first <= generation)])
+        return self.declared_layout.with_replicas(
+            self.shapes[max(first for first in self.shapes if first <= generation)]
+        )
 
     def is_unclean(self, generation: int, step: int) -> bool:
         """Whether a state that `generation` had in memory after `step` is not known to be clean.

@@ -7,12 +7,12 @@ its memory: a controller that comes back folds the journal and stands where the 
 
 What happens when a node dies, told once:
 
-1. `_on_node_lost` marks the node and calls `_fault`: an incident opens, the time in flight becomes detection, and
-   every other node of the mesh is ordered to halt (`HaltGeneration`). State "halting".
+1. `_on_node_lost` marks the node and calls `interruption.fault`: an incident opens, the time in flight becomes
+   detection, and every other node of the mesh is ordered to halt (`HaltGeneration`). State "halting".
 2. Each halted node answers `NodeHalted` with the snapshots in its shared memory. One that does not answer within
    `halt_deadline` is lost, too.
-3. `_recover` asks `recovery.decide` for the cheapest rung that is sufficient, and orders `OpenGeneration` with the
-   spare in the dead node's place. State "starting".
+3. With the last answer, `recovery.decide` names the cheapest rung that is sufficient, and `OpenGeneration` is ordered
+   with the spare in the dead node's place. State "starting".
 4. `GenerationReady`: every rank has its state. State "training". The first completed step closes the incident.
 
 A dead worker takes the same road; its node stays. A failure on the way is more evidence for the open incident, and the
@@ -24,13 +24,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.core import checkpoints, election, health, recovery
+from orchestrator.core import checkpoints, election, health, interruption, planned, recovery
 from orchestrator.core import events as ev
 from orchestrator.core.actions import (
     Action,
     AskStop,
     EndRun,
-    HaltGeneration,
     InjectFault,
     OpenGeneration,
     ReleaseNode,
@@ -47,12 +46,8 @@ from orchestrator.core.state import (
     Evidence,
     Fault,
     Held,
-    Incident,
     State,
 )
-
-GROW_DOUBLINGS = 6
-"""The wait before a mesh grows doubles with each time that it did not come up, so often: from a minute to an hour."""
 
 _HOLDS_SLOTS = ("starting", "training", "halting")
 
@@ -70,14 +65,14 @@ class Supervisor:
             AssertionError: an invariant does not hold; the caller must not use this supervisor's state any more.
         """
         if isinstance(event, ev.RunDeclared):
-            self._suspend()
+            interruption.suspend(self.state)
         self.state.ledger.advance(event.at)
         if self.state.job == "ended" and not isinstance(event, (ev.RunDeclared, ev.EpochBegan)):
             return []
         before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
         if self.state.job == "training" and self.state.incident is None:
-            actions += self._in_peace(event.at)
+            actions += planned.in_peace(self.state, event.at)
         self._count_nodes()
         self.state.check()
         if before != (self.state.job, self.state.generation) and self.state.job != "training":
@@ -106,7 +101,7 @@ class Supervisor:
         s.checkpoints = {step: c for step, c in s.checkpoints.items() if c.trust != "damaged"}
         s.ledger.places = event.layout.nodes + event.layout.spares
         s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
-        return [self._timer(f"wait/{s.generation}", event.at + event.limits.wait_deadline_us)]
+        return [SetTimer(timer=f"wait/{s.generation}", at=event.at + event.limits.wait_deadline_us)]
 
     def _on_epoch_began(self, event: ev.EpochBegan) -> list[Action]:
         """A controller came back: order again what may not have arrived. What agents held back, they will report."""
@@ -119,13 +114,16 @@ class Supervisor:
         again: list[Action] = [checkpoints.commit(s, step) for step in written]
         if s.job == "starting":
             assert s.order is not None
-            again += [s.order, self._timer(f"start/{s.generation}", event.at + self._limits.start_deadline_us)]
+            again += [
+                s.order,
+                SetTimer(timer=f"start/{s.generation}", at=event.at + s.declared_limits.start_deadline_us),
+            ]
         elif s.job == "halting":
-            again += self._halt(event.at, "the controller came back while the generation was halting")
+            again += interruption.halt(s, event.at, "the controller came back while the generation was halting")
         elif s.job == "waiting" and s.run:
-            again.append(self._timer(f"wait/{s.generation}", event.at + self._limits.wait_deadline_us))
+            again.append(SetTimer(timer=f"wait/{s.generation}", at=event.at + s.declared_limits.wait_deadline_us))
         elif s.job == "committing":
-            again.append(self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us))
+            again.append(SetTimer(timer=f"commit/{s.generation}", at=event.at + s.declared_limits.commit_deadline_us))
         elif s.job == "training" and s.stopping:
             again.append(AskStop(generation=s.generation))
         s.growing = False  # its timer went with the controller
@@ -143,11 +141,11 @@ class Supervisor:
         if event.graceful and s.job in ("starting", "halting", "committing"):
             s.stopping = event.by
             return []
-        return self._end(EXIT_STOPPED, f"stopped by {event.by}")
+        return interruption.end(s, EXIT_STOPPED, f"stopped by {event.by}")
 
     def _on_nodes_refused(self, event: ev.NodesRefused) -> list[Action]:
         """Waiting would not help. A mesh that runs goes on."""
-        return self._end(EXIT_FAILED, event.error) if self.state.job == "waiting" else []
+        return interruption.end(self.state, EXIT_FAILED, event.error) if self.state.job == "waiting" else []
 
     # --- nodes come and go ------------------------------------------------------------------------------------------
 
@@ -163,7 +161,7 @@ class Supervisor:
             s.move_node(event.node, "lost")
             return [ReleaseNode(node=event.node, reason="no place is free")]
         s.inventory[event.node] = election.inventory_of(event.snapshots, s.first_generation)
-        return self._open(event.at, "enough nodes have joined") if s.job == "waiting" else []
+        return interruption.open_mesh(s, event.at, "enough nodes have joined") if s.job == "waiting" else []
 
     def _on_node_lost(self, event: ev.NodeLost) -> list[Action]:
         s = self.state
@@ -176,11 +174,11 @@ class Supervisor:
         gone = ReleaseNode(node=event.node, reason=event.cause, for_good=event.node in s.drained)
         actions: list[Action] = [gone]
         if held:
-            actions += self._fault(self._evidence(event.at, event.node, None, "node", event.cause))
-        return actions + self._no_longer_awaited(event.at, event.node)
+            actions += interruption.fault(s, recovery.seen(s, event.at, event.node, None, "node", event.cause))
+        return actions + interruption.answered(s, event.at, event.node)
 
     def _on_node_leaving(self, event: ev.NodeLeaving) -> list[Action]:
-        """It works until it is gone, or until another can take its place without a loss: see `_in_peace`."""
+        """It works until it is gone, or until another can take its place without a loss: see planned.py."""
         s = self.state
         node = s.nodes.get(event.node)
         if node is None or node.state == "lost" or event.node in s.leaving:
@@ -193,9 +191,9 @@ class Supervisor:
         s = self.state
         if event.generation != s.generation or s.job != "training" or event.node not in s.mesh:
             return []
-        evidence = self._evidence(event.at, event.node, None, "slow", event.detail)
+        evidence = recovery.seen(s, event.at, event.node, None, "slow", event.detail)
         if s.incident is None and health.can_be_replaced(s, event.node):
-            return self._interrupt(event.at, evidence)
+            return interruption.fault(s, evidence)
         health.strike(s, event.node, event.at)
         return []
 
@@ -204,8 +202,8 @@ class Supervisor:
         if not health.probed(s, event):
             return []
         if s.places_taken > s.ledger.places:  # another has come for it
-            return self._let_go(event.node, "no place is free")
-        return self._open(event.at, "a node has passed its probe") if s.job == "waiting" else []
+            return planned.let_go(s, event.node, "no place is free")
+        return interruption.open_mesh(s, event.at, "a node has passed its probe") if s.job == "waiting" else []
 
     # --- audits -----------------------------------------------------------------------------------------------------
 
@@ -224,7 +222,7 @@ class Supervisor:
         detail = f"wrong in the audit of step {found.step}, says {found.judge}: {event.detail}"
         evidence = Evidence(at=event.at, node=event.wrong, slot=None, kind="corrupt", detail=detail, step=found.step)
         if s.job in (*_HOLDS_SLOTS, "committing"):
-            return self._fault(evidence)
+            return interruption.fault(s, evidence)
         return health.charge(s, evidence, event.at)
 
     # --- a generation -----------------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ class Supervisor:
             return []
         if event.step != s.restored_step:
             wrong = f"ready at step {event.step}, ordered was {s.restored_step}"
-            return self._fault(self._evidence(event.at, "", None, "start", wrong))
+            return interruption.fault(s, recovery.seen(s, event.at, "", None, "start", wrong))
         s.job = "training"
         if s.incident is not None and s.incident.rungs[-1] == "grow":
             s.grown_in_vain = 0
@@ -264,14 +262,14 @@ class Supervisor:
         """Every rank has completed `step`, and so all before it."""
         s = self.state
         steps, new_steps = step - s.step, max(0, step - s.high_water)
-        self._reach(step)
+        interruption.reach(s, step)
         if s.job == "halting":  # done before the halt reached it; its time is settled as detection already
             if s.incident is not None and not s.incident.rungs:
                 s.incident.step = step
             return
         recomputed = s.ledger.settle_steps(steps, new_steps, stalls)
         if s.incident is not None:
-            self._close_incident(at)
+            interruption.close(s, at)
         if s.incidents:
             s.incidents[-1].cost_us += recomputed
 
@@ -284,13 +282,14 @@ class Supervisor:
             self._complete(event.at, event.step, {})
         last = s.checkpoints.get(s.step)
         if last is None or last.trust in checkpoints.DISTRUSTED:
-            return self._fault(self._evidence(event.at, "", None, "save", "the last checkpoint could not be written"))
+            unsaved = "the last checkpoint could not be written"
+            return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", unsaved))
         s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
         s.job = "committing"
         if s.incident is not None:
-            self._close_incident(event.at)
+            interruption.close(s, event.at)
         return self._finish_if_saved() or [
-            self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us)
+            SetTimer(timer=f"commit/{s.generation}", at=event.at + s.declared_limits.commit_deadline_us)
         ]
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ class Supervisor:
     def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
         s = self.state
         if checkpoints.failed(s, event) and s.job == "committing" and event.step == s.step:
-            return self._fault(self._evidence(event.at, "", None, "save", event.error))
+            return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", event.error))
         return []
 
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
@@ -325,10 +324,11 @@ class Supervisor:
             self._mark_unclean(s.order, event.step)
         if s.job not in _HOLDS_SLOTS:
             return []
-        return self._fault(
+        return interruption.fault(
+            self.state,
             Evidence(
                 at=event.at, node=event.node, slot=event.slot, kind=event.kind, detail=event.error, step=event.step
-            )
+            ),
         )
 
     def _on_worker_exited(self, event: ev.WorkerExited) -> list[Action]:
@@ -340,21 +340,22 @@ class Supervisor:
             return []
         kind = "exit" if event.signal is None else "signal"
         detail = f"exit code {event.exit_code}" if event.signal is None else f"signal {event.signal}"
-        return self._fault(self._evidence(event.at, event.node, event.slot, kind, detail))
+        return interruption.fault(s, recovery.seen(s, event.at, event.node, event.slot, kind, detail))
 
     def _on_generation_failed(self, event: ev.GenerationFailed) -> list[Action]:
         s = self.state
         if event.generation != s.generation or s.job != "starting":
             return []
-        return self._fault(self._evidence(event.at, event.node, None, "start", event.error))
+        return interruption.fault(s, recovery.seen(s, event.at, event.node, None, "start", event.error))
 
     def _on_worker_hung(self, event: ev.WorkerHung) -> list[Action]:
         """Its agent has lost patience with it; the halt's SIGKILL ends also what is stopped."""
         s = self.state
         if event.generation != s.generation or s.job not in _HOLDS_SLOTS:
             return []
-        return self._fault(
-            Evidence(at=event.at, node=event.node, slot=event.slot, kind="hang", detail=event.detail, step=event.step)
+        return interruption.fault(
+            self.state,
+            Evidence(at=event.at, node=event.node, slot=event.slot, kind="hang", detail=event.detail, step=event.step),
         )
 
     def _on_node_halted(self, event: ev.NodeHalted) -> list[Action]:
@@ -363,21 +364,22 @@ class Supervisor:
             return []
         s.inventory[event.node] = election.inventory_of(event.snapshots, s.first_generation)
         s.parked = s.parked and event.parked
-        return self._no_longer_awaited(event.at, event.node)
+        return interruption.answered(s, event.at, event.node)
 
     def _on_nodes_halted(self, event: ev.NodesHalted) -> list[Action]:
         s = self.state
         if s.job != "halting" or event.generation != s.generation:
             return []
         snapshots = tuple(snapshot for snapshot in event.snapshots if snapshot.generation >= s.first_generation)
-        alike = Held(first=OWN_PLACE, slots=self._layout.slots_per_node, snapshots=snapshots)
+        alike = Held(first=OWN_PLACE, slots=s.declared_layout.slots_per_node, snapshots=snapshots)
         held = (alike,) if snapshots else ()
         s.parked = s.parked and event.parked
+        actions: list[Action] = []
         for name in event.nodes:
             if name in s.awaiting:
-                del s.awaiting[name]
                 s.inventory[name] = held
-        return [] if s.awaiting else self._recover(event.at)
+                actions += interruption.answered(s, event.at, name)
+        return actions
 
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
         s = self.state
@@ -392,8 +394,10 @@ class Supervisor:
         if name == "wait" and s.job == "waiting":
             have, need = s.n_usable, recovery.fewest_nodes(s)
             if have >= need:
-                return self._open(event.at, "the wait for more nodes has ended", at_least=need)
-            return self._end(EXIT_NO_NODES, f"the mesh needs {need} nodes, {have} were usable when the wait ended")
+                return interruption.open_mesh(s, event.at, "the wait for more nodes has ended", at_least=need)
+            return interruption.end(
+                self.state, EXIT_NO_NODES, f"the mesh needs {need} nodes, {have} were usable when the wait ended"
+            )
         if name == "halt" and s.job == "halting":
             actions: list[Action] = []
             for node in tuple(s.awaiting):
@@ -401,11 +405,15 @@ class Supervisor:
                 actions += self._on_node_lost(lost)
             return actions
         if name == "grow" and s.growing and s.job == "training" and s.incident is None:
-            return self._grow(event.at)
+            return planned.grow(s, event.at)
         if name == "start" and s.job == "starting":
-            return self._fault(self._evidence(event.at, "", None, "start", "not ready within its deadline"))
+            return interruption.fault(
+                self.state, recovery.seen(s, event.at, "", None, "start", "not ready within its deadline")
+            )
         if name == "commit" and s.job == "committing":
-            return self._end(EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline")
+            return interruption.end(
+                self.state, EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline"
+            )
         return []
 
     # --- chaos ------------------------------------------------------------------------------------------------------
@@ -414,8 +422,8 @@ class Supervisor:
         """Harm is ordered by somebody who tests the run: its ground truth stands in the journal before it is done."""
         s = self.state
         node, slot = event.node, event.slot
-        if not node and slot is not None and slot < len(s.mesh) * self._layout.slots_per_node:
-            node = s.mesh[slot // self._layout.slots_per_node]
+        if not node and slot is not None and slot < len(s.mesh) * s.declared_layout.slots_per_node:
+            node = s.mesh[slot // s.declared_layout.slots_per_node]
         number = len(s.faults) + 1
         s.faults.append(Fault(number=number, fault=event.fault, node=node, slot=slot, step=s.step, ordered_at=event.at))
         return [
@@ -436,207 +444,7 @@ class Supervisor:
             fault.injected_at, fault.detail = event.at, event.detail
         return []
 
-    # --- the road from a failure to the next generation --------------------------------------------------------------
-
-    def _fault(self, evidence: Evidence) -> list[Action]:
-        s = self.state
-        if s.job == "halting":
-            assert s.incident is not None
-            recovery.note(s.incident, evidence)
-            return []
-        return self._interrupt(evidence.at, evidence)
-
-    def _interrupt(self, at: int, evidence: Evidence) -> list[Action]:
-        """Open an incident (or go on with the one whose recovery failed) and halt what is left of the generation."""
-        s = self.state
-        if s.incident is None:
-            s.incident = Incident(number=len(s.incidents) + 1, detected_at=at, generation=s.generation, step=s.step)
-            in_flight: Label = "recovery" if evidence.kind in recovery.PLANNED else "detection"
-            s.incident.cost_us += s.ledger.settle(in_flight, then="recovery")
-            s.incident.ledger_before_us = _interruption_us(s)
-        else:
-            s.ledger.settle("recovery", then="recovery")
-            s.incident.answered += s.incident.evidence
-            s.incident.evidence = []
-        recovery.note(s.incident, evidence)
-        s.job, s.growing = "halting", False
-        s.parked = "park" in s.capabilities and "resume" not in s.incident.spent
-        s.awaiting = dict.fromkeys(name for name in s.mesh if s.nodes[name].state == "active")
-        if not s.awaiting:
-            return self._recover(at)
-        return self._halt(at, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
-
-    def _halt(self, at: int, reason: str) -> list[Action]:
-        s = self.state
-        return [
-            HaltGeneration(generation=s.generation, nodes=tuple(s.awaiting), reason=reason, park=s.parked),
-            self._timer(f"halt/{s.generation}", at + self._limits.halt_deadline_us),
-        ]
-
-    def _no_longer_awaited(self, at: int, node: str) -> list[Action]:
-        s = self.state
-        if node not in s.awaiting:
-            return []
-        del s.awaiting[node]
-        return [] if s.awaiting else self._recover(at)
-
-    def _recover(self, at: int) -> list[Action]:
-        """Everybody who can has reported: charge the incident, choose the rung, and open the next generation."""
-        s = self.state
-        incident = s.incident
-        assert incident is not None
-        incident.halted_at = at
-        cause = recovery.root(incident)
-        if not incident.rungs:
-            incident.cause, incident.culprit = cause.kind, cause.node if recovery.is_of_a_node(cause) else ""
-        elif recovery.blames_the_rung(cause):
-            incident.spent.append(incident.rungs[-1])
-        recovery.note_for_the_job(s, incident)
-        health.forgive(s, at)
-        actions: list[Action] = []
-        for charged in recovery.charged(incident):
-            actions += health.charge(s, charged, at)
-        actions += health.quarantine_convicts(s, at)
-        decision = recovery.decide(s)
-        incident.reason = decision.reason
-        if decision.rung == "fail":
-            return self._end(decision.exit_code, decision.reason)
-        if s.stopping and decision.source != "ram":
-            return self._end(EXIT_STOPPED, f"stopped by {s.stopping}, with nothing to save: {decision.reason}")
-        if decision.rung == "wait":
-            s.job = "waiting"
-            s.ledger.settle("recovery", then="waiting_for_nodes")
-            return [*actions, self._timer(f"wait/{s.generation}", at + self._limits.wait_deadline_us)]
-        return actions + self._open_from(at, decision)
-
-    def _open(self, at: int, why: str, at_least: int | None = None) -> list[Action]:
-        """A generation where none runs: the first, or the one that a wait was for.
-
-        A run begins with the whole mesh, unless no more nodes have come in the time that it waits.
-        """
-        s = self.state
-        if s.n_usable < (at_least or (self._layout.nodes if s.incident is None else recovery.fewest_nodes(s))):
-            return []
-        actions = health.quarantine_convicts(s, at)
-        if s.incident is not None:
-            decision = recovery.decide(s)
-            s.incident.reason = decision.reason
-        else:
-            found = recovery.largest_mesh(s, s.usable(), at_most=self._layout.dp_replicate)
-            assert found is not None
-            decision = recovery.durable_decision(s, *found, why)
-        if decision.rung == "fail":
-            return self._end(decision.exit_code, decision.reason)
-        return actions + self._open_from(at, decision)
-
-    def _open_from(self, at: int, decision: recovery.Decision) -> list[Action]:
-        s = self.state
-        assert decision.rung not in ("fail", "wait"), decision
-        staying = set(decision.mesh)
-        for place, name in enumerate(s.mesh):
-            if name not in staying:
-                if name in s.inventory:
-                    s.inventory[name] = election.placed(s.inventory[name], place * self._layout.slots_per_node)
-                if s.nodes[name].state == "active":
-                    s.move_node(name, "spare")
-        for name in decision.mesh:
-            if s.nodes[name].state != "active":
-                s.move_node(name, "active")
-            s.inventory.pop(name, None)
-        first = s.incident is None
-        s.generation += 1
-        s.mesh, s.job = decision.mesh, "starting"
-        if decision.replicas != s.replicas:
-            s.replicas = s.shapes[s.generation] = decision.replicas
-        s.restored_step = decision.step
-        if decision.step < s.floor:
-            s.floor = s.reached = decision.step
-        self._reach(decision.step)  # a dead node's last report may be missing, its snapshot not
-        s.recoveries_without_progress += not first
-        s.ledger.mesh_label = "start_up" if first else "recovery"
-        s.ledger.empty_label = "degraded_capacity"
-        s.ledger.idle_label = "idle_spare" if s.replicas == self._layout.dp_replicate else "degraded_capacity"
-        if s.incident is not None:
-            s.incident.rungs.append(decision.rung)
-            s.incident.ordered_at, s.incident.restored_step = at, decision.step
-        s.order = OpenGeneration(
-            generation=s.generation,
-            nodes=decision.mesh,
-            source=decision.source,
-            step=decision.step,
-            snapshot_generation=decision.snapshot_generation,
-            transfers=decision.transfers,
-            reason=decision.reason,
-            dp_replicate=decision.replicas,
-            snapshot_dp_replicate=self._written_by(decision),
-        )
-        return [s.order, self._timer(f"start/{s.generation}", at + self._limits.start_deadline_us)]
-
-    def _in_peace(self, at: int) -> list[Action]:
-        """What can wait until the mesh trains well: nodes that leave are replaced, a shrunk mesh takes nodes back."""
-        s = self.state
-        if s.stopping:
-            return []
-        actions: list[Action] = []
-        for name in [name for name in s.leaving if s.nodes[name].state != "active"]:
-            actions += self._let_go(name, "it is not needed any more")
-        if s.leaving:
-            staying = s.n_usable - len(s.leaving)
-            if staying >= len(s.mesh):
-                first, by = next(iter(s.leaving.items()))
-                return actions + self._interrupt(at, self._evidence(at, first, None, "leave", by))
-        if s.replicas < self._layout.dp_replicate and not s.growing and self._growth() is not None:
-            s.growing = True
-            wait_us = self._limits.grow_settle_us << min(s.grown_in_vain, GROW_DOUBLINGS)
-            actions.append(self._timer(f"grow/{s.generation}", at + wait_us))
-        return actions
-
-    def _growth(self) -> int | None:
-        """The number of replicas that the shrunk mesh could have now; None when that is no more than it has."""
-        s = self.state
-        full, nodes = self._layout, s.n_usable - len(s.leaving)
-        sizes = (full.dp_replicate, *full.shrinks_to)
-        return next((n for n in sizes if n > s.replicas and n * full.nodes <= nodes * full.dp_replicate), None)
-
-    def _grow(self, at: int) -> list[Action]:
-        s = self.state
-        s.growing = False
-        replicas = self._growth()
-        if replicas is None:
-            return []
-        s.grown_in_vain += 1  # until it is ready
-        return self._interrupt(at, self._evidence(at, "", None, "grow", f"nodes for {replicas} replicas are there"))
-
-    def _let_go(self, name: str, why: str) -> list[Action]:
-        self.state.move_node(name, "lost")
-        self.state.inventory.pop(name, None)
-        return [ReleaseNode(node=name, reason=why, for_good=name in self.state.drained)]
-
-    def _written_by(self, decision: recovery.Decision) -> int:
-        """Replicas of the mesh whose slots the snapshots are numbered by."""
-        if decision.source != "ram":
-            return decision.replicas
-        return self.state.layout_of(decision.snapshot_generation).dp_replicate
-
-    def _suspend(self) -> None:
-        """Nothing runs from here on; the time until a resume is a pause."""
-        s = self.state
-        settled = s.ledger.settle("detection" if s.incident is not None else "other", then="paused")
-        s.ledger.empty_label = "paused"
-        if s.incident is not None:
-            s.incident.cost_us += settled
-            self._archive_incident()
-
     # --- small parts ------------------------------------------------------------------------------------------------
-
-    def _reach(self, step: int) -> None:
-        """The mesh has completed `step`, or holds its state."""
-        s = self.state
-        s.step = step
-        if step > s.reached:
-            s.reached, s.recoveries_without_progress = step, 0
-        if step > s.high_water:
-            s.high_water = s.floor = step
 
     def _distrust(self, order: OpenGeneration, error: str) -> None:
         """A worker refused the state that it was given: never give it again."""
@@ -659,18 +467,6 @@ class Supervisor:
         elif order.source == "ram":
             checkpoints.revoke(s, order.snapshot_generation, step)
 
-    def _close_incident(self, at: int) -> None:
-        assert self.state.incident is not None
-        self.state.incident.closed_at = at
-        self._archive_incident()
-
-    def _archive_incident(self) -> None:
-        s = self.state
-        assert s.incident is not None
-        s.incident.cost_us += _interruption_us(s) - s.incident.ledger_before_us
-        s.incidents.append(s.incident)
-        s.incident = None
-
     def _finish_if_saved(self) -> list[Action]:
         s = self.state
         saved = s.step in s.checkpoints and s.checkpoints[s.step].trust == "committed"
@@ -679,20 +475,8 @@ class Supervisor:
     def _finish(self) -> list[Action]:
         s = self.state
         if s.step == s.total_steps:
-            return self._end(EXIT_OK, f"all {s.total_steps} steps done")
-        return self._end(EXIT_STOPPED, f"stopped by {s.stopping} at step {s.step}")
-
-    def _end(self, exit_code: int, reason: str) -> list[Action]:
-        s = self.state
-        self._suspend()
-        s.job, s.exit_code, s.verdict, s.awaiting = "ended", exit_code, reason, {}
-        return [EndRun(exit_code=exit_code, reason=reason)]
-
-    def _timer(self, timer: str, at: int) -> SetTimer:
-        return SetTimer(timer=timer, at=at)
-
-    def _evidence(self, at: int, node: str, slot: int | None, kind: str, detail: str) -> Evidence:
-        return Evidence(at=at, node=node, slot=slot, kind=kind, detail=detail, step=self.state.step)
+            return interruption.end(s, EXIT_OK, f"all {s.total_steps} steps done")
+        return interruption.end(s, EXIT_STOPPED, f"stopped by {s.stopping} at step {s.step}")
 
     def _count_nodes(self) -> None:
         """Tell the ledger who holds places; while the mesh trains, its number is that of its nodes."""
@@ -701,21 +485,6 @@ class Supervisor:
             s.ledger.populate(0, 0)
             return
         s.ledger.populate(s.counts["active"], s.spares_counted)
-
-    @property
-    def _limits(self) -> ev.Limits:
-        assert self.state.limits is not None
-        return self.state.limits
-
-    @property
-    def _layout(self) -> ev.Layout:
-        assert self.state.layout is not None
-        return self.state.layout
-
-
-def _interruption_us(state: State) -> int:
-    """Node-microseconds that interruptions have cost so far, detection and recomputation apart."""
-    return state.ledger.totals["recovery"] + state.ledger.totals["waiting_for_nodes"]
 
 
 _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {

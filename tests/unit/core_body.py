@@ -415,6 +415,9 @@ class Body:
             return [(20, self.resume)]
         if repeatable:
             moves.append((6, lambda: self.tell(replace(repeatable[-1 - self.tape.below(len(repeatable))], at=self.at))))
+        commits = [event for event in self.told if isinstance(event, ev.CheckpointCommitted)]
+        if commits:
+            moves.append((3, lambda: self.tell(replace(commits[self.tape.below(len(commits))], at=self.at))))
         if working:
             moves.append((6, lambda: self.fail_worker(working[self.tape.below(len(working))])))
         if alive:

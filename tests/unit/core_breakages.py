@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core import checkpoints, election, health, placement, recovery, supervisor
+from orchestrator.core import checkpoints, election, health, interruption, placement, recovery, supervisor
 from orchestrator.core import events as ev
 from orchestrator.core.actions import InjectFault
 from orchestrator.core.goodput import Ledger
@@ -72,10 +72,10 @@ def pending_time_is_forgotten(patch: Patch) -> None:
 
 
 def the_high_water_mark_falls(patch: Patch) -> None:
-    def broken(self: Supervisor, step: int) -> None:
-        self.state.step = self.state.high_water = step
+    def broken(state: State, step: int) -> None:
+        state.step = state.high_water = step
 
-    patch.setattr(Supervisor, "_reach", broken)
+    patch.setattr(interruption, "reach", broken)
 
 
 def older_generations_are_heard(patch: Patch) -> None:
@@ -105,12 +105,8 @@ def silent_nodes_are_awaited_for_ever(patch: Patch) -> None:
 
 
 def a_second_failure_is_not_heard(patch: Patch) -> None:
-    interrupt = Supervisor._interrupt
-
-    def broken(self: Supervisor, at: int, evidence: Any) -> Any:
-        return interrupt(self, at, evidence) if self.state.incident is None else []
-
-    patch.setattr(Supervisor, "_interrupt", broken)
+    interrupt = interruption._interrupt
+    patch.setattr(interruption, "_interrupt", lambda state, e: interrupt(state, e) if state.incident is None else [])
 
 
 def decisions_depend_on_more_than_events(patch: Patch) -> None:
@@ -127,13 +123,13 @@ def corruption_is_forgotten(patch: Patch) -> None:
 
 
 def corruption_is_forgotten_with_its_incident(patch: Patch) -> None:
-    archive = Supervisor._archive_incident
+    archive = interruption._archive
 
-    def broken(self: Supervisor) -> None:
-        archive(self)
-        self.state.unclean = {}
+    def broken(state: State) -> None:
+        archive(state)
+        state.unclean = {}
 
-    patch.setattr(Supervisor, "_archive_incident", broken)
+    patch.setattr(interruption, "_archive", broken)
 
 
 def checkpoints_of_corrupt_state_are_trusted(patch: Patch) -> None:

@@ -37,7 +37,7 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
 
 
 def there(*names: str) -> list[RayNode]:
-    return [RayNode(id=name, domain="", free=True) for name in names]
+    return [RayNode(id=name, domain="", free=True, leaving=False) for name in names]
 
 
 def test_a_node_that_is_left_alone_ends_no_wait_for_another(tmp_path):

@@ -166,7 +166,13 @@ def test_a_scrape_shows_the_whole_picture(loop):
         "shepherd_recoveries_without_progress_limit": 8,
     }
     assert found["shepherd_node_seconds_total"] == {(label,): n for n, label in enumerate(LABELS)}
-    assert found["shepherd_nodes"] == {("active",): 2, ("spare",): 1, ("quarantined",): 1, ("lost",): 1}
+    assert found["shepherd_nodes"] == {
+        ("active",): 2,
+        ("spare",): 1,
+        ("quarantined",): 1,
+        ("probed",): 0,
+        ("lost",): 1,
+    }
     assert set(NODE_STATES) == {state for (state,) in found["shepherd_nodes"]}
     assert found["shepherd_node_strikes"] == {("n2",): 2, ("n5",): 3}
     assert found["shepherd_node_quarantined"] == {("n5",): 1}

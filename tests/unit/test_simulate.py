@@ -293,8 +293,8 @@ def test_the_command_labels_all_that_it_prints(tmp_path: Path) -> None:
         ((JOB, "--gpus", "8"), "choose a multiple, as 2048 or 4096"),
         ((JOB, "--profile", "restart", "--set", "recovery.halt_deadline_s=10"), "this profile takes 30 s"),
         ((JOB, "--profile", "restart", "--set", "recovery.start_deadline_s=200"), "this profile takes 230 s"),
-        ((JOB, "--profile", "nosuch"), "none of Shepherd's own profiles: restart, shepherd"),
-        ((JOB, "--failures", "nosuch"), "none of Shepherd's own failures: llama3"),
+        ((JOB, "--profile", "nosuch"), "none of Shepherd's own profiles: ladder, restart, shepherd"),
+        ((JOB, "--failures", "nosuch"), "none of Shepherd's own failures: hostile, llama3"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_a_line(arguments: tuple[str, ...], complaint: str) -> None:

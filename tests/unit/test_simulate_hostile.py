@@ -1,4 +1,4 @@
-"""Whole racks, outages of the store, slow nodes, notices, and messages that are late, lost and repeated: the rules hold."""
+"""Whole racks, store outages, slow nodes, notices, messages that are late, lost and repeated: the rules hold."""
 
 from __future__ import annotations
 

@@ -1,0 +1,59 @@
+"""Planned changes, for which a quiet moment is waited: the mesh trains, and no incident is open.
+
+Nodes that will be taken away are replaced as soon as others can take their places, and let go once a step is done
+without them. A mesh that has shrunk takes its replicas back: after a while, so that a rack which returns costs one
+change, and later each time that it did not come up.
+"""
+
+from __future__ import annotations
+
+from orchestrator.core import interruption, recovery
+from orchestrator.core.actions import Action, ReleaseNode, SetTimer
+from orchestrator.core.state import State
+
+GROW_DOUBLINGS = 6
+"""The wait before a mesh grows doubles with each time that it did not come up, so often: from a minute to an hour."""
+
+
+def in_peace(s: State, at: int) -> list[Action]:
+    """What can wait until the mesh trains well: nodes that leave are replaced, a shrunk mesh takes nodes back."""
+    if s.stopping:
+        return []
+    actions: list[Action] = []
+    for name in [name for name in s.leaving if s.nodes[name].state != "active"]:
+        actions += let_go(s, name, "it is not needed any more")
+    if s.leaving:
+        staying = s.n_usable - len(s.leaving)
+        if staying >= len(s.mesh):
+            first, by = next(iter(s.leaving.items()))
+            return actions + interruption.fault(s, recovery.seen(s, at, first, None, "leave", by))
+    if s.replicas < s.declared_layout.dp_replicate and not s.growing and _growth(s) is not None:
+        s.growing = True
+        wait_us = s.declared_limits.grow_settle_us << min(s.grown_in_vain, GROW_DOUBLINGS)
+        actions.append(SetTimer(timer=f"grow/{s.generation}", at=at + wait_us))
+    return actions
+
+
+def _growth(s: State) -> int | None:
+    """The number of replicas that the shrunk mesh could have now; None when that is no more than it has."""
+    full, nodes = s.declared_layout, s.n_usable - len(s.leaving)
+    sizes = (full.dp_replicate, *full.shrinks_to)
+    return next((n for n in sizes if n > s.replicas and n * full.nodes <= nodes * full.dp_replicate), None)
+
+
+def grow(s: State, at: int) -> list[Action]:
+    """The wait is over: open a larger mesh, if its nodes are still there."""
+    s.growing = False
+    replicas = _growth(s)
+    if replicas is None:
+        return []
+    s.grown_in_vain += 1  # until it is ready
+    there = recovery.seen(s, at, "", None, "grow", f"nodes for {replicas} replicas are there")
+    return interruption.fault(s, there)
+
+
+def let_go(s: State, name: str, why: str) -> list[Action]:
+    """A node that fills no slot is sent away."""
+    s.move_node(name, "lost")
+    s.inventory.pop(name, None)
+    return [ReleaseNode(node=name, reason=why, for_good=name in s.drained)]
