@@ -34,6 +34,7 @@ from orchestrator.core.actions import (
     InjectFault,
     OpenGeneration,
     ReleaseNode,
+    SaveEvery,
     SetTimer,
 )
 from orchestrator.core.goodput import Label
@@ -87,6 +88,7 @@ class Supervisor:
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
+        s.interval = None  # the document may say another one now
         s.first_generation = s.generation + 1
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.counts = dict.fromkeys(NODE_STATES, 0)
@@ -117,7 +119,7 @@ class Supervisor:
             again.append(self._timer(f"commit/{s.generation}", event.at + self._limits.commit_deadline_us))
         elif s.job == "training" and s.stopping:
             again.append(AskStop(generation=s.generation))
-        return again
+        return again + self._save_every()
 
     def _on_stop_requested(self, event: ev.StopRequested) -> list[Action]:
         s = self.state
@@ -178,7 +180,7 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-        return [AskStop(generation=s.generation)] if s.stopping else []
+        return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
         s = self.state
@@ -244,6 +246,18 @@ class Supervisor:
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
         checkpoints.found(self.state, event)
         return checkpoints.retire(self.state) + self._finish_if_saved()
+
+    def _on_interval_chosen(self, event: ev.IntervalChosen) -> list[Action]:
+        assert event.every_steps >= 1, event
+        self.state.interval = event
+        return self._save_every()
+
+    def _save_every(self) -> list[Action]:
+        """The chosen interval, told to a generation that trains. One that starts is told as soon as it does."""
+        s = self.state
+        if s.interval is None or s.job != "training":
+            return []
+        return [SaveEvery(generation=s.generation, steps=s.interval.every_steps)]
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
@@ -618,6 +632,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.CheckpointCommitted: Supervisor._on_checkpoint_committed,
     ev.CheckpointFailed: Supervisor._on_checkpoint_failed,
     ev.CheckpointsFound: Supervisor._on_checkpoints_found,
+    ev.IntervalChosen: Supervisor._on_interval_chosen,
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,
     ev.WorkerHung: Supervisor._on_worker_hung,

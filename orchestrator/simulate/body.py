@@ -469,7 +469,7 @@ class Simulation:
         if steps <= 0:
             return
         spent = self.now - running.since
-        stall = steps * self._snapshot_stall_us + (spent - steps * self._step_us if upto is not None else 0)
+        save = spent - steps * self._step_us if upto is not None else 0
         running.since = self.now if upto is not None else running.since + steps * self._step_us
         first, running.step = running.step + 1, last
         self._tell(
@@ -479,10 +479,11 @@ class Simulation:
                 first=first,
                 last=last,
                 data_wait_us=0,
-                checkpoint_us=stall,
+                checkpoint_us=steps * self._snapshot_stall_us + save,
                 validation_us=0,
                 tokens=0,
                 loss_millionths=(),
+                save_us=save,
             )
         )
 

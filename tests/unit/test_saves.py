@@ -28,6 +28,16 @@ def test_a_generation_that_begins_between_two_waits_for_the_next():
     assert begin_when_wanted(SavePolicy(Interval(4)), range(6, 14)) == [8, 12]
 
 
+def test_a_new_interval_counts_from_the_next_step_on():
+    interval = Interval(10)
+    policy = SavePolicy(interval)
+    assert begin_when_wanted(policy, range(1, 16)) == [10]
+    interval.steps = 4
+    assert begin_when_wanted(policy, range(16, 26)) == [16, 20, 24]
+    interval.steps = 100
+    assert begin_when_wanted(policy, range(26, 102)) == [100]
+
+
 def test_what_could_not_begin_stays_due_once():
     policy = SavePolicy(Interval(4))
     assert [policy.wants(step, 0.0) for step in range(1, 11)] == [False] * 3 + [True] * 7  # somebody was busy
