@@ -16,7 +16,7 @@ from rich.table import Table
 
 from orchestrator.core import placement
 from orchestrator.simulate.body import Scenario
-from orchestrator.simulate.formulas import young_daly_interval
+from orchestrator.simulate.formulas import interval_steps
 from orchestrator.simulate.profile import Cause, Profile, ProfileError
 
 DAY_S = 86_400.0
@@ -176,18 +176,24 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 def intervals_wanted(made: Scenario) -> tuple[int, int | None]:
-    """Steps between snapshots and between durable saves: Young and Daly, for the failures that each tier answers."""
+    """Steps between snapshots and between durable saves: Young and Daly, for the failures that each tier answers.
+
+    A failure that memory survives costs the steps since the newest snapshot, whatever the durable interval is, and
+    one that it does not survive those since the newest save, whatever the snapshots' is. So to first order the two
+    levels part: each has the interval sqrt(2 x stall / rate) of its own failures (Benoit et al., "Towards Optimal
+    Multi-Level Checkpointing", IEEE TC 66, 2017).
+    """
     step = made.step_us / 1e6
     memory = sum(rate(made, cause) for cause in made.failures.causes if not from_store(made, cause))
     store = sum(rate(made, cause) for cause in made.failures.causes if from_store(made, cause))
     costs = made.profile.costs
 
-    def steps(often: float, stall: float) -> int:
-        return max(1, round(young_daly_interval(often, stall) / step)) if stall else 1
-
-    snapshots = steps(memory, costs.snapshot_stall.value) if made.profile.memory and memory else 0
-    shortest = math.ceil((costs.save_write.value + costs.commit.value) / step)
-    return snapshots, max(shortest, steps(store, costs.save_stall.value)) if store else None
+    snapshots, saves = 0, None
+    if made.profile.memory and memory:
+        snapshots = interval_steps(memory, costs.snapshot_stall.value, step, write=0)
+    if store:
+        saves = interval_steps(store, costs.save_stall.value, step, costs.save_write.value + costs.commit.value)
+    return snapshots, saves
 
 
 def make_plan(made: Scenario, target: float) -> Plan:
