@@ -330,7 +330,7 @@ class Controller:
             self.notice(line)
         chosen = self._retuner.note(event, decided, self._supervisor.state) if self._retuner is not None else None
         if chosen is not None:
-            self._post(chosen)
+            self._fold(chosen)
 
     async def _until_stored(self, work: Callable[[], T]) -> T:
         """The result of work on the store; while the store fails, hold: nothing is ordered, and training goes on.

@@ -110,6 +110,6 @@ def _why(now_steps: int, wanted: int, steps: int, inputs: Inputs) -> str:
     bounded = "" if steps == wanted else f", the job's bounds allow {steps}"
     return (
         f"{now_steps} steps were in force; a save stalls training for {inputs.stall_us / 1e6:.3g} s, and in "
-        f"{inputs.exposed_us / 3.6e9:.3g} h steps were lost {inputs.restores} times to a restore from the store: "
+        f"{inputs.exposed_us / 3.6e9:,.4g} h steps were lost {inputs.restores} times to a restore from the store: "
         f"Young and Daly want {wanted}{bounded}"
     )

@@ -122,7 +122,8 @@ def _node_days(figures: Figures, state: State) -> float:
 def _profile(figures: Figures, state: State, made: Scenario) -> Profile:
     """The profile with what was measured put in."""
     pace, restores = figures.pace, figures.restores
-    copied = Mean(restores["peer"].n, max(0, restores["peer"].total_us - restores["peer"].n * restores["ram"].us))
+    with_copies = restores["peer"]
+    own = restores["ram"] if restores["ram"].n else with_copies
     costs = {
         "snapshot_stall": Mean(pace.all_steps, pace.snapshots_us * made.snapshot_interval_steps),
         "save_stall": pace.save_stalls,
@@ -130,8 +131,8 @@ def _profile(figures: Figures, state: State, made: Scenario) -> Profile:
         "commit": pace.commits,
         "halt": figures.halts,
         "restart": figures.restarts,
-        "restore_ram": restores["ram"],
-        "restore_peer": copied if restores["ram"].n else Mean(),
+        "restore_ram": own,
+        "restore_peer": _beyond(with_copies, own.us),
         "restore_durable": restores["durable"],
         "provision": Mean(1, figures.provision_us or 0),
     }
@@ -148,6 +149,11 @@ def _profile(figures: Figures, state: State, made: Scenario) -> Profile:
             ),
         }
     )
+
+
+def _beyond(mean: Mean, us: int) -> Mean:
+    """What it is more than `us`."""
+    return Mean(mean.n, max(0, mean.total_us - mean.n * us))
 
 
 def _detections(figures: Figures, state: State) -> dict[str, Mean]:
@@ -168,10 +174,7 @@ def _seconds(mean: Mean, otherwise: Seconds) -> Seconds:
 
 def _failures(causes: Counter[str], figures: Figures, state: State, made: Scenario) -> Failures:
     """The run's own incidents, over the days of its mesh's nodes."""
-    mended = Mean()
-    if figures.repairs.n:
-        provision_us = figures.provision_us or 0
-        mended = Mean(figures.repairs.n, max(0, figures.repairs.total_us - figures.repairs.n * provision_us))
+    mended = _beyond(figures.repairs, figures.provision_us or 0)
     return Failures(
         title="the run's own",
         exposure=Exposure(node_days=_node_days(figures, state), source="measured"),
@@ -262,8 +265,8 @@ def show(journaled: Journaled, ends: Sequence[Plan], console: Console) -> None:
     if not ends:
         return
     console.print(
-        f"{journaled.failures} failures in {journaled.node_days:,.3g} node-days; by {CONFIDENCE:.0%} confidence one in "
-        f"{ends[1].mtbf_h:.3g} to {ends[0].mtbf_h:.3g} h (Garwood 1936)"
+        f"failures: {journaled.failures} in {journaled.node_days:,.3g} node-days; with {CONFIDENCE:.0%} confidence one "
+        f"in {ends[1].mtbf_h:.3g} to {ends[0].mtbf_h:.3g} h (Garwood 1936)"
     )
     table = Table(title="the plan at the ends of that interval", title_justify="left")
     for name in ("", "fewest failures", "most failures"):

@@ -183,7 +183,7 @@ def test_the_command_prints_where_each_figure_comes_from(tmp_path: Path) -> None
     result = shepherd("--journal", url, "--json", str(tmp_path / "plan.json"))
     assert result.exit_code == 0, result.output
     assert "measured, 66 of them" in result.stdout and "its mesh is another one" in result.stdout
-    assert re.search(r"10 failures in 0\.\d+ node-days; by 90% confidence one in [\d.]+ to [\d.]+ h", result.stdout)
+    assert re.search(r"failures: 10 in 0\.\d+ node-days; with 90% confidence one in [\d.]+ to [\d.]+ h", result.stdout)
     document = json.loads((tmp_path / "plan.json").read_text())
     assert [end["spares_wanted"] for end in document["journal"]["at_the_ends"]]
     assert document["mtbf_h"] == pytest.approx(24 * document["journal"]["node_days"] / 10 / 256, rel=0.01)
