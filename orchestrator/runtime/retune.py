@@ -91,11 +91,11 @@ def choose(checkpoint: CheckpointConfig, now_steps: int, inputs: Inputs) -> ev.I
 
 def wanted_steps(checkpoint: CheckpointConfig, inputs: Inputs) -> int:
     """By the planner's formula, whatever the job's bounds are."""
-    rate = restores_a_us(checkpoint.interval_steps * inputs.step_us, inputs)
+    rate = restores_per_us(checkpoint.interval_steps * inputs.step_us, inputs)
     return interval_steps(rate, inputs.stall_us, inputs.step_us, inputs.write_us)
 
 
-def restores_a_us(first_us: int, inputs: Inputs) -> float:
+def restores_per_us(first_us: int, inputs: Inputs) -> float:
     """The rate of failures that cost a restore from the store, by what was seen and what the job's first interval says.
 
     Few are ever seen, so the rate is a Gamma posterior (Gelman et al., Bayesian Data Analysis, section 2.6). The first

@@ -7,7 +7,7 @@ run. Durations are microseconds; what a controller that came back is told again 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,7 +100,7 @@ class Figures:
     """Steps of checkpoints that are not committed yet."""
     _lost_at: deque[int] = field(default_factory=deque)
 
-    def note(self, event: ev.Event, actions: Iterable[ac.Action]) -> None:
+    def note(self, event: ev.Event, actions: Sequence[ac.Action]) -> None:
         """Take in an event and what it was answered with."""
         if self._phase and not isinstance(event, ev.RunDeclared):
             self.exposed_us += event.at - self._at
@@ -112,7 +112,7 @@ class Figures:
                 self._ready(event)
             case ev.StepsDone() if self._phase == "training" and self._is_of_now(event.generation):
                 self._stepped(event)
-            case ev.CheckpointWritten() if event.step not in self._written_at:
+            case ev.CheckpointWritten() if any(isinstance(action, ac.CommitCheckpoint) for action in actions):
                 self.pace.writes.add(event.write_us)
                 self._written_at[event.step] = event.at
             case ev.CheckpointCommitted() if event.step in self._written_at:

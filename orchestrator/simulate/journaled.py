@@ -23,7 +23,7 @@ from orchestrator.simulate.body import DAY_US, Scenario
 from orchestrator.simulate.figures import Figures, Mean, Pace
 from orchestrator.simulate.formulas import poisson_interval
 from orchestrator.simulate.measured import EFFECTS, NotMeasured
-from orchestrator.simulate.plan import Plan, each_cause, make_plan, rate
+from orchestrator.simulate.plan import Plan, as_often, make_plan, rate
 from orchestrator.simulate.profile import Cause, Detection, Effect, Exposure, Failures, Profile, Seconds, Sign
 
 CONFIDENCE = 0.9
@@ -233,10 +233,7 @@ def _gaps(figures: Figures, profile: Profile, causes: Counter[str], same_mesh: b
 def at_ends(journaled: Journaled, target: float) -> tuple[Plan, Plan]:
     """The plan at the lowest and the highest failure rate of the interval; only after a failure was seen."""
     assert journaled.failures > 0
-    low, high = (
-        make_plan(each_cause(lambda cause, by=factor: {"count": cause.count * by})(journaled.scenario), target)  # type: ignore[misc]
-        for factor in journaled.factors
-    )
+    low, high = (make_plan(as_often(factor)(journaled.scenario), target) for factor in journaled.factors)
     return low, high
 
 

@@ -88,8 +88,7 @@ def with_mtbf(made: Scenario, hours: float) -> Scenario:
     failures_a_day = expect(made).failures_a_day
     if failures_a_day == 0:
         raise ProfileError(f"{made.failures.title}: every count is 0, so that there is no mix to scale by --mtbf")
-    factor = 24 / hours / failures_a_day
-    return each_cause(lambda cause: {"count": cause.count * factor})(made)
+    return as_often(24 / hours / failures_a_day)(made)
 
 
 def from_store(made: Scenario, cause: Cause) -> bool:
@@ -260,6 +259,11 @@ def each_cause(change: Callable[[Cause], dict[str, float]]) -> Change:
     return changed
 
 
+def as_often(factor: float) -> Change:
+    """Every failure, times a factor."""
+    return each_cause(lambda cause: {"count": cause.count * factor})
+
+
 IMPROVEMENTS: dict[str, Change] = {
     "detect failures in half the time": times(0.5, "exit", "network", "hang", "corruption"),
     "halt and restart in half the time": times(0.5, "halt", "restart"),
@@ -267,7 +271,7 @@ IMPROVEMENTS: dict[str, Change] = {
     "snapshots at half the stall": times(0.5, "snapshot_stall"),
     "saves at half the stall": times(0.5, "save_stall"),
     "saves written in half the time": times(0.5, "save_write", "commit"),
-    "half as many failures": each_cause(lambda cause: {"count": cause.count / 2}),
+    "half as many failures": as_often(0.5),
     "machines mended in half the time": each_cause(lambda cause: {"repair_s": cause.repair_s / 2}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def test_a_resume_that_has_lost_steps_counts_and_its_pause_is_no_time_to_fail_in
     assert (fold.pace.commits.us, fold.provision_us) == (1_000_000, 10_000_000)
 
 
+def test_what_a_controller_that_came_back_is_told_again_counts_once() -> None:
+    again = ("0 epoch 2", "0 found 100", "0 ready g1 step 0", "0 written g1 100", "0 committed g1 100")
+    once, twice = told(*FIRST_DAY)[0], told(*FIRST_DAY, *again, "0 steps g1 101-128")[0]
+    assert twice == once
+
+
 def test_a_stop_with_a_checkpoint_has_lost_nothing() -> None:
     saved = ("0 written g1 128", "0 committed g1 128", "0 finished g1 128 stopped")
     fold, _ = told(*FIRST_DAY, "0 stop gracefully", *saved, *NEXT_DAY[:2], "0 found 100 128", *NEXT_DAY[3:5])
@@ -162,6 +169,22 @@ def test_recoveries_of_one_interruption_lose_steps_once() -> None:
     assert fold.steps_lost == 1
     assert fold.halts == figures.Mean(2, 6 * SECOND)
     assert fold.silences_us == {153 * SECOND: 1 * SECOND}
+
+
+@pytest.mark.parametrize(
+    ("missed", "seen_by"),
+    [
+        ("_declared", test_another_mesh_has_another_pace_and_the_same_past),
+        ("_interrupted", test_recoveries_of_one_interruption_lose_steps_once),
+        ("_ordered", test_a_resume_that_has_lost_steps_counts_and_its_pause_is_no_time_to_fail_in),
+    ],
+)
+def test_figures_that_miss_something_are_seen(
+    missed: str, seen_by: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures.Figures, missed, lambda self, *told: None)
+    with pytest.raises(AssertionError):
+        seen_by()
 
 
 def written(records: list[Record], folder: Path) -> str:

@@ -123,7 +123,7 @@ def every_difference_is_a_change(patch: pytest.MonkeyPatch) -> None:
 
 
 def failures_make_it_longer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(retune, "restores_a_us", lambda first_us, i: 1 / (first_us + i.exposed_us + i.restores * SECOND))
+    patch.setattr(retune, "restores_per_us", lambda first_us, i: 1 / (first_us + i.exposed_us + i.restores * SECOND))
 
 
 def a_save_costs_what_it_writes_not_what_it_stalls(patch: pytest.MonkeyPatch) -> None:
