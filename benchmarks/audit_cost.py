@@ -32,6 +32,7 @@ from trainer.audit import Finding, StateAudit
 from trainer.loop import Session, train_step
 from trainer.numeric import set_numerics
 from trainer.parallel import build_mesh, build_stage
+from trainer.saves import Interval
 
 RESULTS = Path(__file__).parent / "results" / "audit_cost.json"
 OFF = contract.AuditConfig(at_rest=False, replicas=False)
@@ -121,6 +122,7 @@ def open_session(config: contract.WorkerConfig, folder: str) -> Session:
         audit=StateAudit(state.tensors, OFF, None),
         emit=lambda message: None,
         stop=threading.Event(),
+        interval=Interval(config.checkpoint.interval_steps),
     )
 
 

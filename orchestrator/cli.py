@@ -274,21 +274,33 @@ def plan(
     mtbf: Annotated[
         float | None, typer.Option(help="Hours between failures of the mesh; scales all causes alike.", min=0.001)
     ] = None,
+    journal: Annotated[
+        str | None, typer.Option(help="A run directory: costs and failures as that run's journal has measured them.")
+    ] = None,
     costs: Costs = "shepherd",
     failures: Failures = "llama3",
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the plan as JSON to this file.")] = None,
 ) -> None:
     """Say what goodput the job SPEC can expect, which spares and intervals it wants, and what would help most."""
     from orchestrator.observe import live
+    from orchestrator.simulate import journaled as journals
     from orchestrator.simulate import plan as plans
+    from orchestrator.simulate.measured import NotMeasured
     from orchestrator.simulate.profile import ProfileError
 
-    made = _scenario(file, set_, gpus, costs, failures)
-    with _refusals(ProfileError):
+    made, console = _scenario(file, set_, gpus, costs, failures), live.new_console()
+    with _refusals(ProfileError, NotMeasured):
+        journaled = None if journal is None else journals.read(journal, made)
+        made = made if journaled is None else journaled.scenario
         made = made if mtbf is None else plans.with_mtbf(made, mtbf)
     found = plans.make_plan(made, target)
-    plans.show(found, live.new_console())
-    _write_json(json_, found.document())
+    document = found.document()
+    if journaled is not None:
+        ends = journals.at_ends(journaled, target) if journaled.failures and mtbf is None else ()
+        journals.show(journaled, ends, console)
+        document["journal"] = journals.document(journaled, ends)
+    plans.show(found, console)
+    _write_json(json_, document)
 
 
 @app.command()

@@ -371,7 +371,13 @@ _AT_LEAST: dict[str, dict[str, float]] = {
     "data": {"seq_len": 1, "global_batch": 1, "validation_batches": 1},
     "parallel": {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "tp": 1, "microbatches": 1},
     "optimizer": {"lr": 0, "weight_decay": 0, "warmup_steps": 0, "clip_norm": 1e-12, "eps": 0, "final_lr_ratio": 0},
-    "checkpoint": {"interval_steps": 1, "snapshot_interval_steps": 1, "keep": 2},
+    "checkpoint": {
+        "interval_steps": 1,
+        "shortest_interval_steps": 1,
+        "longest_interval_steps": 1,
+        "snapshot_interval_steps": 1,
+        "keep": 2,
+    },
 }
 
 
@@ -425,6 +431,13 @@ def _problems(spec: JobSpec) -> list[str]:
             problems.append(f"optimizer.{beta} = {getattr(spec.optimizer, beta)}: must be at least 0 and below 1")
     if not 0 <= spec.optimizer.final_lr_ratio <= 1:
         problems.append(f"optimizer.final_lr_ratio = {spec.optimizer.final_lr_ratio}: must lie between 0 and 1")
+    k = spec.checkpoint
+    if k.interval == "auto" and not k.shortest_interval_steps <= k.interval_steps <= k.longest_interval_steps:
+        problems.append(
+            f'checkpoint.interval_steps = {k.interval_steps}: with interval = "auto" it is the first one, so it must '
+            f"lie between shortest_interval_steps = {k.shortest_interval_steps} and longest_interval_steps = "
+            f"{k.longest_interval_steps}"
+        )
     protocol = fsspec.core.split_protocol(spec.run.url)[0] or "file"
     if protocol not in fsspec.available_protocols():
         problems.append(f"run.url = {spec.run.url!r}: no file system for {protocol}://; use a path, s3:// or the like")

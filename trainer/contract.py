@@ -133,8 +133,14 @@ class CheckpointConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
+    interval: Literal["fixed", "auto"] = "fixed"
+    """``auto``: the controller retunes the interval, from what saves and failures have cost this run."""
     interval_steps: int = 100
-    """Steps between durable checkpoints; the last step is always checkpointed."""
+    """Steps between durable checkpoints, for ``auto`` at first; the last step is always checkpointed."""
+    shortest_interval_steps: int = 10
+    """``auto`` goes no lower."""
+    longest_interval_steps: int = 1000
+    """``auto`` goes no higher: what you would bear to lose with the memory of the whole cluster."""
     snapshot_interval_steps: int = 1
     """Steps between snapshots of each rank's own shard into the node's shared memory."""
     keep: int = 3
@@ -214,6 +220,13 @@ class Assign:
 @dataclass(frozen=True, kw_only=True)
 class Stop:
     """End at the next step boundary on which all ranks agree, with a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveEvery:
+    """To rank 0, which decides for all ranks: from the next step boundary on, save each so many steps."""
+
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +381,7 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Stop | Inject
+ToWorker = Assign | Stop | SaveEvery | Inject
 FromWorker = Phase | Restored | StepDone | Validated | ShardWritten | SaveFailed | Failed | Finished | Pulse | Injected
 
 # Exit codes of a worker process. A worker that dies of a signal has the signal's number as the kernel reports it.

@@ -26,7 +26,7 @@ from trainer import optim
 from trainer.audit import StateAudit, stop_on
 from trainer.contract import Finished, Phase, StepDone, Validated, WorkerConfig
 from trainer.parallel import Stage, forward_backward, forward_only
-from trainer.saves import Saves
+from trainer.saves import Interval, Saves
 
 if TYPE_CHECKING:
     from storage.checkpointer import Checkpointer
@@ -57,13 +57,15 @@ class Session:
     emit: Callable[[object], None]
     stop: threading.Event
     """Set when the agent has asked to stop; the loop ends at the next boundary on which all ranks agree."""
+    interval: Interval
+    """Between durable saves; the agent may change it."""
     at_rest: threading.Lock = field(default_factory=threading.Lock)
     """Who holds it finds the state at rest and as the audit recorded it: the loop keeps it from the audit's check until
     the record that follows the optimizer. Chaos takes it to flip bits at rest only."""
     saves: Saves = field(init=False)
 
     def __post_init__(self) -> None:
-        self.saves = Saves(self.config.checkpoint.interval_steps)
+        self.saves = Saves(self.interval)
 
     def phase(self, name: Literal["rendezvous", "build", "restore", "compute", "checkpoint", "validate"]) -> None:
         self.emit(Phase(generation=self.generation, rank=self.rank, step=self.state.step, phase=name))

@@ -2,7 +2,8 @@
 
 Training goes on while a save is written. Rank 0 decides when the next is wanted; its wish, and whether anybody still
 writes the one before, travel in the step's one exchange (trainer/loop.py), so that all ranks begin a save after the
-same step or none does. A failure on one rank is a failure on all, so rank 0 learns of it from its own.
+same step or none does. For the same reason a new interval need be told to rank 0 only, at any time. A failure on one
+rank is a failure on all, so rank 0 learns of it from its own.
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ TRIES = 5
 
 
 @dataclass
+class Interval:
+    """Steps between durable saves. Another thread may set it while training goes on: each step reads it once."""
+
+    steps: int
+
+
+@dataclass
 class SavePolicy:
     """Rank 0's judgement. Pure; asked once a step."""
 
-    interval_steps: int
+    interval: Interval
     _due: bool = False
     _failures: int = 0
     """Of the checkpoint that is due."""
@@ -42,7 +50,7 @@ class SavePolicy:
 
     def wants(self, step: int, now_s: float) -> bool:
         """Whether a save should begin at the boundary after `step`."""
-        if step % self.interval_steps == 0:
+        if step % self.interval.steps == 0:
             self._due, self._failures = True, 0
         return self._due and now_s >= self._not_before_s
 
@@ -64,8 +72,8 @@ def retry_wait_s(failures: int) -> float:
 class Saves:
     """The saves of one rank. For the thread that trains."""
 
-    def __init__(self, interval_steps: int) -> None:
-        self._policy = SavePolicy(interval_steps)
+    def __init__(self, interval: Interval) -> None:
+        self._policy = SavePolicy(interval)
         self._failed: bool | None = None
         """How the last save ended, as its own thread has told; None once the policy knows."""
 

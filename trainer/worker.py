@@ -43,6 +43,7 @@ from trainer.contract import (
     Phase,
     Receiver,
     Restored,
+    SaveEvery,
     Stop,
     ToWorker,
     send,
@@ -52,6 +53,7 @@ from trainer.loop import NonFiniteError, Session, train
 from trainer.numeric import numeric_class, set_numerics
 from trainer.optim import build_optimizer, set_completed_steps, set_random_state, train_state
 from trainer.parallel import build_mesh, build_stage
+from trainer.saves import Interval
 
 RECV_BYTES = 64 * 1024
 
@@ -88,6 +90,8 @@ class Agent:
         self._receiver = Receiver(ToWorker)
         self._sending = threading.Lock()
         self.stop = threading.Event()
+        self.interval = Interval(0)
+        """Between durable saves: as assigned, until the agent tells another."""
         self.on_inject: Callable[[Inject], None] | None = None
         """Called from the thread that watches the agent; None while there is no state to hurt."""
 
@@ -96,10 +100,11 @@ class Agent:
         while True:
             for message in self._receiver.feed(self._receive()):
                 assert isinstance(message, Assign), f"expected Assign first, got {message}"
+                self.interval.steps = message.config.checkpoint.interval_steps
                 return message
 
     def watch(self) -> None:
-        """From a daemon thread: set `stop` when the agent asks for it, leave with the agent when it goes."""
+        """From a daemon thread: hear what the agent asks for (`stop`, `interval`), leave with it when it goes."""
         self._sock.settimeout(AGENT_SEND_TIMEOUT_S)
         threading.Thread(target=self._watch, name="agent-watch", daemon=True).start()
 
@@ -120,6 +125,8 @@ class Agent:
             for message in messages:
                 if isinstance(message, Stop):
                     self.stop.set()
+                elif isinstance(message, SaveEvery):
+                    self.interval.steps = message.steps
                 elif isinstance(message, Inject) and self.on_inject is not None:
                     self.on_inject(message)
 
@@ -241,6 +248,7 @@ def start(assign: Assign, agent: Agent) -> Session:
         audit=audit,
         emit=agent.emit,
         stop=agent.stop,
+        interval=agent.interval,
     )
 
 

@@ -66,6 +66,14 @@ class AskStop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SaveEvery:
+    """Have durable saves begun each so many steps, in this generation and in those that follow."""
+
+    generation: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommitCheckpoint:
     """Create the commit record of `step` exclusively; answer CheckpointCommitted or CheckpointFailed."""
 
@@ -147,6 +155,7 @@ Action = (
     OpenGeneration
     | HaltGeneration
     | AskStop
+    | SaveEvery
     | CommitCheckpoint
     | DeleteCheckpoint
     | InjectFault

@@ -285,12 +285,15 @@ class StepsDone:
     last: int
     data_wait_us: int
     checkpoint_us: int
+    """Snapshots and the starts of durable saves."""
     validation_us: int
     tokens: int
     loss_millionths: tuple[int, ...]
     """Of the steps in order, nats per token; what the report's curve is drawn from."""
     straggling_us: int = 0
     """What the slowest rank computed longer than the median one."""
+    save_us: int = 0
+    """The durable saves' part of `checkpoint_us`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +338,24 @@ class CheckpointsFound:
 
     at: int
     steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalChosen:
+    """How often to save from now on, as computed from what the run has measured, with what it was computed from."""
+
+    at: int
+    every_steps: int
+    step_us: int
+    stall_us: int
+    """What a durable save costs training; mean."""
+    write_us: int
+    """From there until every rank's part is on the store; mean."""
+    restores: int
+    """How often the run has lost steps to a restore from the store."""
+    exposed_us: int
+    """Wall-clock in which they have come, without pauses and waits for nodes."""
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,6 +438,7 @@ Event = (
     | CheckpointCommitted
     | CheckpointFailed
     | CheckpointsFound
+    | IntervalChosen
     | GenerationFinished
     | StopRequested
     | NodesRefused

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.core.actions import OpenGeneration
-from orchestrator.core.events import Layout, Limits, Snapshot
+from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot
 from orchestrator.core.goodput import Ledger
 
 NodeState = Literal["spare", "active", "quarantined", "probed", "lost"]
@@ -225,6 +225,8 @@ class State:
     """By step, ascending. Only committed ones are restored from."""
     retired: int = 0
     """The newest step whose checkpoint was deleted for its age: older than what is kept there is only step 0."""
+    interval: IntervalChosen | None = None
+    """The newest choice of the steps between durable saves; None: as the job's document says."""
     saves_failed: int = 0
     """Durable saves and commits that failed since the run was first declared."""
     save_error: str = ""

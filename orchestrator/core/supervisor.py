@@ -33,6 +33,7 @@ from orchestrator.core.actions import (
     InjectFault,
     OpenGeneration,
     ReleaseNode,
+    SaveEvery,
     SetTimer,
 )
 from orchestrator.core.goodput import Label
@@ -89,6 +90,7 @@ class Supervisor:
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
+        s.interval = None  # the document may say another one now
         s.first_generation = s.generation + 1
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.replicas, s.shapes = event.layout.dp_replicate, {s.first_generation: event.layout.dp_replicate}
@@ -131,7 +133,7 @@ class Supervisor:
             again += health.probe(s, name, event.at) if node.state == "probed" else []
         for asked in s.disagreements:
             again += health.ask(s, asked, event.at)
-        return again
+        return again + self._save_every()
 
     def _on_stop_requested(self, event: ev.StopRequested) -> list[Action]:
         s = self.state
@@ -243,7 +245,7 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-        return [AskStop(generation=s.generation)] if s.stopping else []
+        return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
         s = self.state
@@ -311,6 +313,18 @@ class Supervisor:
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
         checkpoints.found(self.state, event)
         return checkpoints.retire(self.state) + self._finish_if_saved()
+
+    def _on_interval_chosen(self, event: ev.IntervalChosen) -> list[Action]:
+        assert event.every_steps >= 1, event
+        self.state.interval = event
+        return self._save_every()
+
+    def _save_every(self) -> list[Action]:
+        """The chosen interval, told to a generation that trains. One that starts is told as soon as it does."""
+        s = self.state
+        if s.interval is None or s.job != "training":
+            return []
+        return [SaveEvery(generation=s.generation, steps=s.interval.every_steps)]
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
@@ -507,6 +521,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.CheckpointCommitted: Supervisor._on_checkpoint_committed,
     ev.CheckpointFailed: Supervisor._on_checkpoint_failed,
     ev.CheckpointsFound: Supervisor._on_checkpoints_found,
+    ev.IntervalChosen: Supervisor._on_interval_chosen,
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,
     ev.WorkerHung: Supervisor._on_worker_hung,

@@ -131,11 +131,11 @@ def _time(s: Status, spec: JobSpec) -> Iterable[Family]:
 
 
 def _checkpoints(s: Status, spec: JobSpec) -> Iterable[Family]:
-    run, interval = spec.run.name, spec.checkpoint.interval_steps
+    run = spec.run.name
     age, newest = s.newest_checkpoint_age_s, s.newest_checkpoint
     yield _gauge(run, "checkpoint_step", "Step of the newest committed checkpoint.", newest)
     yield _gauge(run, "checkpoint_age_seconds", "Seconds since the newest committed checkpoint was committed.", age)
-    yield _gauge(run, "checkpoint_interval_steps", "Steps between checkpoints, as the job wants them.", interval)
+    yield _gauge(run, "checkpoint_interval_steps", "Steps between checkpoints, as it is in force.", s.save_every_steps)
     failing = "1 while the newest save or commit of a checkpoint has failed and none has succeeded since."
     yield _gauge(run, "checkpoint_failing", failing, float(bool(s.save_error)))
     text = "Saves and commits of checkpoints that failed."

@@ -89,6 +89,8 @@ def print_status(status: Status) -> None:
         f"{newest}, metrics http://{status.metrics_address}/metrics",
         markup=False,
     )
+    because = f": {status.save_every_why}" if status.save_every_why else ", as the job says"
+    console.print(f"a checkpoint each {status.save_every_steps} steps{because}", markup=False)
     if status.hold:
         hold = f"HOLD: nothing is decided until the journal can be written: {status.hold}"
         console.print(hold, style="red", markup=False)

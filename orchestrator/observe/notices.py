@@ -62,6 +62,8 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"validation loss {event.loss_millionths / 1e6:.4f} at step {event.step}"]
         case ev.CheckpointCommitted():
             return [f"checkpoint of step {event.step} is committed"]
+        case ev.IntervalChosen():
+            return [f"a checkpoint each {event.every_steps} steps from here on: {event.why}"]
         case ev.CheckpointFailed():
             return [f"checkpoint of step {event.step} failed: {event.error}"]
         case ev.FaultInjected():

@@ -254,6 +254,7 @@ def document(history: History, scores: list[Score]) -> dict[str, Any]:
         ],
         "faults": [score.document() for score in scores],
         "checkpoints": [dataclasses.asdict(row) for row in history.checkpoints.rows],
+        "intervals": [dataclasses.asdict(choice) for choice in history.checkpoints.intervals],
         "saves_failed": state.saves_failed,
     }
 

@@ -52,6 +52,8 @@ class CheckpointLog:
 
     rows: list[CheckpointRow] = field(default_factory=list)
     failures: list[SaveFailure] = field(default_factory=list)
+    intervals: list[ev.IntervalChosen] = field(default_factory=list)
+    """The controller's choices, where the job leaves the interval to it."""
 
     def note(self, event: ev.Event, actions: Sequence[Action], state: State, failed: bool) -> None:
         """Take in an event after which the supervisor is in `state`; `failed`: it has counted a failed save."""
@@ -67,6 +69,8 @@ class CheckpointLog:
             case ev.CheckpointsFound():
                 for step in event.steps:
                     self._committed(step, event.at, state)
+            case ev.IntervalChosen():
+                self.intervals.append(event)
             case ev.CheckpointFailed() if failed:
                 self.failures.append(SaveFailure(at=event.at, step=event.step, error=event.error))
         for action in actions:

@@ -88,6 +88,10 @@ class Status:
     newest_checkpoint: int | None
     """The step that a restore from durable storage would take; one beyond the last step belongs to a longer run."""
     newest_checkpoint_age_s: float | None
+    save_every_steps: int
+    """Between durable checkpoints, as it is in force."""
+    save_every_why: str
+    """The reason for it, where the controller has chosen it."""
     saves_failed: int
     save_error: str
     """The newest failure of a save; empty once a later one has succeeded."""
@@ -109,6 +113,7 @@ def status_of(
     state: State,
     *,
     at: int,
+    save_every_steps: int,
     hold: str,
     failure: str,
     ended: bool,
@@ -152,6 +157,8 @@ def status_of(
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
         newest_checkpoint=newest_step,
         newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,
+        save_every_steps=save_every_steps,
+        save_every_why=state.interval.why if state.interval is not None else "",
         saves_failed=state.saves_failed,
         save_error=state.save_error,
         hold=hold,

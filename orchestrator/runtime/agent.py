@@ -279,6 +279,17 @@ class Agent:
         if self._fold is not None and self._fold.generation == generation:
             await asyncio.to_thread(self._workers.stop_gracefully)
 
+    async def save_every(self, epoch: int, generation: int, steps: int) -> None:
+        """Tell rank 0, which is on this node, how often all ranks are to save.
+
+        Raises:
+            LookupError: its worker has ended.
+            OSError: the worker does not take the order.
+        """
+        self._accept(epoch)
+        if self._fold is not None and self._fold.generation == generation:
+            await asyncio.to_thread(self._workers.send, 0, contract.SaveEvery(steps=steps))
+
     async def inject(self, epoch: int, order: InjectFault) -> str:
         """Chaos: do the harm that was ordered; what was done, or nothing when the worker itself will tell.
 

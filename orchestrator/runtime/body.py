@@ -33,6 +33,7 @@ from orchestrator.core.actions import (
     OpenGeneration,
     ProbeNode,
     ReleaseNode,
+    SaveEvery,
     SetTimer,
     Transfer,
 )
@@ -135,6 +136,7 @@ class Body:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._rests_until: dict[str, float] = {}
         """Ray nodes that have just been lost, and when they may be tried again."""
+        self._save_every_steps = spec.checkpoint.interval_steps
         self._retired: dict[int, None] = {}
         """Steps of checkpoints that are to be deleted, and are not yet."""
         self._joins: set[asyncio.Task[Any]] = set()
@@ -210,6 +212,11 @@ class Body:
             case AskStop():
                 for node in self.fold.nodes if self.fold else ():
                     self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))
+            case SaveEvery():
+                self._save_every_steps = action.steps
+                if self.fold is not None:  # rank 0 decides for all, and fills the first node's first slot
+                    order = (self._epoch, action.generation, action.steps)
+                    self._spawn(self._order(self.fold.nodes[0], "save_every", *order))
             case CommitCheckpoint():
                 self._spawn(self._commit(action))
             case DeleteCheckpoint():
@@ -247,8 +254,9 @@ class Body:
             self._post(ev.GenerationFailed(at=0, generation=action.generation, node="", error=error))
 
     def _plans(self, action: OpenGeneration, host: str, port: int) -> list[tuple[str, NodeAssignment]]:
-        spec = self._spec
-        config = dataclasses.replace(spec.worker_config, data_digest=self._data_digest)
+        spec, config = self._spec, self._spec.worker_config
+        checkpoint = dataclasses.replace(config.checkpoint, interval_steps=self._save_every_steps)
+        config = dataclasses.replace(config, checkpoint=checkpoint, data_digest=self._data_digest)
         restore = contract.Restore(
             source=action.source,  # type: ignore[arg-type]
             step=action.step,
@@ -403,6 +411,8 @@ class Body:
         self._used_names = set(state.nodes)
         self._leaving = set(state.leaving)
         self._drained = {name[:NAME_LENGTH] for name in state.drained}
+        if state.interval is not None:
+            self._save_every_steps = state.interval.every_steps
         if state.order is not None:
             self.fold = MeshFold(
                 generation=state.generation,

@@ -42,6 +42,7 @@ from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
+from orchestrator.runtime.retune import Retuner, in_force
 from orchestrator.spec import JobSpec, parse
 from storage.commits import list_commits
 from storage.redact import redact_logging, redacted
@@ -84,6 +85,8 @@ class Controller:
         self._spec: JobSpec = parse(spec_document)
         self._token, self._detached = token, detached
         self._supervisor = Supervisor()
+        checkpoint = self._spec.checkpoint
+        self._retuner = Retuner(checkpoint) if checkpoint.interval == "auto" else None
         self._inbox: asyncio.Queue[ev.Event] = asyncio.Queue(maxsize=INBOX_EVENTS)
         self._notices: deque[tuple[int, str]] = deque(maxlen=NOTICES)
         self._noticed = time.time_ns() // 1000  # rises also over a restart, so that the driver misses nothing
@@ -233,6 +236,8 @@ class Controller:
         self._journal = await self._until_stored(lambda: journals.Journal(url, tail, claim.epoch))
         records = self._journal.records
         self._supervisor = await asyncio.to_thread(journals.replay, records)
+        if self._retuner is not None:
+            await asyncio.to_thread(self._retuner.recall, records)
         self._last_at = records[-1].event.at if records else 0
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
         self._metrics_port = self._serve_metrics(restarted)
@@ -337,6 +342,9 @@ class Controller:
         self._orders += [(event.at, action) for action in decided]
         for line in notices(event, decided, self._supervisor.state):
             self.notice(line)
+        chosen = self._retuner.note(event, decided, self._supervisor.state) if self._retuner is not None else None
+        if chosen is not None:
+            self._fold(chosen)
 
     async def _until_stored(self, work: Callable[[], T]) -> T:
         """The result of work on the store; while the store fails, hold: nothing is ordered, and training goes on.
@@ -480,6 +488,7 @@ class Controller:
         return status_of(
             self._supervisor.state,
             at=self._now(),
+            save_every_steps=in_force(self._spec.checkpoint, self._supervisor.state),
             hold=redacted(self._hold),
             failure=redacted(self._failure),
             ended=self._ended.is_set(),

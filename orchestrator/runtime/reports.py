@@ -49,6 +49,8 @@ class NodeStep:
     loss: float | None
     grad_norm: float | None
     lr: float | None
+    save_us: int = 0
+    """The durable save's part of `checkpoint_us`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,7 @@ class NodeFold:
             loss=teller.loss if teller else None,
             grad_norm=teller.grad_norm if teller else None,
             lr=teller.lr if teller else None,
+            save_us=max(r.save_us for r in ranks),
         )
 
 
@@ -344,6 +347,7 @@ class MeshFold:
                 validation_us=_slowest(steps, "validation_us"),
                 tokens=sum(max((n.tokens for n in nodes), default=0) for nodes in steps),
                 loss_millionths=tuple(round(loss * 1_000_000) for loss in losses),
+                save_us=_slowest(steps, "save_us"),
             )
         ]
 

@@ -529,7 +529,7 @@ class Simulation:
         if steps <= 0:
             return
         spent = self.now - running.since
-        stall = steps * self._snapshot_stall_us + (spent - steps * running.step_us if upto is not None else 0)
+        save = spent - steps * running.step_us if upto is not None else 0
         running.since = self.now if upto is not None else running.since + steps * running.step_us
         first, running.step = running.step + 1, last
         done = ev.StepsDone(
@@ -538,10 +538,11 @@ class Simulation:
             first=first,
             last=last,
             data_wait_us=0,
-            checkpoint_us=stall,
+            checkpoint_us=steps * self._snapshot_stall_us + save,
             validation_us=0,
             tokens=0,
             loss_millionths=(),
+            save_us=save,
             straggling_us=steps * self._straggling_us(running),
         )
         if self.scenario.profile.delivery is None:

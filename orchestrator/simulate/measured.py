@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from statistics import fmean
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
@@ -19,6 +18,7 @@ from orchestrator.core.state import Evidence, Incident, State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.runtime.journal import Record
 from orchestrator.simulate.body import Scenario
+from orchestrator.simulate.figures import Figures, Mean, Pace
 from orchestrator.simulate.harm import DAY_US, Strike
 from orchestrator.simulate.profile import (
     Costs,
@@ -57,7 +57,6 @@ class _Generation:
     order: ac.OpenGeneration
     opened_at: int
     ready_at: int | None = None
-    restore_us: int = 0
     last_step_at: int = 0
     heard_at: int = 0
     """When the mesh was last known to be well: of its last step, or of a save that it has written."""
@@ -67,18 +66,10 @@ class _Generation:
 @dataclass
 class _Notes:
     generations: list[_Generation] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    """Microseconds and number of steps, of reports that are not a generation's first."""
-    first_steps: list[tuple[int, int]] = field(default_factory=list)
-    stalls_us: int = 0
-    halts_us: list[int] = field(default_factory=list)
-    writes_us: list[int] = field(default_factory=list)
     saves_us: dict[tuple[int, int], int] = field(default_factory=dict)
     """Generation and step to the time from the step's end until the save was whole."""
     saved: list[int] = field(default_factory=list)
     """Steps of checkpoints, but for the run's last, which is saved wherever it ends."""
-    lost_at: list[int] = field(default_factory=list)
-    repairs_us: list[int] = field(default_factory=list)
     interrupted: tuple[int, str] | None = None
     """When the incident that is open was detected, while its causes are gathered."""
 
@@ -91,23 +82,24 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
     """
     if sum(isinstance(record.event, ev.RunDeclared) for record in records) != 1:
         raise NotMeasured("the run was resumed, or never declared")
-    notes, core = _Notes(), Supervisor()
+    notes, figures, core = _Notes(), Figures(), Supervisor()
     goodput = 0.0
     for record in records:
         before = core.state.job
         core.handle(record.event)
         actions = [action_from_json(action) for action in record.actions]
         _note(notes, core.state, before, record.event, actions)
+        figures.note(record.event, actions)
         if isinstance(record.event, ev.StepsDone):
             ledger = core.state.ledger
             goodput = ledger.totals["productive"] / ledger.owed
-    if not notes.steps:
+    if not figures.pace.steps.n:
         raise NotMeasured("no step was told by itself")
     state = core.state
     assert state.layout is not None and state.limits is not None
-    step_us, stall_us, warm_up_us = _pace(notes)
-    provision_us = notes.generations[0].opened_at - state.began_at
-    repair_us = max(0, round(fmean(notes.repairs_us)) - provision_us) if notes.repairs_us else NEVER_US
+    step_us, stall_us, warm_up_us = _pace(figures.pace)
+    assert figures.provision_us is not None
+    repair_us = max(0, figures.repairs.us - figures.provision_us) if figures.repairs.n else NEVER_US
     return Measured(
         goodput=goodput,
         incidents=tuple(state.incidents),
@@ -117,7 +109,7 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
             step_us=step_us,
             checkpoint_interval_steps=_interval(notes.saved) or state.high_water,
             snapshot_interval_steps=snapshot_interval_steps,
-            profile=_profile(notes, state, stall_us * snapshot_interval_steps, warm_up_us),
+            profile=_profile(figures, state, stall_us * snapshot_interval_steps, warm_up_us),
             failures=Failures(title="the run's own", exposure=Exposure(node_days=1, source="not used"), causes=()),
             days=LONGEST_DAYS,
             seed=0,
@@ -136,26 +128,18 @@ def _note(notes: _Notes, state: State, before: str, event: ev.Event, actions: It
     newest = notes.generations[-1] if notes.generations else None
     match event:
         case ev.GenerationReady() if newest is not None and before == "starting" and state.job == "training":
-            newest.ready_at, newest.restore_us = event.at, event.restore_us
-            newest.last_step_at = newest.heard_at = event.at
+            newest.ready_at = newest.last_step_at = newest.heard_at = event.at
         case ev.StepsDone() if newest is not None and before == "training" and newest.ready_at is not None:
-            kind = notes.first_steps if newest.last_step_at == newest.ready_at else notes.steps
-            kind.append((event.at - newest.last_step_at, event.last - event.first + 1))
-            notes.stalls_us += event.data_wait_us + event.checkpoint_us + event.validation_us
             newest.last_step_at = newest.heard_at = event.at
         case ev.CheckpointWritten():
-            notes.writes_us.append(event.write_us)
             if newest is not None and before == "training" and event.generation == newest.order.generation:
                 newest.heard_at = event.at
                 took = event.at - newest.last_step_at if state.step == event.step else event.write_us
                 notes.saves_us[event.generation, event.step] = took
             notes.saved += [event.step] if event.step < state.total_steps else []
-        case ev.NodeLost():
-            notes.lost_at.append(event.at)
-            if newest is not None and event.node not in newest.order.nodes and before in ("starting", "training"):
+        case ev.NodeLost() if newest is not None and before in ("starting", "training"):
+            if event.node not in newest.order.nodes:
                 newest.strikes.append(_of_a_spare(newest, event.at, state.step))
-        case ev.NodeJoined() if notes.lost_at:
-            notes.repairs_us.append(event.at - notes.lost_at.pop(0))
     failed = state.job in ("halting", "waiting") or any(isinstance(action, ac.OpenGeneration) for action in actions)
     if newest is not None and before in ("starting", "training") and failed:
         notes.interrupted = (event.at, before)
@@ -174,8 +158,6 @@ def _end(notes: _Notes, generation: _Generation, state: State) -> None:
     if notes.interrupted is None or incident is None:
         return
     (at, phase), notes.interrupted = notes.interrupted, None
-    if incident.halted_at is not None:
-        notes.halts_us.append(incident.halted_at - at)
     evidence = incident.evidence or incident.answered
     places = {name: place for place, name in enumerate(generation.order.nodes)}
     lost = [e for e in evidence if e.node in places and e.kind == "node"]
@@ -218,41 +200,37 @@ def _interval(saved: Sequence[int]) -> int:
     return max(gaps, key=lambda gap: (gaps[gap], -gap), default=0)
 
 
-def _pace(notes: _Notes) -> tuple[int, int, int]:
+def _pace(pace: Pace) -> tuple[int, int, int]:
     """Microseconds of a step without its stalls, of its stalls, and that a generation's first step takes longer."""
-    us, steps = (sum(column) for column in zip(*notes.steps, strict=True))
-    all_steps = steps + sum(n for _, n in notes.first_steps)
-    stall = notes.stalls_us // all_steps
-    whole = us // steps
-    extra = [us - n * whole for us, n in notes.first_steps]
-    return max(1, whole - stall), stall, max(0, round(fmean(extra))) if extra else 0
+    first, stall, whole = pace.first_steps, pace.stalls_us // pace.all_steps, pace.steps.us
+    extra = (first.total_us - first.n * whole) // pace.first_reports
+    return max(1, whole - stall), stall, max(0, extra)
 
 
-def _profile(notes: _Notes, state: State, snapshot_stall_us: int, warm_up_us: int) -> Profile:
-    def seconds(us: Sequence[int] | int) -> Seconds:
-        values = [us] if isinstance(us, int) else us
-        return Seconds(value=fmean(values) / 1e6 if values else 0.0, source="measured")
+def _profile(figures: Figures, state: State, snapshot_stall_us: int, warm_up_us: int) -> Profile:
+    def seconds(mean: Mean) -> Seconds:
+        return Seconds(value=mean.s, source="measured")
 
-    ready = [g for g in notes.generations if g.ready_at is not None]
-    restores = {
-        source: [g.restore_us for g in ready if (g.order.source, bool(g.order.transfers)) == source]
-        for source in (("ram", False), ("ram", True), ("durable", False))
-    }
-    own = seconds(restores["ram", False] or restores["ram", True])
-    copied = seconds(restores["ram", True])
+    def once(us: int) -> Seconds:
+        return Seconds(value=us / 1e6, source="measured")
+
+    restores = figures.restores
+    copied = seconds(restores["peer"])
+    own = seconds(restores["ram"]) if restores["ram"].n else copied
     zero = Seconds(value=0, source="not used")
+    assert figures.provision_us is not None
     costs = Costs(
-        snapshot_stall=seconds(snapshot_stall_us),
+        snapshot_stall=once(snapshot_stall_us),
         save_stall=zero,  # measured with the other stalls
-        save_write=seconds(notes.writes_us),
+        save_write=seconds(figures.pace.writes),
         commit=zero,
-        halt=seconds(notes.halts_us),
-        restart=seconds([g.ready_at - g.opened_at - g.restore_us for g in ready if g.ready_at is not None]),
-        warm_up=seconds(warm_up_us),
+        halt=seconds(figures.halts),
+        restart=seconds(figures.restarts),
+        warm_up=once(warm_up_us),
         restore_ram=own,
         restore_peer=Seconds(value=max(0.0, copied.value - own.value), source="measured"),
-        restore_durable=seconds(restores["durable", False]),
-        provision=seconds(notes.generations[0].opened_at - state.began_at),
+        restore_durable=seconds(restores["durable"]),
+        provision=once(figures.provision_us),
     )
     return Profile(
         title="measured",

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from orchestrator.core import placement
 from orchestrator.simulate.body import Scenario
-from orchestrator.simulate.formulas import young_daly_interval
+from orchestrator.simulate.formulas import interval_steps
 from orchestrator.simulate.profile import Cause, Profile, ProfileError
 
 DAY_S = 86_400.0
@@ -88,8 +88,7 @@ def with_mtbf(made: Scenario, hours: float) -> Scenario:
     failures_a_day = expect(made).failures_a_day
     if failures_a_day == 0:
         raise ProfileError(f"{made.failures.title}: every count is 0, so that there is no mix to scale by --mtbf")
-    factor = 24 / hours / failures_a_day
-    return each_cause(lambda cause: {"count": cause.count * factor})(made)
+    return as_often(24 / hours / failures_a_day)(made)
 
 
 def from_store(made: Scenario, cause: Cause) -> bool:
@@ -176,18 +175,24 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 def intervals_wanted(made: Scenario) -> tuple[int, int | None]:
-    """Steps between snapshots and between durable saves: Young and Daly, for the failures that each tier answers."""
+    """Steps between snapshots and between durable saves: Young and Daly, for the failures that each tier answers.
+
+    A failure that memory survives costs the steps since the newest snapshot, whatever the durable interval is, and
+    one that it does not survive those since the newest save, whatever the snapshots' is. So to first order the two
+    levels part: each has the interval sqrt(2 x stall / rate) of its own failures (Benoit et al., "Towards Optimal
+    Multi-Level Checkpointing", IEEE TC 66, 2017).
+    """
     step = made.step_us / 1e6
     memory = sum(rate(made, cause) for cause in made.failures.causes if not from_store(made, cause))
     store = sum(rate(made, cause) for cause in made.failures.causes if from_store(made, cause))
     costs = made.profile.costs
 
-    def steps(often: float, stall: float) -> int:
-        return max(1, round(young_daly_interval(often, stall) / step)) if stall else 1
-
-    snapshots = steps(memory, costs.snapshot_stall.value) if made.profile.memory and memory else 0
-    shortest = math.ceil((costs.save_write.value + costs.commit.value) / step)
-    return snapshots, max(shortest, steps(store, costs.save_stall.value)) if store else None
+    snapshots, saves = 0, None
+    if made.profile.memory and memory:
+        snapshots = interval_steps(memory, costs.snapshot_stall.value, step, write=0)
+    if store:
+        saves = interval_steps(store, costs.save_stall.value, step, costs.save_write.value + costs.commit.value)
+    return snapshots, saves
 
 
 def make_plan(made: Scenario, target: float) -> Plan:
@@ -254,6 +259,11 @@ def each_cause(change: Callable[[Cause], dict[str, float]]) -> Change:
     return changed
 
 
+def as_often(factor: float) -> Change:
+    """Every failure, times a factor."""
+    return each_cause(lambda cause: {"count": cause.count * factor})
+
+
 IMPROVEMENTS: dict[str, Change] = {
     "detect failures in half the time": times(0.5, "exit", "network", "hang", "corruption"),
     "halt and restart in half the time": times(0.5, "halt", "restart"),
@@ -261,7 +271,7 @@ IMPROVEMENTS: dict[str, Change] = {
     "snapshots at half the stall": times(0.5, "snapshot_stall"),
     "saves at half the stall": times(0.5, "save_stall"),
     "saves written in half the time": times(0.5, "save_write", "commit"),
-    "half as many failures": each_cause(lambda cause: {"count": cause.count / 2}),
+    "half as many failures": as_often(0.5),
     "machines mended in half the time": each_cause(lambda cause: {"repair_s": cause.repair_s / 2}),
 }
 

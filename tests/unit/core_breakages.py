@@ -19,6 +19,24 @@ from orchestrator.core.supervisor import Supervisor
 Patch = pytest.MonkeyPatch
 
 
+def orders_are_forgotten(patch: Patch, handler: str, kind: type) -> None:
+    """One handler's answers lack the orders of this kind."""
+    whole = getattr(Supervisor, handler)
+    event = next(event for event, known in supervisor._HANDLERS.items() if known is whole)
+    patch.setitem(supervisor._HANDLERS, event, lambda core, e: [a for a in whole(core, e) if not isinstance(a, kind)])
+
+
+def the_interval_outlives_a_resume(patch: Patch) -> None:
+    whole = Supervisor._on_run_declared
+
+    def broken(core: Supervisor, event: ev.RunDeclared) -> Any:
+        interval, answer = core.state.interval, whole(core, event)
+        core.state.interval = interval
+        return answer
+
+    patch.setitem(supervisor._HANDLERS, ev.RunDeclared, broken)
+
+
 def lost_nodes_are_used(patch: Patch) -> None:
     patch.setattr(State, "usable", lambda self: tuple(self.nodes))
 

@@ -23,6 +23,7 @@ from trainer.llama import load_preset
 from trainer.loop import Session, train
 from trainer.numeric import set_numerics
 from trainer.parallel import build_mesh, build_stage
+from trainer.saves import Interval
 
 SINGLE = ParallelConfig()
 HYBRID_3D = ParallelConfig(pp=2, dp_replicate=2, tp=2, microbatches=2)
@@ -133,6 +134,7 @@ def make_session(config: WorkerConfig, messages: list[Any], *, initial: bool = T
         audit=audit,
         emit=messages.append,
         stop=threading.Event(),
+        interval=Interval(config.checkpoint.interval_steps),
     )
 
 

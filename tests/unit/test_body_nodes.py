@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import AskStop, HaltGeneration, OpenGeneration
+from orchestrator.core.actions import AskStop, HaltGeneration, OpenGeneration, SaveEvery
 from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime.body import Body
@@ -135,6 +135,45 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
     assert orders == [(1, 2, heard)]
+
+
+def assigned_intervals(body: Body) -> list[int]:
+    order = OpenGeneration(
+        generation=2, nodes=("a", "b"), source="init", step=0, snapshot_generation=0, transfers=(), reason=""
+    )
+    return [plan.config.checkpoint.interval_steps for _, plan in body._plans(order, "host", 1)]
+
+
+def test_an_interval_goes_to_rank_0s_node_and_into_what_is_assigned_from_then_on(tmp_path, monkeypatch):
+    told: list[tuple[Any, ...]] = []
+
+    async def call(ref: Any, deadline_s: float) -> None:
+        told.append(ref)
+
+    monkeypatch.setattr(bodies, "call", call)
+
+    async def work() -> None:
+        body = body_of(tmp_path, [])
+        for name in ("a", "b"):
+            actor = SimpleNamespace(save_every=SimpleNamespace(remote=lambda *args, name=name: (name, *args)))
+            body.agents[name] = AgentHandle(node=name, ray_node="x", actor=actor, group=None)
+        body.fold = MeshFold(generation=1, nodes=("a", "b"), ranks=2, done=0)
+        assert assigned_intervals(body) == [100, 100]
+        body.perform(SaveEvery(generation=1, steps=37))
+        await asyncio.gather(*body._tasks)
+        assert assigned_intervals(body) == [37, 37]
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert told == [("a", 1, 1, 37)]
+
+
+def test_a_controller_that_comes_back_assigns_the_interval_that_was_chosen(tmp_path):
+    chosen = ev.IntervalChosen(
+        at=0, every_steps=37, step_us=1, stall_us=1, write_us=1, restores=0, exposed_us=1, why=""
+    )
+    body = body_of(tmp_path, [])
+    asyncio.run(body.adopt(State(interval=chosen)))
+    assert assigned_intervals(body) == [37, 37]
 
 
 @pytest.mark.parametrize("unclean", [{}, {1: 3}, {2: 3}])

@@ -56,6 +56,7 @@ class World:
         """Cleared: the store neither works nor fails."""
         self.answers.set()
         self.swept = 0
+        self.checkpoint: dict[str, Any] = {}
         self.body = RecordingBody()
         write = journals.write_exclusive
 
@@ -93,7 +94,8 @@ class World:
         patch.setattr(Controller, "_begin", begin)
 
     async def open(self) -> None:
-        document = {"run": {"name": "r", "url": self.url, "steps": 99}, "model": {"preset": "tiny"}}
+        run_ = {"name": "r", "url": self.url, "steps": 99}
+        document = {"run": run_, "model": {"preset": "tiny"}, "checkpoint": self.checkpoint}
         self.controller = Controller(spec_document=document, token="t", detached=True)
         await self.until(lambda status: status.run == "r")
         await self.tell(ev.NodeJoined(at=0, node="a", domain="", snapshots={}))

@@ -195,6 +195,17 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "committed": lambda at, w: ev.CheckpointCommitted(at=at, step=int(w[1]), epoch=1, generation=_g(w[0])),
     # unsaved STEP ERROR
     "unsaved": lambda at, w: ev.CheckpointFailed(at=at, step=int(w[0]), error=" ".join(w[1:])),
+    # interval STEPS WHY
+    "interval": lambda at, w: ev.IntervalChosen(
+        at=at,
+        every_steps=int(w[0]),
+        step_us=0,
+        stall_us=0,
+        write_us=0,
+        restores=0,
+        exposed_us=0,
+        why=" ".join(w[1:]),
+    ),
     # finished gN STEP completed|stopped
     "finished": lambda at, w: ev.GenerationFinished(at=at, generation=_g(w[0]), step=int(w[1]), reason=w[2]),
     # stop gracefully|now
@@ -225,6 +236,8 @@ def _told(action: ac.Action, now: int) -> str:
             return f"{verb} g{action.generation} on {' '.join(action.nodes)}\n    {action.reason}"
         case ac.AskStop():
             return f"ask g{action.generation} to stop"
+        case ac.SaveEvery():
+            return f"save each {action.steps} steps in g{action.generation}"
         case ac.CommitCheckpoint():
             damaged = ", replacing the damaged one" if action.replaces_damaged else ""
             return f"commit step {action.step} of g{action.generation} in epoch {action.epoch}{damaged}"
@@ -257,8 +270,9 @@ def _standing(supervisor: Supervisor) -> str:
             by_state.setdefault(s.standing(name), []).append(name)
     nodes = "; ".join(f"{state} {' '.join(names)}" for state, names in by_state.items())
     failing = f"; saving fails: {s.save_error}" if s.save_error else ""
+    every = f"; a save each {s.interval.every_steps} steps" if s.interval is not None else ""
     rungs = f" ({', then '.join(s.incident.rungs)})" if s.incident is not None and s.incident.rungs else ""
-    return f"= {s.job}{rungs}, step {s.step}; {nodes or 'no nodes'}{failing}"
+    return f"= {s.job}{rungs}, step {s.step}; {nodes or 'no nodes'}{failing}{every}"
 
 
 def play(text: str) -> str:
@@ -300,6 +314,21 @@ def test_a_changed_answer_is_seen() -> None:
     text = TRACES[0].read_text()
     changed: Any = text.replace("open g1", "open g2", 1)
     assert changed != text and play(changed) == text
+
+
+@pytest.mark.parametrize("moment", ["_on_interval_chosen", "_on_generation_ready", "_on_epoch_began"])
+def test_an_interval_that_is_not_told_at_one_of_its_moments_is_seen(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (GOLDEN / "interval_retuned.trace").read_text()
+    core_breakages.orders_are_forgotten(monkeypatch, moment, ac.SaveEvery)
+    assert play(text) != text
+
+
+def test_an_interval_that_outlives_the_document_it_was_chosen_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "interval_retuned.trace").read_text()
+    core_breakages.the_interval_outlives_a_resume(monkeypatch)
+    assert play(text) != text
 
 
 def test_what_is_being_restored_from_must_not_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:

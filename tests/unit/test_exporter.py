@@ -86,6 +86,8 @@ PICTURE = Status(
     checkpoints=(20, 40),
     newest_checkpoint=40,
     newest_checkpoint_age_s=12.0,
+    save_every_steps=20,
+    save_every_why="Young and Daly want 20",
     saves_failed=4,
     save_error="step 40: No space left on device: /secret/path",
     hold="",
@@ -157,7 +159,7 @@ def test_a_scrape_shows_the_whole_picture(loop):
         "shepherd_hold": 0,
         "shepherd_checkpoint_age_seconds": 12,
         "shepherd_checkpoint_step": 40,
-        "shepherd_checkpoint_interval_steps": 100,
+        "shepherd_checkpoint_interval_steps": 20,
         "shepherd_checkpoint_failing": 1,
         "shepherd_checkpoint_failures_total": 4,
         "shepherd_step_seconds": 0.5,
@@ -314,6 +316,7 @@ def picture_of(supervisor: Supervisor, at: int) -> Status:
     return status_of(
         supervisor.state,
         at=at,
+        save_every_steps=20,
         hold="",
         failure="",
         ended=False,
@@ -384,6 +387,7 @@ def test_throughput_and_step_time_are_those_of_the_newest_steps():
         status = status_of(
             Supervisor().state,
             at=0,
+            save_every_steps=20,
             hold="",
             failure="",
             ended=False,

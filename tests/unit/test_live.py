@@ -60,6 +60,13 @@ def test_what_a_program_says_of_itself_is_no_markup(capsys):
     assert "[/data/a]" in text and "no [/mnt/run]" in text
 
 
+def test_the_interval_between_checkpoints_is_shown_with_its_reason(capsys):
+    live.print_status(PICTURE)
+    assert "a checkpoint each 20 steps: Young and Daly want 20" in capsys.readouterr().out
+    live.print_status(replace(PICTURE, save_every_why=""))
+    assert "a checkpoint each 20 steps, as the job says" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("picture", "said", "unsaid"),
     [

@@ -26,7 +26,7 @@ from storage import durable_write
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, verify
 from storage.manifest import Commit, RankPart, commit_name
-from trainer import contract, saves
+from trainer import contract, loop, saves
 from trainer.contract import WorkerConfig
 from trainer.loop import NonFiniteError, Session, train, train_step
 
@@ -154,6 +154,46 @@ def train_while_rank_1_is_busy_until_step_5(config: WorkerConfig) -> tuple[list[
     session.emit = emit
     train(session, saved_step=-1)
     return messages, session.checkpointer.saved  # type: ignore[attr-defined]
+
+
+RETUNED = config_of(QUAD, n_layers=2, steps=14, checkpoint=contract.CheckpointConfig(interval_steps=5))
+
+
+def test_an_interval_that_rank_0_is_told_is_every_ranks_and_changes_no_bit() -> None:
+    untouched = on_ranks(train_and_retune, RETUNED, -1, False)
+    retuned = on_ranks(train_and_retune, RETUNED, 0, False)
+    assert [list(saved) for saved, _ in untouched] == [[5, 10, 14]] * 4
+    assert [list(saved) for saved, _ in retuned] == [[5, 9, 12, 14]] * 4, "each 3 steps, once 7 are done"
+    assert [states for _, states in retuned] == [states for _, states in untouched]
+
+
+def test_only_rank_0_decides_and_ranks_that_decided_alone_would_differ() -> None:
+    assert [list(saved) for saved, _ in on_ranks(train_and_retune, RETUNED, 2, False)] == [[5, 10, 14]] * 4
+    alone = [list(saved) for saved, _ in on_ranks(train_and_retune, RETUNED, 2, True)]
+    assert alone[0] != alone[2], "and this test would see it"
+
+
+def train_and_retune(config: WorkerConfig, told: int, alone: bool) -> tuple[dict[int, Any], dict[int, dict[str, str]]]:
+    """What was saved, and each step's state, when rank `told` is told another interval; or if each decides `alone`."""
+    states: dict[int, dict[str, str]] = {}
+    session = make_session(config, [])
+
+    def emit(message: Any) -> None:
+        if isinstance(message, contract.StepDone):
+            states[message.step] = digests(session.state)
+            if message.step == 7 and session.rank == told:
+                session.interval.steps = 3
+
+    def decide_alone(whole: Session) -> loop.StepResult:
+        result = train_step(whole)
+        return replace(result, save=whole.state.step % whole.interval.steps == 0)
+
+    session.emit = emit
+    with pytest.MonkeyPatch.context() as patch:
+        if alone:
+            patch.setattr(loop, "train_step", decide_alone)
+        train(session, saved_step=-1)
+    return session.checkpointer.saved, states  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("saved_step", [7, -1], ids=["durable", "snapshot"])

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from core_world import layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from orchestrator import spec as specs
 from orchestrator.cli import app
+from orchestrator.simulate import formulas
 from orchestrator.simulate import plan as plans
 from orchestrator.simulate.body import Scenario
 from orchestrator.simulate.outcome import simulate
@@ -79,6 +82,75 @@ def test_intervals_are_the_best_that_there_are() -> None:
     assert saves is None, "with replicas every failure of the list is answered from memory"
     for steps in (max(1, snapshots // 3), snapshots * 3):
         assert plans.expect(replace(memory, snapshot_interval_steps=steps)).goodput <= best + 1e-4
+
+
+def two_level() -> Scenario:
+    """Failures that memory survives, and others that it does not; both often enough that the intervals matter."""
+    made = plans.with_mtbf(scenario("shepherd", 2048, step_us=1_000_000), 0.5)
+    given = {name: Seconds(value=s, source="test") for name, s in (("snapshot_stall", 0.1), ("save_write", 10))}
+    costs = made.profile.costs.model_copy(update={**given, "save_stall": Seconds(value=5, source="test")})
+    return replace(made, profile=made.profile.model_copy(update={"costs": costs}))
+
+
+def best_by_search(made: Scenario, snapshots: list[int], saves: list[int]) -> float:
+    return max(
+        plans.expect(replace(made, snapshot_interval_steps=n, checkpoint_interval_steps=m)).goodput
+        for n in snapshots
+        for m in saves
+    )
+
+
+def as_wanted(made: Scenario) -> tuple[float, int, int]:
+    snapshots, saves = plans.intervals_wanted(made)
+    assert snapshots and saves is not None
+    there = replace(made, snapshot_interval_steps=snapshots, checkpoint_interval_steps=saves)
+    return plans.expect(there).goodput, snapshots, saves
+
+
+def as_wanted_of(made: Scenario, saves: int | None = None) -> Scenario:
+    snapshots, wanted = plans.intervals_wanted(made)
+    return replace(made, snapshot_interval_steps=snapshots, checkpoint_interval_steps=saves or wanted or 1)
+
+
+def test_both_tiers_together_are_where_a_search_finds_the_least_cost() -> None:
+    made = two_level()
+    goodput, snapshots, saves = as_wanted(made)
+    everywhere = best_by_search(made, list(range(1, 4 * snapshots)), list(range(12, 4 * saves, 4)))
+    assert everywhere - 5e-4 < goodput <= everywhere + 1e-6
+    assert goodput > best_by_search(made, [snapshots], [saves // 3, saves * 3]) + 5e-3, "each interval matters here"
+    assert goodput > best_by_search(made, [max(1, snapshots // 4), snapshots * 4], [saves]) + 2e-3
+
+
+def test_failures_that_memory_survives_do_not_count_against_the_durable_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = two_level()
+    _, snapshots, saves = as_wanted(made)
+    worker = [c.model_copy(update={"count": c.count * 9}) for c in made.failures.causes if c.effect == "worker"]
+    others = [c for c in made.failures.causes if c.effect != "worker"]
+    frail = replace(made, failures=made.failures.model_copy(update={"causes": (*others, *worker)}))
+    assert plans.intervals_wanted(frail)[1] == saves and plans.intervals_wanted(frail)[0] < snapshots
+    # Broken: every failure counts against the durable interval.
+    monkeypatch.setattr(plans, "from_store", lambda made, cause: True)
+    wrong = plans.intervals_wanted(frail)[1]
+    monkeypatch.undo()
+    assert wrong is not None and wrong < saves / 1.5
+    cost = plans.expect(as_wanted_of(frail)).goodput - plans.expect(as_wanted_of(frail, saves=wrong)).goodput
+    assert cost > 1e-3, "and this test would see it"
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(0, 0, 2.996), (1, 0.0513, 4.744), (5, 1.970, 10.513)])
+def test_the_interval_of_a_rate_is_garwoods(count: int, low: float, high: float) -> None:
+    assert formulas.poisson_interval(count, 0.9) == pytest.approx((low, high), abs=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 500), st.floats(0.5, 0.99))
+def test_so_many_or_more_and_so_many_or_fewer_are_as_unlikely_at_its_ends(count: int, confidence: float) -> None:
+    low, high = formulas.poisson_interval(count, confidence)
+    assert low < count < high
+    assert 1 - formulas.poisson_at_most(count - 1, low) == pytest.approx((1 - confidence) / 2, abs=1e-9)
+    assert formulas.poisson_at_most(count, high) == pytest.approx((1 - confidence) / 2, abs=1e-9)
 
 
 def test_without_replicas_a_lost_node_costs_a_restore_from_the_store() -> None:

@@ -97,6 +97,7 @@ def test_phases_are_those_that_status_shows() -> None:
         shown = status_of(
             history.state,
             at=history.state.ledger.mark,
+            save_every_steps=20,
             hold="",
             failure="",
             ended=True,

@@ -94,6 +94,7 @@ def test_durations_of_a_node_are_those_of_its_slowest_rank():
             loss=21 / 8,
             grad_norm=1.5,
             lr=0.1,
+            save_us=5,
         )
     ]
     fold.feed(step_done(0, 22))

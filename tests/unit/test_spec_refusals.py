@@ -91,6 +91,9 @@ INTEGER, NUMBER, TRUTH, TEXT = "a valid integer", "a valid number", "a valid boo
         ("optimizer", "final_lr_ratio", -0.5, "at least 0"),
         ("optimizer", "clip_norm", 0.0, "at least 1e-12"),
         ("checkpoint", "interval_steps", 0, "at least 1"),
+        ("checkpoint", "interval", "often", "'fixed' or 'auto'"),
+        ("checkpoint", "shortest_interval_steps", 0, "at least 1"),
+        ("checkpoint", "longest_interval_steps", 0, "at least 1"),
         ("checkpoint", "snapshot_interval_steps", 0, "at least 1"),
         ("audit", "finite", "no", TRUTH),
         ("cluster", "device", "tpu", "'cpu' or 'cuda'"),
@@ -186,3 +189,14 @@ def test_a_huge_number_is_refused_as_fast_as_a_small_one():
     (line,) = refusal(data={"global_batch": 10**18}, parallel={"dp_shard": 7})
     assert line.startswith("parallel.dp_replicate x dp_shard x microbatches = 7: must divide data.global_batch = 1000")
     assert len(line) < 1000
+
+
+@pytest.mark.parametrize("first", [9, 1001])
+def test_the_first_interval_that_is_to_be_retuned_lies_between_its_bounds(first):
+    (line,) = refusal(checkpoint={"interval": "auto", "interval_steps": first})
+    assert line.startswith(f"checkpoint.interval_steps = {first}: ")
+    assert "between shortest_interval_steps = 10 and longest_interval_steps = 1000" in line
+
+
+def test_bounds_do_not_bind_what_is_fixed():
+    assert specs.parse(document(checkpoint={"interval_steps": 5})).checkpoint.interval_steps == 5

@@ -185,6 +185,22 @@ def test_a_stop_that_one_worker_hears_ends_all_at_one_step_with_a_checkpoint(tmp
     assert all(member.of_type(contract.ShardWritten)[-1].step == ends[0].step for member in group)
 
 
+def test_an_interval_that_rank_0_hears_is_every_workers(tmp_path: Path) -> None:
+    (tmp_path / "ram").mkdir()
+    rare = replace(PAIR, steps=100_000, checkpoint=contract.CheckpointConfig(interval_steps=100_000))
+    with workers(rare, tmp_path, INIT) as group:
+        group[1].read_until(lambda message: isinstance(message, contract.StepDone))
+        send(group[0].sock, contract.SaveEvery(steps=4))
+        group[1].read_until(lambda message: isinstance(message, contract.ShardWritten))
+        send(group[0].sock, contract.Stop())
+        for member in group:
+            member.read_until()
+        assert [member.exit_code() for member in group] == [0, 0]
+    (saved, others) = ([m.step for m in member.of_type(contract.ShardWritten)] for member in group)
+    assert saved == others and len(saved) >= 2
+    assert all(step % 4 == 0 for step in saved[:-1])
+
+
 def test_workers_leave_with_their_agent(tmp_path: Path) -> None:
     (tmp_path / "ram").mkdir()
     with workers(replace(PAIR, steps=100_000), tmp_path, INIT) as group:
