@@ -5,9 +5,9 @@ decides, and has the decisions carried out (`body.py`). One loop, one brain:
 
     inbox -> handle -> journal -> (durable) -> perform
 
-The actor is detached and restarts for ever: a controller that comes back takes the next epoch, folds the journal, asks
-the agents for what it missed, and goes on. Training does not stop meanwhile. It ends itself when the run has ended, or
-when its driver has not renewed its lease.
+The actor is detached and restarts for ever: a controller that comes back takes the next epoch, folds the journal from
+its newest snapshot, asks the agents for what it missed, and goes on. Training does not stop meanwhile. It ends itself
+when the run has ended, or when its driver has not renewed its lease.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
+from orchestrator.runtime.snapshot_writer import SnapshotWriter
 from orchestrator.spec import JobSpec, parse
 from storage.commits import list_commits
 from storage.redact import redact_logging, redacted
@@ -98,6 +99,7 @@ class Controller:
         self._must_publish = False
         """Whether they have to be durable first."""
         self._tail_told = False
+        self._snapshots = SnapshotWriter(self._spec.run.url, metadata_version(), self.notice)
         self._end_asked = asyncio.Event()
         """Somebody wants an end at once, also if nothing can be decided."""
         self._replaced = False
@@ -217,9 +219,12 @@ class Controller:
         if claim.epoch == 1:
             tail.unlink(missing_ok=True)  # of a run whose directory has been deleted
         self._journal = await self._until_stored(lambda: journals.Journal(url, tail, claim.epoch))
-        records = self._journal.records
-        self._supervisor = await asyncio.to_thread(journals.replay, records)
-        self._last_at = records[-1].event.at if records else 0
+        for line in self._journal.passed_over:
+            self.notice(f"a snapshot of the core is passed over: {line}")
+        self._supervisor = await asyncio.to_thread(self._journal.replay)
+        if self._journal.records:
+            await self._snapshots.write(self._journal, self._supervisor.state)
+        self._last_at = self._supervisor.state.ledger.mark
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
         self._metrics_port = self._serve_metrics(restarted)
         found = await self._until_stored(lambda: list_commits(url))
@@ -237,8 +242,8 @@ class Controller:
             self._quarantined,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
-        if restarted and records:
-            self.notice(f"controller back in epoch {claim.epoch}, {len(records)} records replayed")
+        if restarted and self._supervisor.state.run:
+            self.notice(f"controller back in epoch {claim.epoch}, {len(self._journal.records)} records replayed")
             again = await self._decide([began, *self._survived()])
             known = {name for name, node in self._supervisor.state.nodes.items() if node.state != "lost"}
             await self._sweep(known)
@@ -292,6 +297,8 @@ class Controller:
                 events.append(self._inbox.get_nowait())
             for at, action in await self._decide(events):
                 self._perform(at, action)
+            if not self._poison:
+                self._snapshots.write_if_due(self._journal, self._supervisor.state)
             if time.monotonic() - keep_at > 0.5:
                 keep_at = time.monotonic()
                 await self._until_stored(self._journal.keep)
@@ -415,6 +422,8 @@ class Controller:
                 logger.exception("not everything was released")
                 self._failure = self._failure or f"at the end: {e!r}"
                 self.notice(f"at the end: {e!r}")
+        if self._over and not self._poison:
+            await self._snapshots.write(self._journal, self._supervisor.state)
 
     async def _sweep(self, known: set[str]) -> None:
         """End agents that the journal does not know. What Ray does not do now, the run's end will."""
