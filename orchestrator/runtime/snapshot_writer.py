@@ -21,9 +21,9 @@ from orchestrator.runtime import core_snapshots
 from orchestrator.runtime.journal import Journal, check_not_replaced
 
 SNAPSHOT_EVENTS = 10_000
-"""A controller that comes back folds these in half a second on one core."""
+"""A controller that comes back folds these in about a second."""
 SNAPSHOT_INTERVAL_S = 60.0
-"""Between two tries, at least: the copy of a state of 12,500 nodes holds the loop up for about 30 ms."""
+"""Between two tries, at least: the copy of a state of 12,500 nodes holds the loop up for 25 ms."""
 WRITE_DEADLINE_S = 15.0
 """A begin and an end wait so long for their snapshot, and then go on without."""
 

@@ -269,6 +269,16 @@ def test_the_newest_are_kept_and_segments_are_not_touched(url, tmp_path):
     assert as_log(read(url)) == as_json(log[:50])
 
 
+def test_one_that_is_deleted_while_it_is_looked_for_is_none(tmp_path, monkeypatch):
+    """By a controller that was replaced in the midst of its work."""
+    url = str(tmp_path / "run")
+    names = two_snapshots(url, tmp_path / "tail")
+    remove(url, names[0])
+    monkeypatch.setattr(core_snapshots, "names", lambda url: names)
+    again = begin(url, tmp_path / "tail")
+    assert again.passed_over == [] and again.start is not None and again.start.header.seq == 20
+
+
 # --- other code ---
 
 

@@ -28,7 +28,7 @@ MORE = (
     ("orchestrator/core/state.py", '    "lost": "gone', '    "resting": "parked",\n    "lost": "gone'),
     ("orchestrator/core/goodput.py", '    "other": "', '    "moonlight": "worked at night",\n    "other": "'),
     ("orchestrator/core/events.py", "class StepsDone:", "class StepsDone:\n    moons: int = 0"),
-    ("orchestrator/core/actions.py", "class HaltGeneration:", "class HaltGeneration:\n    gently: bool = False"),
+    ("orchestrator/core/actions.py", "class OpenGeneration:", "class OpenGeneration:\n    gently: bool = False"),
 )
 """What a newer version has more: fields, a node's state, a label."""
 OTHERWISE = (
@@ -108,7 +108,7 @@ def test_it_starts_from_the_snapshot_though_it_would_decide_older_events_otherwi
     assert (told["start"], told["records"], told["passed_over"]) == (at, records - at, [])
     ours, theirs = state_to_json(folded(LOG[:records]).state), told["state"]
     assert theirs.pop("moon") == 7 and theirs["counts"].pop("resting") == 0
-    assert theirs["ledger"]["totals"].pop("moonlight") == 0
+    assert theirs["ledger"]["totals"].pop("moonlight") == 0 and theirs["order"].pop("gently") is False
     assert theirs == ours
 
     # Back to this version: its own snapshot serves, the newer one's does not.
