@@ -123,8 +123,6 @@ def _header(lines: list[bytes], name: str) -> Header:
         raise Unusable(f"{name} is damaged: {e!r}") from e
     if digest != _sha256(_compact(document)) or header.state_digest != _sha256(text) or end:
         raise Unusable(f"{name} is damaged: a digest does not match")
-    if not name.endswith(f"-{header.seq:010d}.jsonl"):
-        raise Unusable(f"{name} is damaged: it is the snapshot of record {header.seq}")
     return header
 
 

@@ -100,11 +100,11 @@ def test_segments_before_the_snapshots_record_are_not_read(tmp_path):
     url, log = str(tmp_path / "run"), recorded(1)
     in_ten_segments(url, tmp_path / "tail")
     for name in segments(url)[:7]:
-        remove(url, f"journal/{name}")
+        Path(url, "journal", name).write_bytes(b"damaged\n")
     again = begin(url, tmp_path / "tail")
     assert digest(again.replay().state) == digest(folded(log[:60]).state)
     assert again.next_seq == 61
-    with pytest.raises(JournalError, match="record 42 is missing"):
+    with pytest.raises(JournalError, match="a line is damaged"):
         read(url)
 
 
@@ -234,6 +234,29 @@ def test_a_replaced_controllers_snapshot_is_of_no_history(url, tmp_path, late):
     assert third.passed_over == [f"{misleading}: the journal does not have its record {10 + late}"]
     assert third.start is None
     assert digest(third.replay().state) == digest(folded(log[:60]).state)
+
+
+def test_what_a_replaced_controller_writes_late_hides_no_segment(tmp_path):
+    """It begins where a segment of the history begins, which holds the snapshot's record and goes on behind it."""
+    url, log = str(tmp_path / "run"), recorded(1)
+    first = begin(url, tmp_path / "1")
+    append(first, log[:4])
+    first.publish()
+    second = begin(url, tmp_path / "2")
+    append(first, log[4:7])
+    snapshot(first, folded(log[:7]).state)
+    append(first, log[7:9])
+    with pytest.raises(JournalError, match="taken over"):
+        first.publish()
+    third = begin(url, tmp_path / "3")
+    append(second, [LATE])
+    with pytest.raises(JournalError, match="taken over"):
+        second.publish()
+    append(third, log[9:12])
+    third.close()
+    fourth = begin(url, tmp_path / "4")
+    assert fourth.start is not None and fourth.start.header.seq == 7
+    assert as_log(fourth.records) == as_json(log[7:12])
 
 
 def test_a_snapshot_of_a_record_that_was_lost_with_its_machine_is_passed_over(tmp_path):
