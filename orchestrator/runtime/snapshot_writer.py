@@ -25,7 +25,7 @@ SNAPSHOT_EVENTS = 10_000
 SNAPSHOT_INTERVAL_S = 60.0
 """Between two tries, at least: the copy of a state of 12,500 nodes holds the loop up for 25 ms."""
 WRITE_DEADLINE_S = 15.0
-"""A begin and an end wait so long for their snapshot, and then go on without."""
+"""A begin and an end wait so long for a snapshot, and then go on without."""
 
 
 class SnapshotWriter:
@@ -49,12 +49,13 @@ class SnapshotWriter:
             self._begin(journal, state)
 
     async def write(self, journal: Journal, state: State) -> None:
-        """Write a snapshot of `state`, which is the newest record's. Returns at its deadline at the latest."""
-        await self._settle()  # an older one
+        """Write a snapshot of `state`, which is the newest record's, after the one that is being written."""
+        await self.settle()
         self._begin(journal, state)
-        await self._settle()
+        await self.settle()
 
-    async def _settle(self) -> None:
+    async def settle(self) -> None:
+        """Wait until the snapshot that is being written is there, or has failed; up to the deadline."""
         if self._writing is not None:
             await asyncio.wait({self._writing}, timeout=WRITE_DEADLINE_S)
 

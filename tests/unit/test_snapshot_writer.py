@@ -57,7 +57,7 @@ class Life:
 
     async def ask(self) -> None:
         self.writer.write_if_due(self.journal, self.supervisor.state)
-        await self.writer._settle()
+        await self.writer.settle()
 
 
 def test_one_is_written_when_a_generation_is_ready_and_once_for_each(tmp_path, clock):
@@ -269,11 +269,11 @@ def test_what_a_poisoned_supervisor_knows_is_not_written(world, monkeypatch):
         monkeypatch.setattr(world.controller._supervisor, "handle", handle)
         await world.tell(steps(4))
         await world.until(lambda status: "poison" in status.hold)
-        await world.controller._snapshots._settle()
+        await world.controller._snapshots.settle()
         before = numbers(world.url)
         await world.tell(steps(5))
         await until(lambda: world.controller._inbox.empty())
-        await world.controller._snapshots._settle()
+        await world.controller._snapshots.settle()
         assert numbers(world.url) == before
 
     run(world, work)
