@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core.actions import Action
-from orchestrator.core.codec import action_to_json
 from orchestrator.core.goodput import Label
 from orchestrator.core.state import Incident, JobState, State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe.report_checkpoints import CheckpointLog
-from orchestrator.runtime.journal import Record, ReplayMismatch
+from orchestrator.runtime.journal import Record, ReplayMismatch, is_on_record
 
 PHASES: dict[str, str] = {
     "teardown": "until every worker of the old generation had ended",
@@ -234,9 +233,10 @@ class _Fold:
         try:
             actions = self._supervisor.handle(record.event)
         except Exception as e:
-            raise ReplayMismatch(f"{name}: this version of Shepherd fails on it: {e!r}") from e
-        if tuple(action_to_json(action) for action in actions) != record.actions:
-            raise ReplayMismatch(f"{name}: this version of Shepherd decides otherwise than the one that wrote it")
+            raise ReplayMismatch(f"{name}: this version of Shepherd fails on it: {e!r}", record.epoch) from e
+        if not is_on_record(actions, record):
+            otherwise = f"{name}: this version of Shepherd decides otherwise than the one that wrote it"
+            raise ReplayMismatch(otherwise, record.epoch)
         return actions
 
     # --- the run and its mesh ---

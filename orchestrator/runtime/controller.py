@@ -5,9 +5,9 @@ decides, and has the decisions carried out (`body.py`). One loop, one brain:
 
     inbox -> handle -> journal -> (durable) -> perform
 
-The actor is detached and restarts for ever: a controller that comes back takes the next epoch, folds the journal, asks
-the agents for what it missed, and goes on. Training does not stop meanwhile. It ends itself when the run has ended, or
-when its driver has not renewed its lease.
+The actor is detached and restarts for ever: a controller that comes back takes the next epoch, folds the journal from
+its newest snapshot, asks the agents for what it missed, and goes on. Training does not stop meanwhile. It ends itself
+when the run has ended, or when its driver has not renewed its lease.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -43,6 +44,7 @@ from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
 from orchestrator.runtime.retune import Retuner, in_force
+from orchestrator.runtime.snapshot_writer import SnapshotWriter
 from orchestrator.spec import JobSpec, parse
 from storage.commits import list_commits
 from storage.redact import redact_logging, redacted
@@ -101,6 +103,7 @@ class Controller:
         self._must_publish = False
         """Whether they have to be durable first."""
         self._tail_told = False
+        self._snapshots = SnapshotWriter(self._spec.run.url, metadata_version(), self.notice)
         self._end_asked = asyncio.Event()
         """Somebody wants an end at once, also if nothing can be decided."""
         self._replaced = False
@@ -234,11 +237,13 @@ class Controller:
         if claim.epoch == 1:
             tail.unlink(missing_ok=True)  # of a run whose directory has been deleted
         self._journal = await self._until_stored(lambda: journals.Journal(url, tail, claim.epoch))
-        records = self._journal.records
-        self._supervisor = await asyncio.to_thread(journals.replay, records)
-        if self._retuner is not None:
-            await asyncio.to_thread(self._retuner.recall, records)
-        self._last_at = records[-1].event.at if records else 0
+        for line in self._journal.passed_over:
+            self.notice(f"a snapshot of the core is passed over: {line}")
+        self._supervisor = await asyncio.to_thread(self._journal.replay)
+        if self._journal.records:
+            await self._snapshots.write(self._journal, self._supervisor.state)
+        await self._recall(url, tail)
+        self._last_at = self._supervisor.state.ledger.mark
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
         self._metrics_port = self._serve_metrics(restarted)
         found = await self._until_stored(lambda: list_commits(url))
@@ -256,8 +261,8 @@ class Controller:
             self._without_place,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
-        if restarted and records:
-            self.notice(f"controller back in epoch {claim.epoch}, {len(records)} records replayed")
+        if restarted and self._supervisor.state.run:
+            self.notice(f"controller back in epoch {claim.epoch}, {len(self._journal.records)} records replayed")
             again = await self._decide([began, *self._survived()])
             known = {name for name, node in self._supervisor.state.nodes.items() if node.state != "lost"}
             await self._sweep(known)
@@ -277,6 +282,16 @@ class Controller:
         for at, action in again:
             self._perform(at, action)
         self._body.start()
+
+    async def _recall(self, url: str, tail: Path) -> None:
+        """What the run has measured stands in all of its journal, also before a snapshot of the core."""
+        if self._retuner is None:
+            return
+        try:
+            records = await self._until_stored(lambda: journals.read(url, tail))
+            await asyncio.to_thread(self._retuner.recall, records)
+        except (journals.JournalError, ValueError) as e:
+            self.notice(f"what earlier controllers have measured cannot be read, and is measured anew: {e}")
 
     def _survived(self) -> list[ev.Event]:
         """Ground truth that a controller which died could not tell; what a worker did, that tells itself."""
@@ -311,6 +326,8 @@ class Controller:
                 events.append(self._inbox.get_nowait())
             for at, action in await self._decide(events):
                 self._perform(at, action)
+            if not self._poison:
+                self._snapshots.write_if_due(self._journal, self._supervisor.state)
             if time.monotonic() - keep_at > 0.5:
                 keep_at = time.monotonic()
                 await self._until_stored(self._journal.keep)
@@ -437,6 +454,8 @@ class Controller:
                 logger.exception("not everything was released")
                 self._failure = self._failure or f"at the end: {e!r}"
                 self.notice(f"at the end: {e!r}")
+        if self._over and not self._poison:
+            await self._snapshots.write(self._journal, self._supervisor.state)
 
     async def _sweep(self, known: set[str]) -> None:
         """End agents that the journal does not know. What Ray does not do now, the run's end will."""

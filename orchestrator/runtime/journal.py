@@ -3,12 +3,14 @@
 Records are JSON lines, numbered without gaps, each with a digest over itself and the record before it. They are
 gathered in a local tail that is fsynced, and go in immutable segments, created exclusively, under ``run.url``::
 
-    epochs/00000002.json                    who took over, when, with which version
+    epochs/00000002.json                    who took over, when, with which version and code
     journal/00000002-0000000137.jsonl       records 137 and on, written by epoch 2
+    snapshots/00000002-0000000136.jsonl     what the supervisor knew after record 136 (`core_snapshots.py`)
 
 A controller takes epoch N+1 by exclusive create *before* it reads. The journal is what the newest epoch has written,
 and what that follows, record by record, by their digests: whatever else a controller that was replaced still wrote, or
-left in a tail, belongs to no history. Damage breaks the chain and is named.
+left in a tail, belongs to no history. Damage breaks the chain and is named. It begins with the newest snapshot whose
+record is in that history, and folds only what follows; a report reads all records.
 
 Without its tail (another machine, a lost or full disk) a controller misses at most the last `SEGMENT_INTERVAL_S` of
 progress reports. A decision is never missing: its segment is durable before the decision is sent.
@@ -24,16 +26,18 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.core.actions import DECISIONS, Action
-from orchestrator.core.codec import action_to_json, event_from_json, event_to_json
+from orchestrator.core.codec import action_from_json, action_to_json, event_from_json, event_to_json
 from orchestrator.core.events import Event
+from orchestrator.core.state import State
 from orchestrator.core.supervisor import Supervisor
+from orchestrator.runtime import core_snapshots
+from orchestrator.runtime.core_snapshots import CoreSnapshot
+from orchestrator.runtime.journal_lines import JournalError, Line, chained, encode, read_lines, segment_name
 from storage.urls import StoreError, list_names, make_folder, read_bytes, sync_folder, write_exclusive
 
 SEGMENT_INTERVAL_S = 30.0
@@ -42,17 +46,10 @@ TAIL_INTERVAL_S = 1.0
 """Progress reports lost with the controller's process or its machine's power, at most."""
 SEGMENT_RECORDS = 10_000
 """A longer backlog goes in several segments; the largest records, of 16,384 ranks, are few and have 2 MB."""
-READERS = 16
-"""Segments that are read at once."""
 CLAIM_TRIES = 8
 """More controllers than these never begin at once: one tries again only when another has begun."""
 
-_SEGMENT = re.compile(r"(\d{8})-(\d{10})\.jsonl")
 _EPOCH = re.compile(r"(\d{8})\.json")
-
-
-class JournalError(RuntimeError):
-    """The journal cannot be read, or somebody else has taken the run over."""
 
 
 class Replaced(JournalError):
@@ -60,7 +57,12 @@ class Replaced(JournalError):
 
 
 class ReplayMismatch(JournalError):
-    """This code does not decide what the journal says was decided."""
+    """This code does not read a record of the journal, or does not decide what it says was decided."""
+
+    def __init__(self, message: str, epoch: int) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+        """Who wrote the record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +98,17 @@ def claim_epoch(url: str, version: str) -> EpochClaim:
         now = time.time_ns() // 1000
         began = json.loads(read_bytes(url, f"epochs/{min(taken):08d}.json"))["began_unix_us"] if taken else now
         document = {"epoch": epoch, "began_unix_us": began, "taken_unix_us": now, "version": version}
+        document["code"] = core_snapshots.code_digest()
         document["nonce"] = secrets.token_hex(8)  # two controllers must not write the same record
         if write_exclusive(url, f"epochs/{epoch:08d}.json", json.dumps(document).encode()):
             return EpochClaim(epoch=epoch, began_unix_us=began)
     raise JournalError(f"{url}: {CLAIM_TRIES} epochs in a row were taken by others")
+
+
+def _claimed(url: str, epoch: int) -> dict[str, str]:
+    """Version and code of the controller that took an epoch."""
+    document = json.loads(read_bytes(url, f"epochs/{epoch:08d}.json"))
+    return {"version": document["version"], "code": document.get("code", "unknown")}
 
 
 def exists(url: str) -> bool:
@@ -111,87 +120,62 @@ def read(url: str, tail: Path | None = None) -> list[Record]:
     """All valid records in order, from the segments and then from the local tail, up to the first damage of the tail.
 
     Raises:
-        JournalError: a segment is damaged or missing.
+        JournalError: a segment is damaged or missing, or holds a record that this version does not read.
     """
-    return [_record(line) for line in _read_lines(url, tail)[0]]
+    return [_record(line) for line in read_lines(url, tail, since=1)[0]]
 
 
-def _read_lines(url: str, tail: Path | None) -> tuple[list[_Line], int]:
-    """The journal's lines in order, and how many of them stand in segments."""
-    candidates: dict[int, list[_Line]] = {}
-    head: _Line | None = None
-    segments = sorted(m.groups() for name in list_names(url, "journal") if (m := _SEGMENT.fullmatch(name)))
-    names = [f"journal/{epoch}-{first}.jsonl" for epoch, first in segments]
-    # A run leaves thousands a day, and an object store answers each in tens of milliseconds.
-    with ThreadPoolExecutor(READERS) as readers:
-        contents = readers.map(partial(read_bytes, url), names)
-        segments_read = list(zip(names, segments, contents, strict=True))
-    for name, (_, first), content in segments_read:
-        for line in _segment(content, name, int(first)):
-            candidates.setdefault(line.seq, []).append(line)
-            head = line
-    lines = _history(url, head, candidates) if head is not None else []
-    in_segments = len(lines)
-    for line in _tail_lines(tail):
-        if line.follows(lines[-1] if lines else None):
-            lines.append(line)
-    return lines, in_segments
-
-
-def _history(url: str, head: _Line, candidates: dict[int, list[_Line]]) -> list[_Line]:
-    """What `head` follows, from the first record to itself."""
-    lines = [head]
-    while (seq := lines[-1].seq) > 1:
-        before = candidates.get(seq - 1)
-        if before is None:
-            raise JournalError(f"{url}: record {seq - 1} is missing, before {lines[-1].name}")
-        follows = [line for line in before if lines[-1].follows(line)]
-        if not follows:
-            names = " and ".join(dict.fromkeys(line.name for line in (*before, lines[-1])))
-            raise JournalError(f"{url}: record {seq} does not follow any record {seq - 1}: damage in {names}")
-        lines.append(follows[0])
-    if not lines[-1].follows(None):
-        raise JournalError(f"{url}: record 1 is damaged, in {lines[-1].name}")
-    return lines[::-1]
-
-
-def replay(records: Iterable[Record]) -> Supervisor:
-    """The supervisor that these records made, each decision checked against the one on record.
+def replay(records: Iterable[Record], state: State | None = None) -> Supervisor:
+    """The supervisor that these records made, from `state` on, each decision checked against the one on record.
 
     Raises:
         ReplayMismatch: this code decides differently, or refuses the record.
     """
-    supervisor = Supervisor()
+    supervisor = Supervisor(state)
     for record in records:
+        name = f"record {record.seq} ({type(record.event).__name__})"
         try:
-            actions = tuple(action_to_json(action) for action in supervisor.handle(record.event))
+            actions = supervisor.handle(record.event)
         except Exception as e:
-            raise ReplayMismatch(f"{_name(record)}: this code fails on it: {e!r}") from e
-        if actions != record.actions:
-            raise ReplayMismatch(f"{_name(record)}: on record {list(record.actions)}, decided now {list(actions)}")
+            raise ReplayMismatch(f"{name}: this code fails on it: {e!r}", record.epoch) from e
+        if not is_on_record(actions, record):
+            decided = [action_to_json(action) for action in actions]
+            on_record = f"on record {list(record.actions)}, decided now {decided}"
+            raise ReplayMismatch(f"{name}: {on_record}", record.epoch)
     return supervisor
 
 
-def _name(record: Record) -> str:
-    return f"record {record.seq} ({type(record.event).__name__})"
+def is_on_record(actions: list[Action], record: Record) -> bool:
+    """Whether these are the actions on record; a field that the writer's code did not have yet has its default."""
+    try:
+        return actions == [action_from_json(action) for action in record.actions]
+    except ValueError:
+        return False
 
 
 class Journal:
     """Appends the records of one epoch. One thread may `append` while another does the rest."""
 
     def __init__(self, url: str, tail: Path, epoch: int) -> None:
-        """Open the journal under `url` for a controller that has claimed `epoch`, and read what is there (`records`).
+        """Open the journal under `url` for a controller that has claimed `epoch`, and read what is there.
 
         Raises:
+            ReplayMismatch: a record is not one that this version reads.
             JournalError: what is there is damaged, or a newer controller has taken over.
             StoreError, OSError: the store failed; nothing is lost, try again.
         """
-        lines, kept = _read_lines(url, tail)
-        self.records = [_record(line) for line in lines]
-        self._url, self._tail_path, self._epoch = url, tail, epoch
+        self._url, self._tail_path, self.epoch = url, tail, epoch
+        self.passed_over: list[str] = []
+        """Why newer snapshots do not serve."""
+        self.start, lines, kept = self._read()
+        """The newest snapshot that does; None: the journal is read from its first record."""
+        try:
+            self.records = [_record(line) for line in lines if self.start is None or line.seq > self.start.header.seq]
+        except ReplayMismatch as e:
+            raise self._told(e) from e
         # What only the tail holds is published first, now as part of this epoch.
         self._pending = [line.raw for line in lines[kept:]]
-        self._published, self._batch = kept, 0
+        self._published, self._batch = lines[kept - 1].seq if kept else 0, 0
         self._digest = lines[-1].digest if lines else ""
         self._segment_at = self._tail_at = time.monotonic()
         self._unkept, self._tail_bytes = b"", 0
@@ -206,9 +190,55 @@ class Journal:
                 os.close(self._tail)  # it is tried again for as long as the store is away
             raise
 
+    def _read(self) -> tuple[CoreSnapshot | None, list[Line], int]:
+        """Where to start, the lines from there on, and how many of them stand in segments."""
+        for name in core_snapshots.names(self._url):
+            try:
+                snapshot = core_snapshots.read(self._url, name)
+            except FileNotFoundError:
+                continue  # who was replaced has just deleted it
+            except core_snapshots.Unusable as e:
+                self.passed_over.append(str(e))
+                continue
+            header = snapshot.header
+            lines, kept = read_lines(self._url, self._tail_path, since=header.seq)
+            if any(line.seq == header.seq and line.digest == header.record_digest for line in lines):
+                return snapshot, lines, kept
+            self.passed_over.append(f"{name}: the journal does not have its record {header.seq}")
+        return None, *read_lines(self._url, self._tail_path, since=1)
+
+    def replay(self) -> Supervisor:
+        """The supervisor as the journal leaves it. Once: it goes on with the snapshot's own state.
+
+        Raises:
+            ReplayMismatch: this code decides differently than what follows the snapshot.
+        """
+        try:
+            return replay(self.records, self.start.state if self.start is not None else None)
+        except ReplayMismatch as e:
+            raise self._told(e) from e
+
+    def _told(self, mismatch: ReplayMismatch) -> ReplayMismatch:
+        """With what is to be done, when other code wrote the record."""
+        wrote, here = (_claimed(self._url, epoch) for epoch in (mismatch.epoch, self.epoch))
+        if wrote["code"] == here["code"]:
+            return mismatch
+        told = (
+            f"{mismatch}. Shepherd {wrote['version']} (code {wrote['code'][:12]}) wrote it, this is {here['version']} "
+            f"(code {here['code'][:12]}). Fix: resume the run once with {wrote['version']} and stop it; that leaves a "
+            "snapshot of the run's end, from which this version starts"
+        )
+        return ReplayMismatch("; ".join([told, *self.passed_over]), mismatch.epoch)
+
     @property
     def next_seq(self) -> int:
         return self._published + len(self._pending) + 1
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """Number and digest of the newest record; 0 and nothing while there is none."""
+        with self._lock:
+            return self.next_seq - 1, self._digest
 
     @property
     def backlog(self) -> int:
@@ -221,12 +251,12 @@ class Journal:
             seq = self.next_seq
         document = {
             "seq": seq,
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "event": event_to_json(event),
             "actions": [action_to_json(action) for action in actions],
         }
-        self._digest = _digest(self._digest, document)
-        line = _encode(document | {"digest": self._digest})
+        self._digest = chained(self._digest, document)
+        line = encode(document | {"digest": self._digest})
         with self._lock:
             self._pending.append(line)
             self._unkept += line
@@ -286,14 +316,14 @@ class Journal:
                 # A batch that failed is tried again as it was: it may have arrived, and must then be found equal.
                 self._batch = self._batch or min(len(self._pending), SEGMENT_RECORDS)
                 lines = b"".join(self._pending[: self._batch])
-            name = f"journal/{self._epoch:08d}-{self._published + 1:010d}.jsonl"
+            name = segment_name(self.epoch, self._published + 1)
             if not write_exclusive(self._url, name, lines):
                 raise JournalError(f"{self._url}/{name} was written by somebody else")
             with self._lock:
                 self._published += self._batch
                 del self._pending[: self._batch]
                 self._batch = 0
-        check_not_replaced(self._url, self._epoch)
+        check_not_replaced(self._url, self.epoch)
         self._empty_tail()
         self._segment_at = time.monotonic()
 
@@ -324,76 +354,14 @@ def check_not_replaced(url: str, epoch: int) -> None:
         raise Replaced(f"{url}: epoch {newest} has taken over from epoch {epoch}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """A record as it stands in a file."""
-
-    name: str
-    """The file."""
-    raw: bytes
-    document: dict[str, Any]
-
-    @property
-    def seq(self) -> int:
-        return int(self.document["seq"])
-
-    @property
-    def digest(self) -> str:
-        return str(self.document["digest"])
-
-    def follows(self, before: _Line | None) -> bool:
-        """Whether this record was written after that one (None: as the first), and both are as they were written."""
-        content = {key: value for key, value in self.document.items() if key != "digest"}
-        return self.digest == _digest(before.digest if before is not None else "", content)
-
-
-def _line(raw: bytes, name: str) -> _Line:
-    """Raises ValueError when it is no record's line."""
-    document = json.loads(raw)
-    if not isinstance(document, dict) or not isinstance(document.get("seq"), int) or "digest" not in document:
-        raise ValueError(f"not a record: {raw[:80]!r}")
-    return _Line(name=name, raw=raw + b"\n", document=document)
-
-
-def _segment(raw: bytes, name: str, first: int) -> list[_Line]:
-    *whole, torn = raw.split(b"\n")
-    try:
-        lines = [_line(text, name) for text in whole]
-    except ValueError as e:
-        raise JournalError(f"{name}: a line is damaged: {e}") from e
-    if torn or [line.seq for line in lines] != list(range(first, first + max(1, len(lines)))):
-        raise JournalError(f"{name}: is cut off, or not all there")
-    return lines
-
-
-def _tail_lines(tail: Path | None) -> list[_Line]:
-    """Up to what a crash has left unfinished: a torn line, or blocks that never reached the disk."""
-    lines: list[_Line] = []
-    if tail is not None and tail.exists():
-        for text in tail.read_bytes().split(b"\n")[:-1]:
-            try:
-                lines.append(_line(text, str(tail)))
-            except ValueError:
-                break
-    return lines
-
-
-def _encode(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
-
-
-def _digest(before: str, content: dict[str, Any]) -> str:
-    """Names a record and all that came before it: half a SHA-256."""
-    return hashlib.sha256(before.encode() + _encode(content)).hexdigest()[:32]
-
-
-def _record(line: _Line) -> Record:
+def _record(line: Line) -> Record:
     content = line.document
     try:
         event = event_from_json(content["event"])
         return Record(seq=line.seq, epoch=content["epoch"], event=event, actions=tuple(content["actions"]))
     except (KeyError, TypeError, ValueError) as e:  # as it was written: the chain holds
-        raise JournalError(f"{line.name}: record {line.seq} is not one that this version reads: {e!r}") from e
+        why = f"{line.name}: record {line.seq} is not one that this version reads: {e!r}"
+        raise ReplayMismatch(why, int(content["epoch"])) from e
 
 
 __all__ = [
@@ -406,6 +374,7 @@ __all__ = [
     "check_not_replaced",
     "claim_epoch",
     "exists",
+    "is_on_record",
     "read",
     "replay",
     "tail_path",

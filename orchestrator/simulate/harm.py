@@ -120,6 +120,9 @@ def hit(sim: Simulation, node: Node, effect: Effect, detect_us: int, name: str) 
     if effect == "node":
         kill(sim, node, detect_us, name)
         return True
+    if effect == "leave":
+        sim.later(detect_us, lambda: sim.send(node.name, ev.NodeLeaving(at=sim.now, node=node.name, by=name)))
+        return True
     running = sim.running
     if running is None or not sim.fills_a_slot(node):
         return False

@@ -29,7 +29,15 @@ from orchestrator.simulate.profile import Cause, Detection, Effect, Exposure, Fa
 
 CONFIDENCE = 0.9
 """Of the interval in which the true failure rate is said to lie."""
-SIGNS: dict[Effect, Sign] = {"node": "exit", "hang": "hang", "corrupt": "corruption", "worker": "exit"}
+SIGNS: dict[Effect, Sign] = {
+    "node": "exit",
+    "worker": "exit",
+    "collective": "exit",
+    "hang": "hang",
+    "slow": "slow",
+    "corrupt": "corruption",
+    "leave": "notice",
+}
 """How a failure of this effect showed. A journal does not tell whether a lost node was dead or out of reach."""
 
 
@@ -89,7 +97,7 @@ def of_records(records: Sequence[Record], made: Scenario) -> Journaled:
     if not figures.pace.steps.n:
         raise NotMeasured("--journal: no step is told after the first, so that the run has no pace")
     incidents = [*state.incidents, *([state.incident] if state.incident is not None else [])]
-    causes = Counter(incident.cause for incident in incidents if incident.cause)
+    causes = Counter(i.cause for i in incidents if i.cause not in ("", "grow"))  # to grow back is no failure
     same_mesh = state.layout is not None and _mesh(state.layout) == _mesh(made.layout)
     measured = replace(
         made,
@@ -167,9 +175,12 @@ def _detections(figures: Figures, state: State) -> dict[str, Mean]:
     return found
 
 
-def _seconds(mean: Mean, otherwise: Seconds) -> Seconds:
+def _seconds(mean: Mean, otherwise: Seconds | None) -> Seconds | None:
+    """What was measured, else the profile's, which may say nothing."""
     if mean.n:
         return Seconds(value=mean.s, source=f"measured, {mean.n:,} of them")
+    if otherwise is None:
+        return None
     return otherwise.model_copy(update={"source": f"profile: {otherwise.source}"})
 
 
@@ -209,8 +220,8 @@ def _rows(made: Scenario, pace: Pace | None, before: Scenario, failures: int) ->
     for section in (made.profile.costs, made.profile.detection):
         prefix = "" if section is made.profile.costs else "detection, "
         for name in type(section).model_fields:
-            if name != "warm_up":  # no part of a plan
-                figure: Seconds = getattr(section, name)
+            figure: Seconds | None = getattr(section, name)
+            if name != "warm_up" and figure is not None:  # warm_up is no part of a plan
                 yield Row(figure=f"{prefix}{name}", value=f"{figure.value:.3f} s", source=figure.source)
     for cause in made.failures.causes:
         often = rate(made, cause) * 86_400
@@ -226,7 +237,7 @@ def _gaps(figures: Figures, profile: Profile, causes: Counter[str], same_mesh: b
     elif not figures.repairs.n:
         yield "no node came back after a loss: how long a repair takes is the list's"
     costs = {name: getattr(profile.costs, name) for name in type(profile.costs).model_fields if name != "warm_up"}
-    missing = [name for name, figure in costs.items() if not figure.source.startswith("measured")]
+    missing = [name for name, figure in costs.items() if figure and not figure.source.startswith("measured")]
     if missing:
         yield f"it has not measured {', '.join(missing)}: the profile's"
 

@@ -33,7 +33,14 @@ from orchestrator.simulate.profile import (
 
 LONGEST_DAYS = 10.0
 NEVER_US = round(LONGEST_DAYS * DAY_US)
-EFFECTS: dict[str, Effect] = {"node": "node", "hang": "hang", "corrupt": "corrupt"}
+EFFECTS: dict[str, Effect] = {
+    "node": "node",
+    "hang": "hang",
+    "slow": "slow",
+    "corrupt": "corrupt",
+    "collective": "collective",
+    "leave": "leave",
+}
 """Cause of an incident to what struck; every other is a worker's end."""
 
 

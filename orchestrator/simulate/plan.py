@@ -74,9 +74,15 @@ class Plan:
         return asdict(self)
 
 
+LEAVES_A_HOLE = ("node", "slow", "corrupt", "leave")
+"""Effects after which another node must take the place, with a copy of the state."""
+
+
 def rate(made: Scenario, cause: Cause) -> float:
-    """Failures of the mesh by this cause, per second."""
-    return cause.count / made.failures.exposure.node_days / DAY_S * made.layout.nodes
+    """Interruptions of the mesh by this cause, per second. An outage of the store is none."""
+    if cause.effect == "store":
+        return 0.0
+    return cause.burst * cause.count / made.failures.exposure.node_days / DAY_S * made.layout.nodes
 
 
 def with_mtbf(made: Scenario, hours: float) -> Scenario:
@@ -116,16 +122,19 @@ def expect(made: Scenario) -> Expectation:
     for cause in made.failures.causes:
         often, detect = rate(made, cause), getattr(made.profile.detection, cause.sign).value
         failures += often
-        stands = costs.halt.value + costs.restart.value
+        start = costs.restart if costs.resume is None else costs.resume
+        stands = costs.halt.value + start.value
         if from_store(made, cause):
             stands += costs.restore_durable.value
             lost = block / 2 + costs.save_write.value + costs.commit.value
         else:
-            copied = cause.effect in ("node", "corrupt")
+            copied = cause.effect in LEAVES_A_HOLE
             stands += costs.restore_ram.value + (costs.restore_peer.value if copied else 0)
             lost = step / 2 + (snapshots - 1) / 2 * step
         if cause.effect == "corrupt":
             lost += detect + step  # it trains on meanwhile; state from before the flip is restored
+        elif cause.effect == "slow":
+            lost += detect * cause.slowdown  # it trains on meanwhile, more slowly
         else:
             stands += detect
         down += often * stands
@@ -147,9 +156,14 @@ def expect(made: Scenario) -> Expectation:
 def spares_wanted(made: Scenario) -> int:
     """The fewest spares with which the mesh can be filled with SPARE_CONFIDENCE: binomial over the machines away."""
     away = sum(
-        cause.count / made.failures.exposure.node_days / DAY_S * (cause.repair_s + made.profile.costs.provision.value)
+        cause.machines
+        * cause.burst
+        * cause.count
+        / made.failures.exposure.node_days
+        / DAY_S
+        * (cause.repair_s + made.profile.costs.provision.value)
         for cause in made.failures.causes
-        if cause.effect in ("node", "corrupt")
+        if cause.effect in LEAVES_A_HOLE
     )
     share = away / (1 + away)
     spares = 0
@@ -249,7 +263,7 @@ def times(factor: float, *fields: str) -> Change:
     return change
 
 
-def each_cause(change: Callable[[Cause], dict[str, float]]) -> Change:
+def each_cause(change: Callable[[Cause], dict[str, Any]]) -> Change:
     """The fields that `change` gives for a cause, in each of the list's."""
 
     def changed(made: Scenario) -> Scenario:

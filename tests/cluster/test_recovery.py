@@ -23,8 +23,9 @@ from herd import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.chaos import faults
+from orchestrator.core.codec import digest
 from orchestrator.observe.status import Status
-from orchestrator.runtime import driver, journal
+from orchestrator.runtime import core_snapshots, driver, journal
 from orchestrator.runtime.controller import namespace_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -90,6 +91,8 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
         state = journal.replay(records[:cut]).state  # checks every decision, and the invariants after each event
         state.check()
     assert (state.exit_code, state.step) == (0, spec.run.steps)
+    end = core_snapshots.read(spec.run.url, core_snapshots.names(spec.run.url)[0])
+    assert (end.header.seq, end.header.state_digest) == (len(records), digest(state))
     await_nothing_left(tmp_path / "ram")
 
 

@@ -17,8 +17,10 @@ from test_storage_s3 import url as s3_url  # noqa: F401  (a fixture)
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
-from orchestrator.core.codec import action_to_json
-from orchestrator.runtime import journal
+from orchestrator.core.codec import action_to_json, state_to_json
+from orchestrator.core.state import State
+from orchestrator.core.supervisor import Supervisor
+from orchestrator.runtime import core_snapshots, journal
 from orchestrator.runtime.journal import Journal, claim_epoch
 from storage.urls import list_names
 
@@ -80,3 +82,17 @@ def as_json(log: Log) -> list[tuple[ev.Event, list[Any]]]:
 
 def segments(url: str) -> list[str]:
     return list_names(url, "journal")
+
+
+def folded(log: Log) -> Supervisor:
+    """The supervisor that has lived through this."""
+    supervisor = Supervisor()
+    for event, _ in log:
+        supervisor.handle(event)
+    return supervisor
+
+
+def snapshot(of: Journal, state: State) -> str:
+    """Write a snapshot after the newest record. Returns its name."""
+    core_snapshots.write(of._url, of.epoch, *of.head, "test", state_to_json(state))
+    return core_snapshots.names(of._url)[0]

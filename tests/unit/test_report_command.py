@@ -16,6 +16,7 @@ from orchestrator.observe import report_charts
 from orchestrator.observe.report import write_report
 from orchestrator.runtime import driver, journal
 from orchestrator.runtime.journal import Journal, claim_epoch
+from orchestrator.runtime.journal_lines import chained, encode
 
 
 def test_a_run_that_is_under_way_is_read_to_the_end_of_its_tail(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_journal_of_an_older_version_is_refused_in_a_line(tmp_path: Path) -> N
 
 def _of_another_version(held: Journal) -> bytes:
     document = {"seq": 2, "epoch": 1, "event": {"type": "WorkerSneezed", "at": 1}, "actions": []}
-    return journal._encode(document | {"digest": journal._digest(held._digest, document)})
+    return encode(document | {"digest": chained(held.head[1], document)})
 
 
 def test_a_journal_of_10_000_records_takes_seconds(tmp_path: Path) -> None:
