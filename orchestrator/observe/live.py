@@ -21,6 +21,9 @@ from storage.redact import redacted
 PLAIN_INTERVAL_S = 10.0
 """Between two lines of progress where there is no terminal, as in a job's log."""
 
+NODES_SHOWN = 16
+"""Of one state, by name: two lines of a terminal."""
+
 Show = Callable[[Status, list[str]], None]
 
 
@@ -89,6 +92,8 @@ def print_status(status: Status) -> None:
         f"{newest}, metrics http://{status.metrics_address}/metrics",
         markup=False,
     )
+    for line in _nodes(status):
+        console.print(line, markup=False)
     because = f": {status.save_every_why}" if status.save_every_why else ", as the job says"
     console.print(f"a checkpoint each {status.save_every_steps} steps{because}", markup=False)
     if status.hold:
@@ -96,6 +101,17 @@ def print_status(status: Status) -> None:
         console.print(hold, style="red", markup=False)
     print_incidents(console, status)
     print_ledger(console, status)
+
+
+def _nodes(status: Status) -> list[str]:
+    """The nodes by state; of many the first, since a mesh of thousands is not read."""
+    names: dict[str, list[str]] = {}
+    for name in (*status.mesh, *(name for name in status.nodes if name not in set(status.mesh))):
+        if status.nodes[name] != "lost":
+            standing = f" ({status.standings[name]})" if name in status.standings else ""
+            names.setdefault(status.nodes[name], []).append(name + standing)
+    more = {state: f" and {len(of) - NODES_SHOWN} more" if len(of) > NODES_SHOWN else "" for state, of in names.items()}
+    return [f"{state}: {', '.join(of[:NODES_SHOWN])}{more[state]}" for state, of in names.items()]
 
 
 def print_end(status: Status, log_dir: str) -> None:

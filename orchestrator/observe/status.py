@@ -79,6 +79,8 @@ class Status:
     faults: tuple[Fault, ...]
     """Chaos that was ordered, with its ground truth."""
     nodes: dict[str, str]
+    standings: dict[str, str]
+    """Of those that may hold a slot and are not in good standing; see docs/states.md."""
     strikes: dict[str, int]
     """Failures charged to each node that is not lost and has any."""
     mesh: tuple[str, ...]
@@ -153,6 +155,11 @@ def status_of(
         faults=tuple(dataclasses.replace(fault) for fault in state.faults),
         mesh=state.mesh,
         nodes={name: node.state for name, node in state.nodes.items()},
+        standings={
+            name: standing
+            for name, node in state.nodes.items()
+            if node.state in ("active", "spare") and (standing := state.standing(name)) != "good"
+        },
         strikes={name: len(times) for name, times in state.strikes.items()},
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
         newest_checkpoint=newest_step,

@@ -81,6 +81,7 @@ PICTURE = Status(
         Fault(number=3, fault="worker-kill", node="n1", slot=0, step=40, ordered_at=5),
     ),
     nodes={"n1": "active", "n2": "active", "n3": "spare", "n4": "lost", "n5": "quarantined"},
+    standings={"n2": "suspect"},
     strikes={"n2": 2, "n5": 3},
     mesh=("n1", "n2"),
     checkpoints=(20, 40),

@@ -37,6 +37,7 @@ def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):
     assert "run llama: training, step 41 of 100, generation 3, epoch 2" in text
     assert "3 of 5 places filled, newest checkpoint 40, metrics http://127.0.0.1:1/metrics" in text
     assert "HOLD: nothing is decided until the journal can be written: disk full" in text
+    assert "\nactive: n1, n2 (suspect)\nspare: n3\nquarantined: n5\n" in text
     (row,) = [line for line in text.splitlines() if line.startswith("│ 1")]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:5] == ["1", "100.0 s", "signal: signal 9", "n2", "replace"]
@@ -50,6 +51,12 @@ def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):
 def test_a_picture_without_anything_yet_can_be_printed(capsys):
     live.print_status(replace(PICTURE, incidents=(), owed_us=0, newest_checkpoint=None, loss=None, tokens_per_s=None))
     assert "newest checkpoint none" in capsys.readouterr().out
+
+
+def test_of_many_nodes_the_first_are_named(capsys):
+    mesh = tuple(f"m{n}" for n in range(2000))
+    live.print_status(replace(PICTURE, mesh=mesh, nodes=dict.fromkeys(mesh, "active"), standings={}))
+    assert "\nactive: m0, m1, m2," in (text := capsys.readouterr().out) and "m15 and 1984 more\n" in text
 
 
 def test_what_a_program_says_of_itself_is_no_markup(capsys):
