@@ -110,10 +110,15 @@ def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snap
     width, inventory = layout.slots_per_node, state.inventory
     missing: Missing = []
     holds = _Holds(snapshot)
+    complete: dict[int, None] = {}  # identities of what holds all of its own place: thousands of nodes share one
     for index, node in enumerate(mesh):
         held = inventory.get(node, ())
+        if id(held) in complete:
+            continue
         if len(held) == 1 and held[0].first in (OWN_PLACE, index * width) and held[0].slots == width and holds(held[0]):
-            continue  # as good as always
+            if held[0].first == OWN_PLACE:
+                complete[id(held)] = None
+            continue
         own = {slot for run in held if holds(run) for slot in _slots(run, index * width)}
         missing += [(node, slot) for slot in placement.slots_of(layout, index) if slot not in own]
     return missing

@@ -388,12 +388,12 @@ class Supervisor:
         alike = Held(first=OWN_PLACE, slots=s.declared_layout.slots_per_node, snapshots=snapshots)
         held = (alike,) if snapshots else ()
         s.parked = s.parked and event.parked
-        actions: list[Action] = []
-        for name in event.nodes:
-            if name in s.awaiting:
-                s.inventory[name] = held
-                actions += interruption.answered(s, event.at, name)
-        return actions
+        awaited = [name for name in event.nodes if name in s.awaiting]
+        for name in awaited:
+            s.inventory[name] = held
+        for name in awaited[:-1]:
+            del s.awaiting[name]
+        return interruption.answered(s, event.at, awaited[-1]) if awaited else []
 
     def _on_timer(self, event: ev.TimerFired) -> list[Action]:
         s = self.state

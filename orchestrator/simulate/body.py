@@ -146,6 +146,7 @@ class Simulation:
         self.machines = [Machine(number) for number in range(scenario.layout.nodes + scenario.layout.spares)]
         self.nodes: dict[str, Node] = {}
         self.running: Running | None = None
+        self.slow: dict[str, Node] = {}
         self.store_away_until = 0
         self.weights = [round(cause.count * 1_000_000) for cause in scenario.failures.causes]
         self._record = record
@@ -264,6 +265,7 @@ class Simulation:
                 self.at(action.at, lambda: self._tell(ev.TimerFired(at=self.now, timer=action.timer)))
             case ac.ReleaseNode():
                 node = self.nodes.pop(action.node, None)
+                self.slow.pop(action.node, None)
                 if node is not None and node.machine.node is node:
                     node.alive = False
                     self._free(node.machine)
@@ -378,12 +380,14 @@ class Simulation:
             if node is None:
                 continue  # let go before the order came
             stays = node.place == place and node.layout is layout and node.slots is None
+            if stays and name not in fetched and not renumbered:
+                continue
             if name in fetched:
                 node.held = (*node.held, wanted) if stays and not renumbered else (wanted,)
                 node.slots = tuple(fetched[name]) if renumbered else None
             elif renumbered and order.source == "ram":
                 node.slots = node.slots_held()
-            elif not stays:
+            else:
                 own = tuple(placement.slots_of(layout, place))
                 node.held = node.held if order.source == "ram" and node.slots_held() == own else ()
                 assert order.source != "ram" or wanted in node.held, (node, wanted)
@@ -395,8 +399,8 @@ class Simulation:
         assert running is not None
         if running.order is not order or running.phase != "starting":
             return
-        nodes = [self.nodes.get(name) for name in order.nodes]
-        if not all(node is not None and node.alive for node in nodes):
+        found = (self.nodes.get(name) for name in order.nodes)
+        if not all(node is not None and node.alive for node in found):
             return  # its loss will be told
         if order.source == "durable" and self.store_away_until > self.now:
             return self.later(harm.STORE_PATIENCE_US, lambda: harm.refuse_the_store(self, order))
@@ -414,8 +418,8 @@ class Simulation:
         if self.running is not running:
             return
         harm.strike_at(self, order, order.step)
-        for node in nodes:
-            if node is not None and node.slowdown:
+        for name, node in self.slow.items():
+            if name in running.places:
                 harm.notice_slowness(self, node)
         running.since += costs.warm_up.us
         self.later(costs.warm_up.us + running.step_us, lambda: self._first_step(running))
@@ -425,7 +429,7 @@ class Simulation:
         """A step of this mesh: fewer replicas take more microbatches each, and all wait for the slowest node."""
         s, full = self.scenario, self.scenario.layout.dp_replicate
         each = -(-full * s.microbatches // running.layout.dp_replicate)
-        slowest = max(node.slowdown for name in running.order.nodes if (node := self.nodes.get(name)) is not None)
+        slowest = max((node.slowdown for name, node in self.slow.items() if name in running.places), default=0)
         return s.step_us * each // s.microbatches * (1_000_000 + slowest) // 1_000_000 + self._snapshot_stall_us
 
     def _straggling_us(self, running: Running) -> int:
@@ -574,12 +578,13 @@ class Simulation:
         if self.scenario.profile.delivery is not None:
             return self._answer_each(order, alive)
         self._answer_each(order, [node for node in alive if node.slots is not None])
-        answers: dict[tuple[tuple[Snapshot, ...], bool], list[str]] = {}
+        answers: dict[tuple[int, bool], list[Node]] = {}
         for node in alive:
-            if node.slots is None:
+            if node.slots is None:  # by identity: thousands of nodes hold the same object
                 parked = order.park and node.name not in running.broken
-                answers.setdefault((node.held, parked), []).append(node.name)
-        for (snapshots, parked), names in answers.items():
+                answers.setdefault((id(node.held), parked), []).append(node)
+        for (_, parked), alike in answers.items():
+            names, snapshots = [node.name for node in alike], alike[0].held
             for first in range(0, len(names), FAN_IN):
                 halted = ev.NodesHalted(
                     at=self.now,

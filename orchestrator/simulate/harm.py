@@ -181,6 +181,7 @@ def _slow_down(sim: Simulation, node: Node, cause: Cause, detect_us: int) -> boo
     if running is None or running.phase != "training" or not sim.fills_a_slot(node) or node.slowdown:
         return False
     node.slowdown, node.noticed_after_us = round(cause.slowdown * 1_000_000), detect_us
+    sim.slow[node.name] = node
     sim.change_pace()
     notice_slowness(sim, node)
     return True
