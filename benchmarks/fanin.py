@@ -40,8 +40,7 @@ from orchestrator.core.supervisor import Supervisor
 from orchestrator.localcluster import OBJECT_STORE_BYTES
 from orchestrator.runtime import fanin
 from orchestrator.runtime.body import Body
-from orchestrator.runtime.collect import FAN_IN_NODES
-from orchestrator.runtime.fanin import FanIn
+from orchestrator.runtime.fanin import FAN_IN_NODES, FanIn
 from orchestrator.runtime.nodes import AgentHandle, NodeInfo
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec, parse
@@ -58,9 +57,9 @@ DIRECT_SECONDS = 2
 SENDERS = 2
 SLICES = {"together": 1, "spread": 20}
 """Moments of each second at which nodes report."""
-OPENING = 64
+OPENING = 16
 """Connections that one process opens at once."""
-LINES_IDLE_S = 10
+SETTLE_S, LINES_IDLE_S = 5, 10
 LEAD_S = 2.0
 """Before the first second begins, so that all senders stand ready."""
 DEADLINE_S = 300.0
@@ -68,7 +67,7 @@ HOST, TOKEN, EPOCH = "127.0.0.1", "benchmark", 1
 BEAT = {"told": []}
 
 fanin.BEAT_S, fanin.ANSWER_S = PACE_S * fanin.BEAT_S, PACE_S * fanin.ANSWER_S
-fanin.PATIENCE_S = 60.0  # it would run out here when other programs take the cores; it costs nothing
+fanin.PATIENCE_S = peer.HANDSHAKE_S = 60.0  # they would run out here when other programs take the cores
 
 fork = multiprocessing.get_context("fork")
 
@@ -267,8 +266,8 @@ async def hold_lines(pipe: Connection, nodes: int, addresses: list[str]) -> None
     for index in range(nodes):
         lines.append(asyncio.create_task(peer.hold_line(addresses[index % len(addresses)], TOKEN)))
         if index % OPENING == 0:
-            await asyncio.sleep(0.1)
-    await asyncio.sleep(peer.HANDSHAKE_S)
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(SETTLE_S)
     opened = psutil.Process().memory_info().rss, spent_s()
     await asyncio.sleep(LINES_IDLE_S)
     idle_s = spent_s() - opened[1]
@@ -334,6 +333,7 @@ class Direct:
 
 def directly(nodes: int) -> dict[str, Any]:
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

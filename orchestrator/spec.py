@@ -20,6 +20,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.events import Layout, Limits
+from orchestrator.runtime.fanin import FAN_IN_FROM_NODES, PATIENCE_S
 from orchestrator.runtime.hangs import Patience
 from storage.manifest import WRITE_DEADLINE_S
 from trainer.contract import (
@@ -398,6 +399,12 @@ def _problems(spec: JobSpec) -> list[str]:
             problems.append(f"optimizer.{beta} = {getattr(spec.optimizer, beta)}: must be at least 0 and below 1")
     if not 0 <= spec.optimizer.final_lr_ratio <= 1:
         problems.append(f"optimizer.final_lr_ratio = {spec.optimizer.final_lr_ratio}: must lie between 0 and 1")
+    nodes, least_s = spec.layout.nodes + c.spares, 1.5 * PATIENCE_S
+    if nodes >= FAN_IN_FROM_NODES and spec.recovery.node_silence_s < least_s:
+        problems.append(
+            f"recovery.node_silence_s = {spec.recovery.node_silence_s:g}: must be at least {least_s:g} with {nodes} "
+            f"nodes; they notice after {PATIENCE_S:g} s that one through which they report is silent"
+        )
     protocol = fsspec.core.split_protocol(spec.run.url)[0] or "file"
     if protocol not in fsspec.available_protocols():
         problems.append(f"run.url = {spec.run.url!r}: no file system for {protocol}://; use a path, s3:// or the like")

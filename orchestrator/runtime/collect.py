@@ -20,11 +20,6 @@ from storage import peer
 
 logger = logging.getLogger(__name__)
 
-FAN_IN_FROM_NODES = 256
-"""Fewer report to the controller itself. A Ray call costs it 0.8 ms of processor time, so these take a fifth of a core
-at one a second, and a quarter of a second for a step that all end at once."""
-FAN_IN_NODES = 128
-"""Nodes that one fan-in hears: 1% of a core of its node, and 98 wires to the controller for 12,500 nodes."""
 REST_S = 30.0
 """After a fan-in was lost, before the same node is made one again."""
 
@@ -49,9 +44,9 @@ class FanIns:
 
     def keep(self) -> None:
         """See to it that there are as many as the nodes of now want. They are spread, as neighbours fail together."""
-        if len(self._agents) < FAN_IN_FROM_NODES:
+        if len(self._agents) < fanin.FAN_IN_FROM_NODES:
             return
-        missing = math.ceil(len(self._agents) / FAN_IN_NODES) - len(self._tasks)
+        missing = math.ceil(len(self._agents) / fanin.FAN_IN_NODES) - len(self._tasks)
         now = time.monotonic()
         able = [
             name
@@ -66,7 +61,7 @@ class FanIns:
         name = self._group.get(node)
         if name is None:
             name = min(self._members, key=lambda fan_in: len(self._members[fan_in]), default=None)
-            if name is None or len(self._members[name]) >= FAN_IN_NODES:
+            if name is None or len(self._members[name]) >= fanin.FAN_IN_NODES:
                 return ""
             self._group[node] = name
             self._members[name][node] = None

@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 COLLECT, REPORT = "collect", "report"
 """The services' names."""
+FAN_IN_FROM_NODES = 256
+"""Fewer report to the controller itself. A Ray call costs it 0.8 ms of processor time, so these take a fifth of a core
+at one a second, and a quarter of a second for a step that all end at once."""
+FAN_IN_NODES = 128
+"""Nodes that one fan-in hears: 1% of a core of its node, and 98 wires to the controller for 12,500 nodes."""
 GATHER_S = 0.05
 """Who has something to say waits so long for others who say the same: all nodes end a step within milliseconds."""
 BEAT_S = 0.5
@@ -201,5 +206,5 @@ class FanIn:
         node = str(request["node"])
         try:
             await group.hear_out(node, wire)
-        except PeerError as e:
-            logger.info("%s reports through here no more: %s", node, e)
+        except Exception as e:  # whatever a node says, it alone is cut off
+            logger.warning("%s reports through here no more: %s: %s", node, type(e).__name__, e)

@@ -2,7 +2,7 @@
 
 When a worker's process imports trainer.loop, its `train_step` first runs the file `<run>.py` of the folder that
 SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
-imports orchestrator.runtime.collect while there is a file `fan-ins` in that folder, three nodes are many.
+imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many.
 """
 
 import importlib.abc
@@ -24,9 +24,9 @@ def _patch_loop(module):
     module.train_step = faulty
 
 
-def _patch_collect(module):
+def _patch_fan_in(module):
     if Path(os.environ["SHEPHERD_TEST_FAULTS"], "fan-ins").exists():
-        module.FAN_IN_FROM_NODES, module.FAN_IN_NODES, module.REST_S = 3, 2, 1.0
+        module.FAN_IN_FROM_NODES, module.FAN_IN_NODES = 3, 2
 
 
 class _Patch(importlib.abc.MetaPathFinder):
@@ -52,4 +52,4 @@ class _Patch(importlib.abc.MetaPathFinder):
 
 if "SHEPHERD_TEST_FAULTS" in os.environ:
     sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
-    sys.meta_path.insert(0, _Patch("orchestrator.runtime.collect", _patch_collect))
+    sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))

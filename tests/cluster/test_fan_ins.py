@@ -102,7 +102,7 @@ def test_a_run_through_fan_ins_loses_one_and_its_controller(
         job(
             "fan-ins",
             tmp_path,
-            run={"steps": 60, "validation_interval_steps": 60},
+            run={"steps": 40, "validation_interval_steps": 40},
             data={"global_batch": 6},
             parallel={"pp": 1, "dp_replicate": 6, "microbatches": 1},
             checkpoint={"interval_steps": 1000},

@@ -37,8 +37,8 @@ NODES = ("a", "b", "c")
 @pytest.fixture(autouse=True)
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three nodes have two fan-ins, and waits are short."""
-    monkeypatch.setattr(collect, "FAN_IN_FROM_NODES", 3)
-    monkeypatch.setattr(collect, "FAN_IN_NODES", 2)
+    monkeypatch.setattr(fanin, "FAN_IN_FROM_NODES", 3)
+    monkeypatch.setattr(fanin, "FAN_IN_NODES", 2)
     monkeypatch.setattr(collect, "REST_S", 0.2)
     monkeypatch.setattr(fanin, "BEAT_S", 0.05)
     monkeypatch.setattr(fanin, "GATHER_S", 0.01)
@@ -206,7 +206,7 @@ def test_when_a_fan_in_dies_its_nodes_report_by_another_way_and_nothing_is_lost(
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatch, how):
     """It is a process of its own, the only one that can be a fan-in, and hears all three."""
-    monkeypatch.setattr(collect, "FAN_IN_NODES", 3)
+    monkeypatch.setattr(fanin, "FAN_IN_NODES", 3)
 
     async def work(agents: Agents, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
