@@ -3,12 +3,12 @@
     python benchmarks/fanin.py [--nodes N] [--json PATH]
 
 Real fan-ins in a process each, a real controller's side (`FanIns`, `Body`, `MeshFold`, and `Supervisor.handle` behind
-them) in one more, real messages over TCP on this machine. Each node reports one step a second: all at the same moment,
-as nodes that train in step do, or spread over the second, as their heartbeats are. The nodes are senders in processes
-of their own, whose processor time is not counted. A small machine cannot run all of that in real time: a second of load
-is sent in PACE_S, the waits of the fan-ins are as much longer, and processor time is divided by the seconds of load.
-Without fan-ins the same reports go as Ray calls to an actor with the same controller's side in it, as fast as it
-answers.
+them) in one more, real messages over TCP on this machine. Each node reports one step a second, all at the same moment,
+as nodes that train in step do; then only heartbeats, spread over the second, as between long steps. The nodes are
+senders in processes of their own, whose processor time is not counted. A small machine cannot run all of that in real
+time: a second of load is sent in PACE_S, the waits of the fan-ins are as much longer, and processor time is divided by
+the seconds of load. Without fan-ins the same reports go as Ray calls to an actor with the same controller's side in it,
+as fast as it answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import asyncio
 import json
 import math
 import multiprocessing
-import platform
 import resource
 import statistics
 import struct
@@ -52,11 +51,10 @@ SLOTS_PER_NODE = 8
 SECONDS = 10
 PACE_S = 2.0
 """Of this machine's time for one second of the load: senders, 98 fan-ins and the controller share its cores."""
-DIRECT_SECONDS = 2
-"""Each takes one process several."""
 SENDERS = 2
-SLICES = {"together": 1, "spread": 20}
-"""Moments of each second at which nodes report."""
+LOADS = ("steps", "heartbeats")
+SLICES = 20
+"""Moments of each second at which a part of the nodes sends its heartbeat."""
 OPENING = 16
 """Connections that one process opens at once."""
 SETTLE_S, LINES_IDLE_S = 5, 10
@@ -206,13 +204,14 @@ async def send(pipe: Connection, nodes: list[int], addresses: list[str]) -> None
             wires |= dict(zip(nodes[some:], await asyncio.gather(*opening), strict=False))
         pipe.send(len(wires))
         while True:
-            began, first, slices = await asyncio.to_thread(pipe.recv)
+            load, began = await asyncio.to_thread(pipe.recv)
             await asyncio.sleep(began - time.monotonic())
             beating.cancel()
-            pipe.send(await report_steps(list(wires.items()), began, first, slices))
+            sending = report_steps if load == "steps" else spread_heartbeats
+            pipe.send(await sending(list(wires.items()), began))
             beating = asyncio.create_task(beat(wires))
-            for wire in wires.values():
-                while (await wire.receive(DEADLINE_S))["taken"] < first + SECONDS - 1:
+            for wire in wires.values() if load == "steps" else ():
+                while (await wire.receive(DEADLINE_S))["taken"] < SECONDS:
                     pass
                 await asyncio.sleep(0)
             pipe.send(len(wires))
@@ -232,18 +231,25 @@ async def beat(wires: dict[int, peer.Wire]) -> None:
         await asyncio.sleep(PACE_S)
 
 
-async def report_steps(wires: list[tuple[int, peer.Wire]], began: float, first: int, slices: int) -> dict[int, float]:
+async def report_steps(wires: list[tuple[int, peer.Wire]], began: float) -> dict[int, float]:
     """One step a second from each; when the last of them was sent."""
     sent_at = {}
-    for step in range(first, first + SECONDS):
+    for step in range(1, SECONDS + 1):
         frames = [frame({"told": [[step, encode(node_step(step, tells_loss))]]}) for tells_loss in (False, True)]
-        for part in range(slices):
-            due = began + PACE_S * (step - first + part / slices)
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            for index, wire in wires[part::slices]:
-                wire.writer.write(frames[index == 0])
+        await asyncio.sleep(max(0.0, began + PACE_S * (step - 1) - time.monotonic()))
+        for index, wire in wires:
+            wire.writer.write(frames[index == 0])
         sent_at[step] = time.monotonic()
     return sent_at
+
+
+async def spread_heartbeats(wires: list[tuple[int, peer.Wire]], began: float) -> dict[int, float]:
+    """One a second from each; when the last of them was sent."""
+    for part in range(SECONDS * SLICES):
+        await asyncio.sleep(max(0.0, began + PACE_S * part / SLICES - time.monotonic()))
+        for _, wire in wires[part % SLICES :: SLICES]:
+            wire.post(BEAT)
+    return {SECONDS: time.monotonic()}
 
 
 def frame(document: dict[str, Any]) -> bytes:
@@ -295,22 +301,20 @@ def through_fan_ins(nodes: int) -> dict[str, Any]:
     senders = [Process(send, by_fan_in[which::SENDERS], addresses) for which in range(SENDERS)]
     assert sum(sender.answer() for sender in senders) == nodes
     found: dict[str, Any] = {"fan_ins": len(fan_ins)}
-    first = 1
-    for name, slices in SLICES.items():
+    for load in LOADS:
         before = sum(together(fan_ins, "spent")), together([controller], "spent")[0][0]
         began = time.monotonic() + LEAD_S
-        sent_at = together(senders, began, first, slices)
+        sent_at = together(senders, load, began)
         assert sum(sender.answer() for sender in senders) == nodes, "not everything was taken"
         ((controller_s, done_at),) = together([controller], "spent")
-        delays = [done_at[step] - max(sent[step] for sent in sent_at) for step in range(first, first + SECONDS)]
-        last_s = max(max(sent.values()) for sent in sent_at) - began
-        found[name] = {
+        found[load] = {
             "fan_ins_s_a_second": (sum(together(fan_ins, "spent")) - before[0]) / SECONDS,
             "controller_s_a_second": (controller_s - before[1]) / SECONDS,
-            "step_to_event_s": {"median": statistics.median(delays), "max": max(delays)},
-            "late_s": last_s - PACE_S * (SECONDS - 1 / slices),
+            "wall_s_a_second": (max(sent[SECONDS] for sent in sent_at) - began) / SECONDS,
         }
-        first += SECONDS
+        if load == "steps":
+            delays = [done_at[step] - max(sent[step] for sent in sent_at) for step in range(1, SECONDS + 1)]
+            found[load]["step_to_event_s"] = {"median": statistics.median(delays), "max": max(delays)}
     for process in (*senders, controller, *fan_ins):
         process.end()
     return found
@@ -341,18 +345,21 @@ def directly(nodes: int) -> dict[str, Any]:
         logging_level="ERROR",
     )
     actor = ray.remote(Direct).remote(nodes)
-    before, began = ray.get(actor.spent.remote()), time.monotonic()
-    for step in range(1, DIRECT_SECONDS + 1):
-        calls = [actor.report.remote(name_of(n), [(step, node_step(step, n == 0))]) for n in range(nodes)]
-        ray.get(calls)
-    took_s = time.monotonic() - began
-    spent = ray.get(actor.spent.remote()) - before
+    found = {}
+    for load in LOADS:
+        before, began = ray.get(actor.spent.remote()), time.monotonic()
+        batches: list[list[tuple[int, Report]]] = [
+            [(1, node_step(1, n == 0))] if load == "steps" else [] for n in range(nodes)
+        ]
+        ray.get([actor.report.remote(name_of(n), batch) for n, batch in enumerate(batches)])
+        spent = ray.get(actor.spent.remote()) - before
+        found[load] = {
+            "controller_s_a_second": spent,
+            "us_a_report": spent / nodes * 1e6,
+            "wall_s_a_second": time.monotonic() - began,
+        }
     ray.shutdown()
-    return {
-        "controller_s_a_second": spent / DIRECT_SECONDS,
-        "us_a_report": spent / DIRECT_SECONDS / nodes * 1e6,
-        "wall_s_a_second": took_s / DIRECT_SECONDS,
-    }
+    return found
 
 
 def lines(nodes: int) -> dict[str, Any]:
@@ -363,6 +370,12 @@ def lines(nodes: int) -> dict[str, Any]:
     controller.end()
     agents.end()
     return found
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -376,33 +389,24 @@ def main() -> None:
         "through": through_fan_ins(nodes),
         "lines": lines(nodes),
         "direct": directly(nodes),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": psutil.cpu_count(),
+        "load_average": psutil.getloadavg()[1],
     }
-    direct_s = found["direct"]["controller_s_a_second"]
-    table = Table(title=f"processor seconds a second: {nodes:,} nodes that report at 1 Hz")
-    for column in ("", "fan-ins", "controller", "together", "without / with", "last report to StepsDone"):
+    table = Table(title=f"processor seconds a second: {nodes:,} nodes at 1 Hz, {found['through']['fan_ins']} fan-ins")
+    for column in ("", "fan-ins", "controller", "together", "without fan-ins", "without / with"):
         table.add_column(column, justify="right" if column else "left")
-    for name in SLICES:
-        row = found["through"][name]
-        both = row["fan_ins_s_a_second"] + row["controller_s_a_second"]
-        row["direct_over_through"] = {
-            "together": direct_s / both,
-            "controller": direct_s / row["controller_s_a_second"],
-        }
-        delay = row["step_to_event_s"]
-        table.add_row(
-            f"{found['through']['fan_ins']} fan-ins, {name}",
-            f"{row['fan_ins_s_a_second']:.2f}",
-            f"{row['controller_s_a_second']:.2f}",
-            f"{both:.2f}",
-            f"{direct_s / both:.1f}",
-            f"{delay['median'] * 1e3:.0f} ms, at most {delay['max'] * 1e3:.0f}",
-        )
-    table.add_row("none, Ray calls", "", f"{direct_s:.2f}", f"{direct_s:.2f}", "1", "never: it falls behind")
+    for load in LOADS:
+        through, direct_s = found["through"][load], found["direct"][load]["controller_s_a_second"]
+        controller_s = through["controller_s_a_second"]
+        both_s = through["fan_ins_s_a_second"] + controller_s
+        through["direct_over_through"] = {"together": direct_s / both_s, "controller": direct_s / controller_s}
+        figures = (through["fan_ins_s_a_second"], controller_s, both_s, direct_s, direct_s / both_s)
+        table.add_row(load, *(f"{figure:.2f}" for figure in figures))
     Console().print(table)
-    line = found["lines"]
+    line, delay = found["lines"], found["through"]["steps"]["step_to_event_s"]
     Console().print(
+        f"from a step's last report to StepsDone: {delay['median']:.2f} s, at most {delay['max']:.2f}\n"
         f"and {nodes:,} idle lines: {line['bytes_a_line'] / 1e3:.1f} kB and {line['open_us_a_line']:.0f} us to open "
         f"each, {line['idle_s_a_second']:.4f} processor seconds a second"
     )

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from test_body_nodes import body_of
 from test_reports_mesh import node_step
@@ -218,6 +219,7 @@ def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatc
         agents.step(21)
         await agents.all_is_taken()
         process.send_signal(how)
+        await until(lambda: is_out_of_work(process.pid))
         longest_s = 0.0
         agents.step(22)
         while any(outbox.reports() for outbox in agents.outboxes.values()):
@@ -238,6 +240,13 @@ def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatc
             await process.wait()
 
     run(tmp_path, monkeypatch, with_process)
+
+
+def is_out_of_work(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 FAN_IN_PROCESS = """
@@ -376,6 +385,31 @@ def test_an_answer_to_an_agent_waits_for_the_controllers():
             with pytest.raises(PeerError, match="silent"):
                 await member.receive(0.2)
             assert frame == {"heard": ["a"], "told": [[{"a": 5}, encode(node_step(21))]]}
+
+    alone(work)
+
+
+def test_what_is_said_while_reports_are_under_way_follows_when_they_are_taken():
+    async def work(wire: Callable[..., Any]) -> None:
+        async with wire(fanin.COLLECT, 1) as controller, wire(fanin.REPORT, 1) as member:
+
+            async def frames(count: int, taken: int) -> list[Any]:
+                """What so many frames tell, each answered with what is taken so far."""
+                told: list[Any] = []
+                for _ in range(count):
+                    told += (await controller.receive(DEADLINE_S))["told"]
+                    await controller.send({"taken": taken, "strangers": []})
+                return told
+
+            for number in (1, 2):
+                await member.send({"told": [[number, encode(node_step(20 + number))]]})
+                while not (told := await frames(1, taken=number - 1)):
+                    pass
+                assert told == [[{"a": number}, encode(node_step(20 + number))]]
+                if number == 1:
+                    await member.send({"told": [[2, encode(node_step(22))]]})
+                    assert await frames(5, taken=0) == []
+                    assert await frames(1, taken=1) == []
 
     alone(work)
 
