@@ -213,11 +213,12 @@ def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatc
         assert process.stdout is not None
         address = (await process.stdout.readline()).decode().strip()
         agents.body.agents["a"].info = info_of(address)
-        agents.body.agents["b"].line = agents.body.agents["c"].line = None
+        agents.body.agents["a"].line = asyncio.current_task()  # type: ignore[assignment]
         await agents.all_go_through()
         assert list(agents.fan_ins()) == ["a"]
         agents.step(21)
         await agents.all_is_taken()
+        calls = len(agents.directly)
         process.send_signal(how)
         await until(lambda: is_out_of_work(process.pid))
         longest_s = 0.0
@@ -227,9 +228,12 @@ def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatc
             longest_s = max(longest_s, *(now - handle.heard_at for handle in agents.body.agents.values()))
             await asyncio.sleep(0.01)
         assert agents.steps() == [21, 22]
+        assert set(agents.directly[calls:]) == set(NODES), "each has gone the direct way"
         assert longest_s < fanin.PATIENCE_S + 2.0, "and a core may be taken for a moment"
 
     async def with_process(agents: Agents) -> None:
+        for handle in agents.body.agents.values():
+            handle.line = None
         command = (sys.executable, "-c", FAN_IN_PROCESS, TOKEN)
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         try:
