@@ -20,6 +20,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.events import Layout, Limits
+from orchestrator.runtime.fanin import FAN_IN_FROM_NODES, PATIENCE_S
 from orchestrator.runtime.hangs import Patience
 from storage.manifest import WRITE_DEADLINE_S
 from trainer.contract import (
@@ -437,6 +438,12 @@ def _problems(spec: JobSpec) -> list[str]:
             f'checkpoint.interval_steps = {k.interval_steps}: with interval = "auto" it is the first one, so it must '
             f"lie between shortest_interval_steps = {k.shortest_interval_steps} and longest_interval_steps = "
             f"{k.longest_interval_steps}"
+        )
+    nodes, least_s = spec.layout.nodes + c.spares, 1.5 * PATIENCE_S
+    if nodes >= FAN_IN_FROM_NODES and spec.recovery.node_silence_s < least_s:
+        problems.append(
+            f"recovery.node_silence_s = {spec.recovery.node_silence_s:g}: must be at least {least_s:g} with {nodes} "
+            f"nodes; they notice after {PATIENCE_S:g} s that one through which they report is silent"
         )
     protocol = fsspec.core.split_protocol(spec.run.url)[0] or "file"
     if protocol not in fsspec.available_protocols():

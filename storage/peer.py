@@ -1,4 +1,5 @@
-"""One-way transfers between agents over TCP: snapshots, and lines whose end tells that a process died. No torch.
+"""Connections between nodes over TCP: copies of snapshots, lines whose end tells that a process died, and wires, on
+which two of our processes talk. No torch.
 
 Both sides prove the job's token by HMAC-SHA256 over both sides' nonces; the token itself is never sent. Frames are a
 4-byte length and a JSON object; a snapshot's payload follows its frame as raw bytes, then a closing frame. The receiver
@@ -17,7 +18,7 @@ import logging
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import xxhash
@@ -46,9 +47,12 @@ STALL_S = 15.0
 MIN_BYTES_PER_S = 12_500_000
 # Requests and headers are below 5 kB.
 MAX_FRAME_BYTES = 64 * 1024
+# On a wire: a thousand reports that are a failed worker's last words, of 16 kB each.
+MAX_WIRE_FRAME_BYTES = 16 * 1024 * 1024
 PIECE_BYTES = 1024 * 1024
-# An agent has one line to its controller and serves a few spares at a time.
-MAX_CONNECTIONS = 64
+# An agent has one line to its controller and serves a few spares at a time; as a fan-in it hears 128 nodes, and each of
+# them may come anew before its broken connection is seen as such.
+MAX_CONNECTIONS = 320
 # A line whose host vanished without a word is over after 2 + 3 x 1 s.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
 
@@ -57,11 +61,125 @@ class PeerError(RuntimeError):
     """A peer refused, broke off, or took too long."""
 
 
-class PeerServer:
-    """Serves a node's snapshots and lines to whoever proves the token."""
+class PeerRefused(PeerError):
+    """A peer that is well says no."""
 
-    def __init__(self, host: str, token: str, ram_dir: str, run: str, node: str) -> None:
-        self._host, self._token = host, token.encode()
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """A connection on which both sides have proved the token, and each sends JSON objects."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def send(self, document: dict[str, Any]) -> None:
+        """Write one frame; returns when the other side keeps up.
+
+        Raises:
+            PeerError: it does not, or the frame is longer than it would take.
+        """
+        self._write(document)
+        try:
+            await asyncio.wait_for(self.writer.drain(), STALL_S)
+        except OSError as e:
+            raise PeerError(f"the peer does not take what it is sent: {e!r}") from e
+
+    def post(self, document: dict[str, Any]) -> None:
+        """Write one short frame without waiting. Raises PeerError when the other side has left too much unread."""
+        if self.writer.transport.get_write_buffer_size() > MAX_FRAME_BYTES:
+            self.cut()
+            raise PeerError("the peer does not take what it is sent")
+        self._write(document)
+
+    def _write(self, document: dict[str, Any]) -> None:
+        body = json.dumps(document, separators=(",", ":")).encode()
+        if len(body) > MAX_WIRE_FRAME_BYTES:
+            raise PeerError(f"frame of {len(body)} bytes, at most {MAX_WIRE_FRAME_BYTES}")
+        self.writer.write(struct.pack("<I", len(body)) + body)
+
+    async def receive(self, within_s: float) -> dict[str, Any]:
+        """The next frame.
+
+        Raises:
+            PeerRefused: it says that the other side refuses.
+            PeerError: there is none within the time, the connection ended, or it is not as it should be.
+        """
+        try:
+            async with asyncio.timeout(within_s):
+                return await _receive(self.reader, MAX_WIRE_FRAME_BYTES)
+        except (OSError, EOFError) as e:
+            raise PeerError(f"the peer has gone, or is silent: {e!r}") from e
+
+    async def deliver(self, take: Callable[[dict[str, Any]], None]) -> None:
+        """Call `take` with each frame, until the wire ends. The other side must not have sent any yet.
+
+        For who hears many: without a task that wakes for each frame it costs half as much.
+
+        Raises:
+            Exception: what `take` raised, or what is wrong with the frame; the wire is cut.
+        """
+        frames = _Frames(take, self.writer.transport)
+        self.writer.transport.set_protocol(frames)
+        await frames.ended
+
+    def cut(self) -> None:
+        self.writer.transport.abort()
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts what comes into frames, in place of the stream that the connection began with; writing stays with that."""
+
+    def __init__(self, take: Callable[[dict[str, Any]], None], transport: asyncio.WriteTransport) -> None:
+        self._take, self._transport = take, transport
+        self._stream = transport.get_protocol()
+        self._buffer = bytearray()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        try:
+            while len(self._buffer) >= 4 and not self.ended.done():
+                (length,) = struct.unpack_from("<I", self._buffer)
+                _check_length(length, MAX_WIRE_FRAME_BYTES)
+                if len(self._buffer) < 4 + length:
+                    return
+                body = bytes(self._buffer[4 : 4 + length])
+                del self._buffer[: 4 + length]
+                self._take(_document(body))
+        except Exception as e:
+            self._end(e)
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(None)
+        self._stream.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._stream.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stream.resume_writing()
+
+    def _end(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+Service = Callable[[dict[str, Any], Wire], Awaitable[None]]
+"""Serves one wire whose request is the first argument, until it returns."""
+
+
+class PeerServer:
+    """Serves a node's snapshots and lines to whoever proves the token, and what `services` has by the request's op."""
+
+    def __init__(
+        self, host: str, token: str, ram_dir: str, run: str, node: str, services: Mapping[str, Service] | None = None
+    ) -> None:
+        self._host, self._token, self._services = host, token.encode(), services or {}
         self._ram_dir, self._run, self._node = ram_dir, run, node
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -121,6 +239,9 @@ class PeerServer:
             if (request["run"], request["node"]) != (self._run, self._node):
                 return await _refuse(writer, f"this is node {self._node} of run {self._run}")
             await self._send_snapshot(int(request["slot"]), int(request["step"]), writer)
+        elif request["op"] in self._services:
+            _keep_alive(writer)
+            await self._services[request["op"]](request, Wire(reader, writer))
         else:
             await _refuse(writer, "unknown request")
 
@@ -208,6 +329,23 @@ async def hold_line(address: str, token: str) -> None:
 
 
 @contextlib.asynccontextmanager
+async def open_wire(address: str, token: str, request: dict[str, Any]) -> AsyncIterator[Wire]:
+    """A wire to the service that `request["op"]` names.
+
+    Raises:
+        PeerRefused: the service says no.
+        PeerError: it cannot be reached.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            reader, writer = await stack.enter_async_context(_connection(address, token, request))
+        except (OSError, EOFError, KeyError) as e:
+            raise PeerError(f"{address}: no wire: {e!r}") from e
+        _keep_alive(writer)
+        yield Wire(reader, writer)
+
+
+@contextlib.asynccontextmanager
 async def _connection(
     address: str, token: str, request: dict[str, Any]
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
@@ -278,7 +416,7 @@ async def _refuse(writer: asyncio.StreamWriter, reason: str) -> None:
     await asyncio.wait_for(writer.drain(), STALL_S)
 
 
-async def _receive(reader: asyncio.StreamReader) -> dict[str, Any]:
+async def _receive(reader: asyncio.StreamReader, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
     """One frame.
 
     Raises:
@@ -286,14 +424,22 @@ async def _receive(reader: asyncio.StreamReader) -> dict[str, Any]:
         EOFError: the connection ended.
     """
     (length,) = struct.unpack("<I", await reader.readexactly(4))
-    if length > MAX_FRAME_BYTES:
-        raise PeerError(f"frame of {length} bytes, at most {MAX_FRAME_BYTES}")
+    _check_length(length, max_bytes)
+    return _document(await reader.readexactly(length))
+
+
+def _check_length(length: int, max_bytes: int) -> None:
+    if length > max_bytes:
+        raise PeerError(f"frame of {length} bytes, at most {max_bytes}")
+
+
+def _document(body: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(await reader.readexactly(length))
+        document = json.loads(body)
     except ValueError as e:
         raise PeerError("frame is no JSON") from e
     if not isinstance(document, dict):
         raise PeerError("frame is no JSON object")
     if "error" in document:
-        raise PeerError(f"the peer says: {document['error']}")
+        raise PeerRefused(f"the peer says: {document['error']}")
     return document

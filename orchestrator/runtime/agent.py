@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,20 @@ import ray
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, Transfer
 from orchestrator.core.events import Snapshot
+from orchestrator.runtime import fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
+from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary
+from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
     KEPT_STEPS,
     Exited,
-    Halted,
     NodeFinished,
     NodeFold,
     NodeStep,
     Report,
     StartFailed,
+    halted,
     still_true,
 )
 from orchestrator.spec import JobSpec, parse
@@ -48,17 +51,6 @@ from trainer import contract
 
 logger = logging.getLogger(__name__)
 
-REPORT_INTERVAL_S = 1.0
-"""Also the heartbeat; what matters is sent at once."""
-REPORT_TIMEOUT_S = 10.0
-"""A controller that takes this long for one report is treated as gone; the report is sent again."""
-REPORT_RETRY_S = 0.3
-ORPHAN_GRACE_S = 60.0
-"""How long a controller's name may be unknown to Ray before its agents end: longer than an actor's restart."""
-DISOWNED_GRACE_S = 300.0
-"""How long a controller may say that it does not know this agent: far longer than it takes to adopt its agents."""
-OUTBOX_REPORTS = 20_000
-"""Beyond this the oldest are dropped; a thousand a minute fill it in 20 minutes without a controller."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 LAST_ANSWER_S = 0.2
@@ -115,18 +107,18 @@ class Agent:
         """Of the generation that trains; none while nothing does."""
         self._store = (0, 0)
         self._ended_generation = 0
-        self._outbox: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
-        self._sent = 0
+        self._outbox = Outbox()
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
         self._held: dict[int, contract.Failed] = {}
         """Last words of ranks that another's state has stopped, by rank: that one's word goes first."""
         self._facts: list[Report] = []
         self._copies: dict[tuple[int, int], asyncio.Task[None]] = {}
         """Snapshots that are being fetched from peers, by generation and slot."""
-        self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._parent = os.getppid()
-        self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node)
+        fan_in = FanIn()
+        services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report}
+        self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node, services)
         self._token = token
         self._address = self._data_digest = ""
         slots = self._spec.cluster.slots_per_node
@@ -154,8 +146,16 @@ class Agent:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
             ZygoteError: the worker's module cannot be imported.
         """
+        reporter = Reporter(
+            node=self._node,
+            namespace=self._namespace,
+            token=self._token,
+            outbox=self._outbox,
+            epoch=lambda: self._epoch,
+            die=self._die,
+        )
         self._tasks = [
-            asyncio.create_task(self._report_forever()),
+            asyncio.create_task(reporter.run()),
             asyncio.create_task(self._watch_parent()),
             asyncio.create_task(self._watch_ranks()),
         ]
@@ -179,12 +179,14 @@ class Agent:
     async def attach(self, epoch: int, done: int) -> None:
         """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""
         self._accept(epoch)
-        known = [*self._kept, *(report for _, report in self._outbox if isinstance(report, NodeStep))]
+        told = self._outbox.reports()
+        known = [*self._kept, *(report for report in told if isinstance(report, NodeStep))]
         steps = {step.step: step for step in known if step.step > done}
         ends = [fact for fact in self._facts if isinstance(fact, NodeFinished)]
-        self._outbox.clear()  # what it held is among the following, in the order that a fold wants
+        # What it held is among the following, in the order that a fold wants.
+        self._outbox.withdraw(lambda report: True)
         for report in (*(fact for fact in self._facts if fact not in ends), *(steps[n] for n in sorted(steps)), *ends):
-            self._push(report)
+            self._outbox.push(report)
 
     async def open_store(self, epoch: int, generation: int) -> int:
         """The port of the generation's fresh store on this node; the same one when asked again."""
@@ -271,7 +273,8 @@ class Agent:
             self._fact(word)
         self._held.clear()
         await asyncio.to_thread(self._drop_scratch)
-        self._fact(Halted(generation=generation, snapshots=self._inventory()))
+        slots = self._fold.ranks if self._fold is not None and self._fold.generation == generation else ()
+        self._fact(halted(generation, slots, self._inventory()))
 
     async def ask_stop(self, epoch: int, generation: int) -> None:
         """Ask the workers to end at their next common step boundary."""
@@ -354,7 +357,7 @@ class Agent:
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
                 self._kept.append(report)
-                self._push(report)
+                self._outbox.push(report)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
                 self._held[report.rank] = report  # until its process ends, a second later
             else:
@@ -384,21 +387,14 @@ class Agent:
             except Exception:  # the watch must outlive whatever a look at a process may raise
                 logger.exception("the watch over the ranks of %s failed", self._node)
                 continue
-            if any(is_momentary(report) for _, report in self._outbox):
-                lasting = (entry for entry in self._outbox if not is_momentary(entry[1]))
-                self._outbox = deque(lasting, maxlen=OUTBOX_REPORTS)
+            self._outbox.withdraw(is_momentary)
             for report in found:
-                self._push(report)
+                self._outbox.push(report)
 
     def _fact(self, report: Report) -> None:
         """A report that a controller which comes back is told again."""
         self._facts = [*still_true(self._facts, report), report]
-        self._push(report)
-
-    def _push(self, report: Report) -> None:
-        self._sent += 1
-        self._outbox.append((self._sent, report))
-        self._wake.set()
+        self._outbox.push(report)
 
     def _inventory(self) -> dict[int, tuple[Snapshot, ...]]:
         held = ram.held(self._ram_dir, self._run, self._ray_node)
@@ -407,44 +403,7 @@ class Agent:
             for slot, headers in held.items()
         }
 
-    # --- reporting ------------------------------------------------------------------------------------------------
-
-    async def _report_forever(self) -> None:
-        """Send the outbox until it is taken. A controller that is gone, or disowns this agent, for too long ends it."""
-        taken_at = time.monotonic()
-        controller: Any = None
-        while True:
-            if not self._outbox:
-                await _quietly(asyncio.wait_for(self._wake.wait(), REPORT_INTERVAL_S))
-            self._wake.clear()
-            batch = list(self._outbox)[:500]
-            try:
-                controller = controller or await asyncio.to_thread(ray.get_actor, "controller", self._namespace)
-            except ValueError:
-                if time.monotonic() - taken_at > ORPHAN_GRACE_S:
-                    await self._die("the controller is gone for good")
-                await asyncio.sleep(REPORT_RETRY_S)
-                continue
-            except Exception:  # Ray's head is away; training goes on
-                await asyncio.sleep(REPORT_RETRY_S)
-                continue
-            try:
-                reports = [report for _, report in batch]
-                answer = asyncio.wrap_future(controller.report.remote(self._node, reports).future())
-                taken = await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
-            except Exception as e:
-                controller = None
-                disowned = isinstance(e, ray.exceptions.RayTaskError) and self._epoch > 0
-                if disowned and time.monotonic() - taken_at > DISOWNED_GRACE_S:
-                    await self._die(f"the controller does not want it: {e}")
-                await asyncio.sleep(REPORT_RETRY_S)
-                continue
-            taken_at = time.monotonic()
-            if not taken:  # it lives, and reads its journal or is behind: that may take its time
-                await asyncio.sleep(REPORT_RETRY_S)
-                continue
-            while batch and self._outbox and self._outbox[0][0] <= batch[-1][0]:
-                self._outbox.popleft()
+    # --- its end, and its data ---------------------------------------------------------------------------------------
 
     async def _watch_parent(self) -> None:
         """A killed raylet leaves its actors behind: such a node must not go on by itself."""
@@ -481,13 +440,6 @@ class Agent:
         if process.returncode != 0:
             raise RuntimeError(f"the data cannot be prepared on {self._node}: {err.decode(errors='replace').strip()}")
         return str(json.loads(out.decode().strip().splitlines()[-1])["digest"])
-
-
-async def _quietly(waiting: Awaitable[Any]) -> None:
-    try:
-        await waiting
-    except TimeoutError:
-        return
 
 
 def _now_us() -> int:

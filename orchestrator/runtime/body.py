@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -41,6 +41,8 @@ from orchestrator.core.state import State
 from orchestrator.runtime import nodes
 from orchestrator.runtime.agent import StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
+from orchestrator.runtime.collect import FanIns
+from orchestrator.runtime.groups import Told
 from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
@@ -103,12 +105,14 @@ class Body:
         post: Callable[[ev.Event], None],
         notice: Callable[[str], None],
         without_place: Callable[[], int],
+        behind: Callable[[], bool],
     ) -> None:
         self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
         self._instance = instance
         """Tells this run from others of its name; the same for all of its controllers."""
         self._now, self._post, self._notice = now, post, notice
         self.agents: dict[str, AgentHandle] = {}
+        self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind)
         self.fold: MeshFold | None = None
         self.rates: list[tuple[float, int, int]] = []
         """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
@@ -149,25 +153,54 @@ class Body:
 
     # --- what agents say ------------------------------------------------------------------------------------------
 
-    def hear(self, node: str, reports: list[Report]) -> list[ev.Event]:
-        """Take in an agent's reports; the events that they complete, without their time.
+    def hear(self, node: str, batch: list[tuple[int, Report]]) -> list[ev.Event]:
+        """Take in what an agent itself reports, each with its number; the events that it completes, without their time.
 
         Raises:
             RuntimeError: the agent is not known (yet); it will send them again.
         """
-        handle = self._agent(node)
-        handle.heard_at = time.monotonic()
+        self._agent(node)
+        return self._take_in((node,), [Told({node: number}, report) for number, report in batch])
+
+    def fan_in_for(self, node: str) -> str:
+        """Address of the fan-in that this node shall report to; empty: to the controller."""
+        return self._fan_ins.address_for(node)
+
+    def _hear_group(self, heard: Iterable[str], told: Sequence[Told]) -> list[str]:
+        """Take in what a fan-in says; the nodes among those it has heard that are not known."""
+        for event in self._take_in(heard, told):
+            self._post(event)
+        return [node for node in heard if node not in self.agents]
+
+    def _take_in(self, heard: Iterable[str], told: Sequence[Told]) -> list[ev.Event]:
+        now = time.monotonic()
+        for node in heard:
+            if node in self.agents:
+                self.agents[node].heard_at = now
         events: list[ev.Event] = []
-        for report in reports:
-            if isinstance(report, contract.Failed):
-                self._keep_traceback(node, report)
-            try:
-                events += self.fold.feed(0, node, report) if self.fold is not None else []
-            except Exception:  # one report that contradicts others must not keep the agent from sending the rest
-                logger.exception("%s sent what cannot be: %r", node, report)
-            if isinstance(report, NodeStep) and report.loss is not None:
-                self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
+        for each in told:
+            events += self._take(each)
         return events
+
+    def _take(self, told: Told) -> list[ev.Event]:
+        """The events that a report completes, of those nodes from which it was not taken before, by another way."""
+        report, tellers = told.report, []
+        for node, number in told.tellers.items():
+            handle = self.agents.get(node)
+            if handle is not None and number > handle.taken:
+                handle.taken = number
+                tellers.append(node)
+        if not tellers:
+            return []
+        if isinstance(report, contract.Failed):
+            self._keep_traceback(tellers[0], report)
+        if isinstance(report, NodeStep) and report.loss is not None:
+            self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
+        try:
+            return self.fold.feed(0, tellers, report) if self.fold is not None else []
+        except Exception:  # one report that contradicts others must not keep the agents from sending the rest
+            logger.exception("%s sent what cannot be: %r", tellers, report)
+            return []
 
     def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
         """Of each generation the first few, and a peer's broken exchange only when nothing else was said."""
@@ -396,6 +429,7 @@ class Body:
         handle = self.agents.pop(action.node, None)
         if action.for_good:
             self._drained.add(action.node[:NAME_LENGTH])
+        self._fan_ins.forget(action.node)
         if handle is not None:
             self._rests_until[handle.ray_node] = time.monotonic() + REST_S
             await self._end_agent(handle, LEAVE_DEADLINE_S)
@@ -459,6 +493,7 @@ class Body:
                 join = self._spawn(self._join(node))
                 self._joins.add(join)
                 join.add_done_callback(self._joins.discard)
+            self._fan_ins.keep()
             self._check_silence()
             self._check_leaving(found)
             self._check_hope(found)
@@ -579,6 +614,7 @@ class Body:
     async def end(self) -> None:
         """Release every node: workers ended, snapshots deleted, actors killed, reservations given back."""
         self._closing = True
+        self._fan_ins.end()
         joins = list(self._joins)
         for task in (*joins, *([self._opening] if self._opening else [])):
             task.cancel()  # an agent that is coming up is released on the way out

@@ -41,6 +41,7 @@ from orchestrator.observe.status import Status, status_of
 from orchestrator.runtime import journal as journals
 from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.body import Body
+from orchestrator.runtime.groups import halts_joined
 from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
 from orchestrator.runtime.retune import Retuner, in_force
@@ -120,19 +121,19 @@ class Controller:
 
     # --- what drivers and agents call -----------------------------------------------------------------------------
 
-    async def report(self, node: str, reports: list[Report]) -> bool:
-        """An agent's outbox. True when it has been taken in; an agent repeats what was not.
-
-        False when this controller still reads its journal, or is behind.
+    async def report(self, node: str, batch: list[tuple[int, Report]]) -> str | None:
+        """An agent's outbox, with its numbers. None when it was not taken in: this controller still reads its journal,
+        or is behind. Else the address of the fan-in that the agent shall report to from now on; empty: here.
 
         Raises:
             RuntimeError: it knows no such agent (yet).
         """
-        if self._body is None or self._inbox.qsize() > INBOX_EVENTS // 2:
-            return False
-        for event in self._body.hear(node, reports):
+        if self._body is None:
+            return None
+        behind = self._is_behind()
+        for event in self._body.hear(node, [] if behind else batch):  # who is not listened to is not silent
             self._post(event)
-        return True
+        return None if behind else self._body.fan_in_for(node)
 
     async def poll(self, noticed: int, lease: bool) -> tuple[Status, list[tuple[int, str]]]:
         """The run as it stands, and the notices after number `noticed`. With `lease`, the driver's sign of life."""
@@ -259,6 +260,7 @@ class Controller:
             self._post,
             self.notice,
             self._without_place,
+            self._is_behind,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
         if restarted and self._supervisor.state.run:
@@ -324,7 +326,7 @@ class Controller:
                     events.append(await asyncio.wait_for(self._inbox.get(), 0.5))
             while not self._inbox.empty() and len(events) < BATCH_EVENTS:
                 events.append(self._inbox.get_nowait())
-            for at, action in await self._decide(events):
+            for at, action in await self._decide(halts_joined(events)):
                 self._perform(at, action)
             if not self._poison:
                 self._snapshots.write_if_due(self._journal, self._supervisor.state)
@@ -495,6 +497,10 @@ class Controller:
     def _without_place(self) -> int:
         state = self._supervisor.state
         return state.counts["quarantined"] + state.counts["probed"] + len(state.leaving)
+
+    def _is_behind(self) -> bool:
+        """Agents must wait: it is not able to take in what they report."""
+        return self._inbox.qsize() > INBOX_EVENTS // 2
 
     def notice(self, line: str) -> None:
         """A line for the people who watch."""

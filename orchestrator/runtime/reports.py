@@ -8,7 +8,8 @@ every report as often as it comes, and tell what it completes once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -67,6 +68,14 @@ class Halted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HaltedAlike:
+    """Halted, and each slot of the node's place holds the same: so nodes that hold the same can be told of together."""
+
+    generation: int
+    snapshots: tuple[Snapshot, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartFailed:
     generation: int
     error: str
@@ -85,6 +94,7 @@ Report = (
     | NodeStep
     | NodeFinished
     | Halted
+    | HaltedAlike
     | StartFailed
     | Exited
     | contract.Failed
@@ -95,6 +105,9 @@ Report = (
     | hangs.Silent
     | hangs.Stalled
 )
+
+FOLDED = (NodeReady, NodeStep, NodeFinished, HaltedAlike)
+"""What several nodes can tell as one report; all else is one node's."""
 
 # Steps whose details an agent keeps for a controller that comes back: at a step a second, a quarter of an hour.
 KEPT_STEPS = 1000
@@ -129,13 +142,13 @@ class NodeFold:
             case contract.Phase():
                 self.phases[message.rank] = message
             case contract.Restored():
-                if _completes(self.restored, message.rank, message, len(self.ranks)):
+                if _complete(self.restored, (message.rank,), message, len(self.ranks)):
                     return [self._ready()]
             case contract.StepDone() if message.step > self._done:
-                if _completes(self._steps.setdefault(message.step, {}), message.rank, message, len(self.ranks)):
+                if _complete(self._steps.setdefault(message.step, {}), (message.rank,), message, len(self.ranks)):
                     return [self._step(message.step)]
             case contract.Finished():
-                if _completes(self.finished, message.rank, message, len(self.ranks)):
+                if _complete(self.finished, (message.rank,), message, len(self.ranks)):
                     return [NodeFinished(generation=self.generation, step=message.step, reason=message.reason)]
             case contract.Injected():
                 return [message]
@@ -183,6 +196,33 @@ class NodeFold:
         )
 
 
+def halted(generation: int, slots: Collection[int], held: dict[int, tuple[Snapshot, ...]]) -> Halted | HaltedAlike:
+    """What a node answers that has halted `generation`, in which it filled `slots`, and whose memory holds `held`."""
+    first = next(iter(held.values()), ())
+    if (not held or sorted(held) == sorted(slots)) and all(snapshots == first for snapshots in held.values()):
+        return HaltedAlike(generation=generation, snapshots=first)
+    return Halted(generation=generation, snapshots=held)
+
+
+def slower(one: NodeStep, other: NodeStep) -> NodeStep:
+    """Both nodes have done this step; durations of the slower, loss and norm of the one that tells them."""
+    assert (one.generation, one.step) == (other.generation, other.step), (one, other)
+    teller = other if one.loss is None else one
+    return NodeStep(
+        generation=one.generation,
+        step=one.step,
+        step_us=max(one.step_us, other.step_us),
+        data_us=max(one.data_us, other.data_us),
+        checkpoint_us=max(one.checkpoint_us, other.checkpoint_us),
+        save_us=max(one.save_us, other.save_us),
+        validation_us=max(one.validation_us, other.validation_us),
+        tokens=max(one.tokens, other.tokens),
+        loss=teller.loss,
+        grad_norm=teller.grad_norm,
+        lr=teller.lr,
+    )
+
+
 def still_true(facts: list[Report], report: Report) -> list[Report]:
     """What of `facts` a controller that comes back must still be told once `report` is, too.
 
@@ -211,14 +251,18 @@ class MeshFold:
     parts: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     """Step to rank to that rank's part of the checkpoint, of the newest KEPT_CHECKPOINTS steps."""
     last: NodeStep | None = None
-    """The newest step of the node that tells loss and norm."""
+    """The newest step whose loss and norm are told."""
     versions: dict[str, str] = field(default_factory=dict)
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
     watch: hangs.MeshWatch = field(init=False)
     unclean: bool = False
     """Whether a rank has said that state was found corrupt, its own or another's: all ranks learn it in one step."""
-    _newest: dict[str, int] = field(default_factory=dict)
-    _steps: dict[int, dict[str, NodeStep]] = field(default_factory=dict)
+    _newest: dict[str, int] = field(init=False)
+    """Each node's newest step."""
+    _standing: Counter[int] = field(init=False)
+    """How many nodes stand at which step; none where they are not. Ranks are at most a step apart, so it is short."""
+    _steps: dict[int, NodeStep] = field(default_factory=dict)
+    """Steps after `done`, of those nodes that have told them."""
     _write_us: dict[int, int] = field(default_factory=dict)
     _validated: int = -1
     """Newest step whose validation was told to the core; new weights are validated as step 0."""
@@ -227,27 +271,42 @@ class MeshFold:
 
     def __post_init__(self) -> None:
         self.watch = hangs.MeshWatch(self.nodes)
+        self._newest = dict.fromkeys(self.nodes, 0)
+        self._standing = Counter({0: len(self.nodes)})
 
-    def feed(self, at: int, node: str, report: Report) -> list[ev.Event]:
-        """The events that this report completes, at time `at`."""
-        if report.generation != self.generation or node not in self.nodes:
+    def feed(self, at: int, tellers: Iterable[str], report: Report) -> list[ev.Event]:
+        """The events that this report of these nodes completes, at time `at`. Only what is FOLDED has many tellers."""
+        nodes = [node for node in tellers if node in self._newest]
+        if report.generation != self.generation or not nodes:
             return []
         match report:
-            case hangs.Silent() | hangs.Stalled():
-                return self._hung(at, self.watch.feed(node, report))
             case NodeReady() | NodeStep() | NodeFinished():
-                self.watch.goes_on(node)
+                for node in nodes:
+                    self.watch.goes_on(node)
             case contract.Failed() | Exited():
                 self.watch.has_lost_one()
         match report:
             case NodeReady():
-                return self._all_ready(at) if _completes(self.ready, node, report, len(self.nodes)) else []
+                return self._all_ready(at) if _complete(self.ready, nodes, report, len(self.nodes)) else []
             case NodeStep():
-                return self._step(at, node, report)
+                return self._step(at, nodes, report)
             case NodeFinished():
-                if _completes(self.finished, node, report, len(self.nodes)):
+                if _complete(self.finished, nodes, report, len(self.nodes)):
                     step, reason = report.step, report.reason
                     return [ev.GenerationFinished(at=at, generation=self.generation, step=step, reason=reason)]
+            case HaltedAlike():
+                held = report.snapshots
+                return [ev.NodesHalted(at=at, nodes=tuple(nodes), generation=self.generation, snapshots=held)]
+            case _:
+                (node,) = nodes
+                return self._feed_one(at, node, report)
+        return []
+
+    def _feed_one(self, at: int, node: str, report: Report) -> list[ev.Event]:
+        """What only one node can tell."""
+        match report:
+            case hangs.Silent() | hangs.Stalled():
+                return self._hung(at, self.watch.feed(node, report))
             case contract.ShardWritten():
                 return self._part(at, report)
             case contract.SaveFailed() if report.step > self._save_failed:
@@ -320,21 +379,23 @@ class MeshFold:
             )
         ]
 
-    def _step(self, at: int, node: str, report: NodeStep) -> list[ev.Event]:
-        self._newest[node] = max(report.step, self._newest.get(node, 0))
+    def _step(self, at: int, nodes: list[str], report: NodeStep) -> list[ev.Event]:
+        for node in nodes:
+            self._reach(node, report.step)
         if report.step <= self.done:
             return []
-        self._steps.setdefault(report.step, {})[node] = report
-        if report.loss is not None and (self.last is None or report.step >= self.last.step):
-            self.last = report
-        last = min(self._newest.values()) if len(self._newest) == len(self.nodes) else 0
+        before = self._steps.get(report.step)
+        told = self._steps[report.step] = report if before is None else slower(before, report)
+        if told.loss is not None and (self.last is None or told.step >= self.last.step):
+            self.last = told
+        last = min(self._standing)
         if last <= self.done:
             return []
         first, self.done = self.done + 1, last
         # Details of a step may be missing after a controller's restart; the time is settled all the same.
-        steps = [self._steps.pop(step, {}).values() for step in range(first, last + 1)]
-        losses = [n.loss for nodes in steps for n in nodes if n.loss is not None and math.isfinite(n.loss)]
-        if len(losses) != len(steps):
+        steps = [self._steps.pop(step) for step in range(first, last + 1) if step in self._steps]
+        losses = [step.loss for step in steps if step.loss is not None and math.isfinite(step.loss)]
+        if len(losses) != last + 1 - first:
             losses = []  # which is whose could not be told any more
         return [
             ev.StepsDone(
@@ -342,19 +403,29 @@ class MeshFold:
                 generation=self.generation,
                 first=first,
                 last=last,
-                data_wait_us=_slowest(steps, "data_us"),
-                checkpoint_us=_slowest(steps, "checkpoint_us"),
-                validation_us=_slowest(steps, "validation_us"),
-                tokens=sum(max((n.tokens for n in nodes), default=0) for nodes in steps),
+                data_wait_us=sum(step.data_us for step in steps),
+                checkpoint_us=sum(step.checkpoint_us for step in steps),
+                validation_us=sum(step.validation_us for step in steps),
+                tokens=sum(step.tokens for step in steps),
                 loss_millionths=tuple(round(loss * 1_000_000) for loss in losses),
-                save_us=_slowest(steps, "save_us"),
+                save_us=sum(step.save_us for step in steps),
             )
         ]
+
+    def _reach(self, node: str, step: int) -> None:
+        before = self._newest[node]
+        if step <= before:
+            return
+        self._newest[node] = step
+        self._standing[step] += 1
+        self._standing[before] -= 1
+        if not self._standing[before]:
+            del self._standing[before]
 
     def _part(self, at: int, report: contract.ShardWritten) -> list[ev.Event]:
         parts = self.parts.setdefault(report.step, {})
         self._write_us[report.step] = max(self._write_us.get(report.step, 0), report.write_us)
-        complete = _completes(parts, report.rank, report.part, self.ranks)
+        complete = _complete(parts, (report.rank,), report.part, self.ranks)
         while len(self.parts) > KEPT_CHECKPOINTS:
             oldest = min(self.parts)
             del self.parts[oldest], self._write_us[oldest]
@@ -372,12 +443,11 @@ class MeshFold:
         ]
 
 
-def _completes(told: dict[_Teller, _Report], teller: _Teller, report: _Report, tellers: int) -> bool:
-    """Note what `teller` reports, unless it has done so before; whether now all have, for the first time."""
-    if teller in told:
-        return False
-    told[teller] = report
-    return len(told) == tellers
+def _complete(told: dict[_Teller, _Report], tellers: Iterable[_Teller], report: _Report, of: int) -> bool:
+    """Note what is reported by those who have not done so before; whether now all have, for the first time."""
+    new = [teller for teller in tellers if teller not in told]
+    told.update(dict.fromkeys(new, report))
+    return bool(new) and len(told) == of
 
 
 def _shared(versions: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -385,7 +455,3 @@ def _shared(versions: Sequence[dict[str, str]]) -> dict[str, str]:
     first = versions[0]
     names = dict.fromkeys(name for each in versions for name in each)
     return {n: first[n] if all(each.get(n) == first.get(n) for each in versions) else "mixed" for n in names}
-
-
-def _slowest(steps: Iterable[Iterable[NodeStep]], what: str) -> int:
-    return sum(max((getattr(n, what) for n in nodes), default=0) for nodes in steps)

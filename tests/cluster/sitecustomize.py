@@ -1,7 +1,8 @@
-"""Lets a test put a fault into real worker processes: this folder stands on the PYTHONPATH of the test's cluster.
+"""Lets a test change the real processes of its cluster, on whose PYTHONPATH this folder stands.
 
-When a worker's process imports trainer.loop, its `train_step` first runs the file `fault.py` of the folder that
-SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name.
+When a worker's process imports trainer.loop, its `train_step` first runs the file `<run>.py` of the folder that
+SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
+imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many.
 """
 
 import importlib.abc
@@ -11,9 +12,31 @@ import sys
 from pathlib import Path
 
 
-class _PatchLoop(importlib.abc.MetaPathFinder):
+def _patch_loop(module):
+    train_step = module.train_step
+
+    def faulty(session):
+        fault = Path(os.environ["SHEPHERD_TEST_FAULTS"], f"{session.config.run}.py")
+        if fault.exists():
+            exec(compile(fault.read_text(), str(fault), "exec"), {"session": session})
+        return train_step(session)
+
+    module.train_step = faulty
+
+
+def _patch_fan_in(module):
+    if Path(os.environ["SHEPHERD_TEST_FAULTS"], "fan-ins").exists():
+        module.FAN_IN_FROM_NODES, module.FAN_IN_NODES = 3, 2
+
+
+class _Patch(importlib.abc.MetaPathFinder):
+    """Runs `change` on a module that has just been imported."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
+
     def find_spec(self, name, path, target=None):
-        if name != "trainer.loop":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -21,19 +44,12 @@ class _PatchLoop(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            train_step = module.train_step
-
-            def faulty(session):
-                fault = Path(os.environ["SHEPHERD_TEST_FAULTS"], f"{session.config.run}.py")
-                if fault.exists():
-                    exec(compile(fault.read_text(), str(fault), "exec"), {"session": session})
-                return train_step(session)
-
-            module.train_step = faulty
+            self.change(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 if "SHEPHERD_TEST_FAULTS" in os.environ:
-    sys.meta_path.insert(0, _PatchLoop())
+    sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
+    sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))

@@ -13,7 +13,8 @@ import pytest
 
 from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.assignment import WorkerExit
-from orchestrator.runtime.reports import Exited, Halted, NodeFold, Report
+from orchestrator.runtime.reporting import Outbox
+from orchestrator.runtime.reports import Exited, HaltedAlike, NodeFold, Report
 from storage.urls import scratch_folder
 from trainer import contract
 
@@ -61,14 +62,14 @@ def agent(ranks: Ranks, tmp_path: Any) -> Agent:
     made.__dict__.update(
         _epoch=1, _ended_generation=0, _copies={}, _node="a", _ray_node="x", _run="r", _ram_dir=str(tmp_path / "ram"),
         _watch=None, _workers=ranks, _spec=spec, _fold=NodeFold(generation=GENERATION, ranks=(0, 1)), _facts=[],
-        _kept=deque(), _held={}, _outbox=deque(), _sent=0, _wake=asyncio.Event(), _loop=asyncio.get_running_loop(),
+        _kept=deque(), _held={}, _outbox=Outbox(), _loop=asyncio.get_running_loop(),
     )  # fmt: skip
     assert scratch_folder(spec.run.url, 0)
     return made
 
 
 def told(by: Agent) -> list[Report]:
-    return [report for _, report in by._outbox]
+    return by._outbox.reports()
 
 
 def test_a_rank_that_another_has_stopped_is_told_of_when_it_has_ended(ranks: Ranks, tmp_path: Any) -> None:
@@ -92,7 +93,7 @@ def test_a_halt_for_corrupt_state_hears_its_ranks_first(ranks: Ranks, tmp_path: 
         ranks.say = lambda: a._call(a._on_message, word(1, "corrupt"))  # as the workers' thread does
         await asyncio.wait_for(a.halt(1, GENERATION, hear_out=True), DEADLINE_S)
         assert ranks.log == ["heard", "ended"]
-        assert told(a) == [word(1, "corrupt"), Halted(generation=GENERATION, snapshots={})]
+        assert told(a) == [word(1, "corrupt"), HaltedAlike(generation=GENERATION, snapshots=())]
 
     asyncio.run(work())
 
@@ -106,6 +107,6 @@ def test_a_halt_for_another_cause_waits_for_nobody_and_tells_that_state_was_corr
         a._on_message(word(1, "unclean"))
         await asyncio.wait_for(a.halt(1, GENERATION, hear_out=False), DEADLINE_S)
         assert ranks.log == ["ended"]
-        assert told(a) == [word(0, "unclean"), Halted(generation=GENERATION, snapshots={})]
+        assert told(a) == [word(0, "unclean"), HaltedAlike(generation=GENERATION, snapshots=())]
 
     asyncio.run(work())

@@ -34,7 +34,19 @@ def write(url: str, step: int) -> dict[str, Any]:
 
 def body_of(url: str, events: list[ev.Event]) -> Body:
     spec = parse({"run": {"name": "r", "url": url, "steps": 9}, "model": {"preset": "tiny"}})
-    body = Body(spec, "namespace", "token", 1, "instance", "", lambda: 0, events.append, lambda line: None, lambda: 0)
+    body = Body(
+        spec,
+        "namespace",
+        "token",
+        1,
+        "instance",
+        "",
+        lambda: 0,
+        events.append,
+        lambda line: None,
+        lambda: 0,
+        lambda: False,
+    )
     body.fold = MeshFold(generation=1, nodes=("a",), ranks=1, done=0)
     return body
 
@@ -65,7 +77,7 @@ def test_a_commit_is_tried_again_within_bounds(tmp_path, monkeypatch, failures, 
         body = body_of(url, events)
         part = contract.ShardWritten(generation=1, rank=0, step=5, part=write(url, 5), write_us=1)
         assert body.fold is not None
-        assert [type(event) for event in body.fold.feed(0, "a", part)] == [ev.CheckpointWritten]
+        assert [type(event) for event in body.fold.feed(0, ("a",), part)] == [ev.CheckpointWritten]
         body.perform(CommitCheckpoint(step=5, epoch=1, generation=1, replaces_damaged=False))
         await settled(lambda: bool(events))
 
@@ -92,7 +104,7 @@ def test_who_has_been_replaced_commits_nothing_and_does_not_insist(tmp_path, mon
     async def work() -> None:
         body = body_of(url, events)
         assert body.fold is not None
-        body.fold.feed(0, "a", contract.ShardWritten(generation=1, rank=0, step=5, part=write(url, 5), write_us=1))
+        body.fold.feed(0, ("a",), contract.ShardWritten(generation=1, rank=0, step=5, part=write(url, 5), write_us=1))
         body.perform(CommitCheckpoint(step=5, epoch=1, generation=1, replaces_damaged=False))
         await settled(lambda: bool(events))
 

@@ -30,7 +30,17 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         "parallel": {"dp_replicate": 4},
     }
     body = Body(
-        parse(document), "namespace", "token", 1, "i", "", lambda: 0, events.append, lambda line: None, lambda: 0
+        parse(document),
+        "namespace",
+        "token",
+        1,
+        "i",
+        "",
+        lambda: 0,
+        events.append,
+        lambda line: None,
+        lambda: 0,
+        lambda: False,
     )
     assert body._spec.layout.nodes == 4
     return body
@@ -129,7 +139,7 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
         actor = SimpleNamespace(halt=SimpleNamespace(remote=lambda *args: args))
         body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=actor, group=None)
         body.fold = MeshFold(generation=2, nodes=("a",), ranks=1, done=0)
-        body.fold.feed(0, "a", contract.Failed(generation=2, rank=0, step=3, kind=kind, error="", traceback=""))
+        body.fold.feed(0, ("a",), contract.Failed(generation=2, rank=0, step=3, kind=kind, error="", traceback=""))
         body.perform(HaltGeneration(generation=2, nodes=("a",), reason="", park=False))
         await asyncio.gather(*body._tasks)
 
@@ -139,7 +149,15 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
 
 def assigned_intervals(body: Body) -> list[int]:
     order = OpenGeneration(
-        generation=2, nodes=("a", "b"), source="init", step=0, snapshot_generation=0, transfers=(), reason=""
+        generation=2,
+        nodes=("a", "b"),
+        source="init",
+        step=0,
+        snapshot_generation=0,
+        transfers=(),
+        reason="",
+        dp_replicate=2,
+        snapshot_dp_replicate=2,
     )
     return [plan.config.checkpoint.interval_steps for _, plan in body._plans(order, "host", 1)]
 

@@ -478,7 +478,7 @@ def silent(rank: int) -> Silent:
 
 def test_a_silent_rank_becomes_one_event() -> None:
     fold = MeshFold(generation=GENERATION, nodes=("a", "b"), ranks=2, done=0)
-    (event,) = fold.feed(7, "b", silent(1))
+    (event,) = fold.feed(7, ("b",), silent(1))
     assert event == ev.WorkerHung(
         at=7,
         node="b",
@@ -488,22 +488,22 @@ def test_a_silent_rank_becomes_one_event() -> None:
         detail="rank 1 hangs: silent for 8.4 s, its process is stopped (SIGSTOP); "
         "last step 17, phase compute, at llama.py:88 forward",
     )
-    assert fold.feed(8, "b", silent(1)) == []
+    assert fold.feed(8, ("b",), silent(1)) == []
 
 
 def test_an_exit_anywhere_explains_every_stall() -> None:
     fold = MeshFold(generation=GENERATION, nodes=("a", "b"), ranks=2, done=0)
-    fold.feed(7, "b", Exited(generation=GENERATION, rank=1, exit_code=None, signal=9))
-    assert fold.feed(7, "a", stalled(standing(0, 30))) == []
-    assert fold.feed(7, "b", silent(1)) == []
+    fold.feed(7, ("b",), Exited(generation=GENERATION, rank=1, exit_code=None, signal=9))
+    assert fold.feed(7, ("a",), stalled(standing(0, 30))) == []
+    assert fold.feed(7, ("b",), silent(1)) == []
 
 
 def test_a_step_ends_a_nodes_stall() -> None:
     fold = MeshFold(generation=GENERATION, nodes=("a", "b"), ranks=2, done=17)
-    fold.feed(7, "a", stalled(standing(0, 30)))
+    fold.feed(7, ("a",), stalled(standing(0, 30)))
     numbers = dict.fromkeys(("step_us", "data_us", "checkpoint_us", "validation_us", "tokens"), 0)
-    fold.feed(7, "a", NodeStep(generation=GENERATION, step=18, loss=None, grad_norm=None, lr=None, **numbers))
-    assert fold.feed(7, "b", stalled(standing(1, 0))) == []
+    fold.feed(7, ("a",), NodeStep(generation=GENERATION, step=18, loss=None, grad_norm=None, lr=None, **numbers))
+    assert fold.feed(7, ("b",), stalled(standing(1, 0))) == []
 
 
 def test_what_is_no_longer_true_is_not_to_be_told() -> None:

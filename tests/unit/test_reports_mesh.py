@@ -98,7 +98,7 @@ class Controllers:
         for report in outbox[:count]:
             if isinstance(report, contract.ShardWritten):
                 self.parts.add((report.step, report.rank))
-            for event in self.fold.feed(7, node, report):
+            for event in self.fold.feed(7, (node,), report):
                 self.check(event)
                 self.told.append(event)
                 self.inbox.append(event)
@@ -221,15 +221,15 @@ def node_step(step: int, loss: float | None = None, **changed: Any) -> NodeStep:
 )
 def test_nothing_comes_of_another_generation_or_of_a_node_outside_the_mesh(node, report):
     fold = MeshFold(generation=GENERATION, nodes=("a",), ranks=1, done=START)
-    assert fold.feed(0, node, report) == []
+    assert fold.feed(0, (node,), report) == []
     assert fold == MeshFold(generation=GENERATION, nodes=("a",), ranks=1, done=START)
 
 
 def test_a_step_that_the_slowest_node_has_not_done_is_not_told():
     fold = mesh()
-    assert [fold.feed(0, "a", node_step(START + n, loss=1.0)) for n in (1, 2, 3)] == [[], [], []]
+    assert [fold.feed(0, ("a",), node_step(START + n, loss=1.0)) for n in (1, 2, 3)] == [[], [], []]
     assert fold.last is not None and fold.last.step == START + 3
-    (done,) = fold.feed(0, "b", node_step(START + 2, data_us=9))
+    (done,) = fold.feed(0, ("b",), node_step(START + 2, data_us=9))
     assert isinstance(done, ev.StepsDone) and (done.first, done.last) == (START + 1, START + 2)
     assert (done.data_wait_us, done.checkpoint_us, done.validation_us) == (2 + 9, 6, 8)
     assert fold.done == START + 2
@@ -238,56 +238,56 @@ def test_a_step_that_the_slowest_node_has_not_done_is_not_told():
 def test_steps_whose_details_are_lost_are_told_without_losses_that_could_be_anothers():
     """An outbox that overflowed while there was no controller: the time is settled, no loss moves to another step."""
     fold = mesh()
-    fold.feed(0, "a", node_step(START + 3, loss=1.0))
-    (done,) = fold.feed(0, "b", node_step(START + 3))
+    fold.feed(0, ("a",), node_step(START + 3, loss=1.0))
+    (done,) = fold.feed(0, ("b",), node_step(START + 3))
     assert isinstance(done, ev.StepsDone)
     assert (done.first, done.last, done.loss_millionths, done.tokens) == (START + 1, START + 3, (), 64)
-    fold.feed(0, "b", node_step(START + 4))
-    (done,) = fold.feed(0, "a", node_step(START + 4, loss=2.0))
+    fold.feed(0, ("b",), node_step(START + 4))
+    (done,) = fold.feed(0, ("a",), node_step(START + 4, loss=2.0))
     assert isinstance(done, ev.StepsDone) and done.loss_millionths == (2_000_000,)
 
 
 def test_a_step_that_comes_after_a_newer_one_still_counts():
     fold = mesh()
-    fold.feed(0, "a", node_step(START + 2, loss=2.0))
-    fold.feed(0, "a", node_step(START + 1, loss=1.0))
+    fold.feed(0, ("a",), node_step(START + 2, loss=2.0))
+    fold.feed(0, ("a",), node_step(START + 1, loss=1.0))
     assert fold.last is not None and fold.last.step == START + 2
-    (done,) = fold.feed(0, "b", node_step(START + 2))
+    (done,) = fold.feed(0, ("b",), node_step(START + 2))
     assert isinstance(done, ev.StepsDone) and done.loss_millionths == (1_000_000, 2_000_000)
-    assert fold.feed(0, "b", node_step(START + 1)) == []
+    assert fold.feed(0, ("b",), node_step(START + 1)) == []
 
 
 def test_steps_that_were_told_before_a_restart_are_not_kept():
     fold = mesh()
     for step in range(1, START + 1):
-        assert fold.feed(0, "a", node_step(step, loss=1.0)) == fold.feed(0, "b", node_step(step)) == []
+        assert fold.feed(0, ("a",), node_step(step, loss=1.0)) == fold.feed(0, ("b",), node_step(step)) == []
     assert not fold._steps and fold.last is None
-    fold.feed(0, "a", node_step(START + 1, loss=1.0))
-    assert len(fold.feed(0, "b", node_step(START + 1))) == 1
+    fold.feed(0, ("a",), node_step(START + 1, loss=1.0))
+    assert len(fold.feed(0, ("b",), node_step(START + 1))) == 1
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_not_finite_does_not_stop_the_reports(loss):
     """With audit.finite off such steps are done, and a report that raised would be sent again for ever."""
     fold = mesh(("a",), 1)
-    (done,) = fold.feed(0, "a", node_step(START + 1, loss=loss))
+    (done,) = fold.feed(0, ("a",), node_step(START + 1, loss=loss))
     assert isinstance(done, ev.StepsDone) and done.loss_millionths == ()
-    assert fold.feed(0, "a", validated(START + 1, loss)) == []
-    (told,) = fold.feed(0, "a", validated(START + 1))
+    assert fold.feed(0, ("a",), validated(START + 1, loss)) == []
+    (told,) = fold.feed(0, ("a",), validated(START + 1))
     assert isinstance(told, ev.Validated) and told.loss_millionths == 2_500_000
 
 
 def test_the_validation_of_new_weights_is_told():
     fold = MeshFold(generation=GENERATION, nodes=("a",), ranks=1, done=0)
-    assert [type(e) for e in fold.feed(0, "a", validated(0))] == [ev.Validated]
-    assert fold.feed(0, "a", validated(0)) == []
+    assert [type(e) for e in fold.feed(0, ("a",), validated(0))] == [ev.Validated]
+    assert fold.feed(0, ("a",), validated(0)) == []
 
 
 def test_nodes_that_restored_different_steps_fail_the_generation():
     fold = mesh()
     ready = NodeReady(generation=GENERATION, step=START, rendezvous_us=0, build_us=0, restore_us=0, versions={})
-    assert fold.feed(0, "b", ready) == []
-    (failed,) = fold.feed(5, "a", replace(ready, step=START - 1))
+    assert fold.feed(0, ("b",), ready) == []
+    (failed,) = fold.feed(5, ("a",), replace(ready, step=START - 1))
     error = "nodes restored different steps: {'a': 19, 'b': 20}"
     assert failed == ev.GenerationFailed(at=5, generation=GENERATION, node="", error=error)
 
@@ -297,7 +297,7 @@ def test_failures_and_inventories_are_told_as_they_are():
     words = contract.Failed(generation=GENERATION, rank=1, step=22, kind="collective", error="e", traceback="t")
     held = {0: (Snapshot(generation=3, step=19),)}
     assert [
-        fold.feed(5, "b", report)[0]
+        fold.feed(5, ("b",), report)[0]
         for report in (
             words,
             Exited(generation=GENERATION, rank=1, exit_code=None, signal=9),
@@ -318,26 +318,26 @@ def test_a_save_that_fails_on_many_ranks_is_told_once_and_the_next_one_again():
     def failed(rank: int, step: int) -> contract.SaveFailed:
         return contract.SaveFailed(generation=GENERATION, rank=rank, step=step, error="disk full", write_us=1)
 
-    told = fold.feed(5, "a", failed(1, 21))
+    told = fold.feed(5, ("a",), failed(1, 21))
     assert told == [ev.CheckpointFailed(at=5, step=21, error="rank 1: disk full")]
-    assert [fold.feed(5, "b", failed(rank, 21)) for rank in (1, 2, 3)] == [[], [], []]
-    assert len(fold.feed(5, "b", failed(2, 24))) == 1
+    assert [fold.feed(5, ("b",), failed(rank, 21)) for rank in (1, 2, 3)] == [[], [], []]
+    assert len(fold.feed(5, ("b",), failed(2, 24))) == 1
     for rank in range(4):
-        told = fold.feed(5, "a", shard(rank, 22))
+        told = fold.feed(5, ("a",), shard(rank, 22))
     assert [type(event) for event in told] == [ev.CheckpointWritten], "a late one, of an earlier step, is no failure"
 
 
 def test_parts_of_old_checkpoints_are_let_go():
     fold = mesh()
     for step in range(START + 1, START + 50):
-        fold.feed(0, "a", shard(0, step))
-        assert len(fold.feed(0, "b", shard(1, step))) == 1
+        fold.feed(0, ("a",), shard(0, step))
+        assert len(fold.feed(0, ("b",), shard(1, step))) == 1
         assert fold.parts[step] == {rank: shard(rank, step).part for rank in (0, 1)}
         assert len(fold.parts) <= reports.KEPT_CHECKPOINTS
     alone = mesh(("a",), 1)
     for step in range(START + 1, START + 50):
-        alone.feed(0, "a", shard(0, step))
-    assert alone.feed(0, "a", shard(0, START + 1)) == [], "told again, long after it was let go"
+        alone.feed(0, ("a",), shard(0, step))
+    assert alone.feed(0, ("a",), shard(0, START + 1)) == [], "told again, long after it was let go"
 
 
 def test_reports_survive_the_wire_of_a_worker():

@@ -134,8 +134,8 @@ def test_versions_that_differ_between_ranks_or_nodes_are_mixed():
     assert isinstance(ready, NodeReady)
     assert ready.versions == {"torch": "2", "isa": "mixed", "threads": "1"}
     mesh = MeshFold(generation=GENERATION, nodes=("a", "b"), ranks=4, done=START)
-    mesh.feed(0, "a", ready)
-    mesh.feed(0, "b", replace(ready, versions={"torch": "2", "isa": "avx2", "threads": "2", "more": "1"}))
+    mesh.feed(0, ("a",), ready)
+    mesh.feed(0, ("b",), replace(ready, versions={"torch": "2", "isa": "avx2", "threads": "2", "more": "1"}))
     assert mesh.versions == {"torch": "2", "isa": "mixed", "threads": "mixed", "more": "mixed"}
 
 

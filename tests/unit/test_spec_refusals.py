@@ -145,6 +145,12 @@ def test_a_value_that_cannot_run_is_refused_in_one_line_that_says_what_can(secti
             {"parallel": {"tp": 4}, "cluster": {"slots_per_node": 4}, "model": {"ffn_dim": 6}},
             "parallel.tp = 4: must divide model.ffn_dim = 6; valid: 1, 2, 3, 6",
         ),
+        (
+            {"recovery": {"node_silence_s": 7}, "parallel": {"dp_replicate": 250}, "data": {"global_batch": 250}}
+            | {"cluster": {"spares": 6}},
+            "recovery.node_silence_s = 7: must be at least 7.5 with 256 nodes; they notice after 5 s that one through "
+            "which they report is silent",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_are_named(sections, valid):
