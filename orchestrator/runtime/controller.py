@@ -97,6 +97,8 @@ class Controller:
         self._hold = ""
         self._failure = ""
         self._poison = ""
+        self._undone = False
+        """Whether what the poison has half done has been."""
         self._over = False
         self._observes = False
         self._orders: list[tuple[int, Action]] = []
@@ -343,7 +345,17 @@ class Controller:
         if self._must_publish:
             self._must_publish = False
             await self._until_stored(self._journal.publish)
+        if self._poison and not self._undone:
+            await self._undo()
         return orders
+
+    async def _undo(self) -> None:
+        """What a poisonous event has half done is undone: the journal does not have it, and says what the state is."""
+        self._undone = True
+        try:
+            self._supervisor = await self._until_stored(self._journal.read_again)
+        except journals.JournalError as e:
+            self.notice(f"what the event has half done could not be undone, so that this picture may be wrong: {e}")
 
     def _fold(self, event: ev.Event) -> None:
         if self._poison:
@@ -397,9 +409,9 @@ class Controller:
                 self._begin_hold(repr(e))
                 await asyncio.sleep(HOLD_RETRY_S)
                 continue
-            if self._hold and not self._poison:
-                self.notice("the journal is written again, the hold is over")
-                self._hold = ""
+            if self._hold != self._poison:
+                self.notice("the journal is written again" + ("" if self._poison else ", the hold is over"))
+                self._hold = self._poison
             return result
 
     async def _answer(self, work: Callable[[], T]) -> T:

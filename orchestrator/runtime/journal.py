@@ -218,6 +218,18 @@ class Journal:
         except ReplayMismatch as e:
             raise self._told(e) from e
 
+    def read_again(self) -> Supervisor:
+        """The supervisor as the records until now leave it, from the store. Blocks.
+
+        Raises:
+            JournalError: what is there is damaged, or a newer controller has taken over.
+            StoreError, OSError: the store failed; nothing is lost, try again.
+        """
+        self.publish()
+        start, lines, _ = self._read()
+        records = (_record(line) for line in lines if start is None or line.seq > start.header.seq)
+        return replay(records, start.state if start is not None else None)
+
     def _told(self, mismatch: ReplayMismatch) -> ReplayMismatch:
         """With what is to be done, when other code wrote the record."""
         wrote, here = (_claimed(self._url, epoch) for epoch in (mismatch.epoch, self.epoch))

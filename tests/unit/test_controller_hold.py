@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core import events as ev
+from orchestrator.core import supervisor
 from orchestrator.core.actions import Action, AskStop, HaltGeneration, OpenGeneration, SetTimer
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe.status import Status
@@ -287,5 +288,46 @@ def test_to_stop_in_a_hold_ends_the_run(world):
         while not (await world.controller.poll(0, lease=True))[0].ended:
             await asyncio.sleep(0.01)
         assert "stopped while nothing could be decided" in (await world.controller.poll(0, lease=True))[0].failure
+
+    run(world, work)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> ev.Event:
+    """An event on which the supervisor fails when it has changed half of its state."""
+
+    def half(self: Supervisor, event: ev.Event) -> list[Action]:
+        self.state.step = self.state.high_water = 77
+        raise AssertionError("half done")
+
+    monkeypatch.setitem(supervisor._HANDLERS, ev.NodesRefused, half)
+    return ev.NodesRefused(at=0, error="poison")
+
+
+def test_what_poison_has_half_done_is_undone_and_nothing_is_decided_any_more(world, poison):
+    async def work() -> None:
+        await world.tell(steps(4), poison)
+        await world.until(lambda status: "the supervisor failed on NodesRefused" in status.hold)
+        await world.until(lambda status: status.step == status.high_water == 4)
+        await world.tell(steps(5), ev.WorkerExited(at=0, node="a", generation=1, slot=0, exit_code=None, signal=9))
+        while not world.controller._inbox.empty():
+            await asyncio.sleep(0.01)
+        status, _ = await world.controller.poll(0, lease=False)
+        assert (status.job, status.step, status.incidents) == ("training", 4, ())
+        assert world.ordered(HaltGeneration) == []
+
+    run(world, work)
+    told = [type(record.event) for record in read(world.url)]
+    assert told.count(ev.StepsDone) == 2 and ev.NodesRefused not in told
+    assert replay(read(world.url)).state.step == 4
+
+
+def test_poison_is_undone_when_the_store_is_back(world, poison):
+    async def work() -> None:
+        world.away = True
+        await world.tell(steps(4), poison)
+        await world.until(lambda status: "the store is away" in status.hold and status.step == 77)
+        world.away = False
+        await world.until(lambda status: status.step == 4 and "the supervisor failed" in status.hold)
 
     run(world, work)
