@@ -45,6 +45,8 @@ class OpenGeneration:
     """Replicas of this generation's mesh. The global batch is the same with fewer: each accumulates more."""
     snapshot_dp_replicate: int
     """Replicas of the mesh whose slots the snapshots are numbered by."""
+    buddies: tuple[int, ...] = ()
+    """Place to the place whose node is sent a copy of each of its snapshots; empty: nobody is."""
 
 
 @dataclass(frozen=True, kw_only=True)

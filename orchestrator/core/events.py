@@ -95,6 +95,7 @@ class RunDeclared:
     """What this body can do beyond the minimum:
 
     - "ram": keep snapshots in shared memory; "peer": copy them between nodes;
+    - "buddy": copy each to one other node as soon as it is taken;
     - "park": keep the processes of live workers from one generation to the next;
     - "probe": check a node with work whose result is known; "third": repeat an audited computation on a third node.
 

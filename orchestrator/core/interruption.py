@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import election, health, recovery
+from orchestrator.core import election, health, placement, recovery
 from orchestrator.core.actions import Action, EndRun, HaltGeneration, OpenGeneration, SetTimer
 from orchestrator.core.goodput import Label
 from orchestrator.core.state import EXIT_STOPPED, Evidence, Incident, State
@@ -149,6 +149,7 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
         reason=decision.reason,
         dp_replicate=decision.replicas,
         snapshot_dp_replicate=_written_by(s, decision),
+        buddies=_buddies(s),
     )
     return [s.order, SetTimer(timer=f"start/{s.generation}", at=at + s.declared_limits.start_deadline_us)]
 
@@ -158,6 +159,12 @@ def _written_by(s: State, decision: recovery.Decision) -> int:
     if decision.source != "ram":
         return decision.replicas
     return s.layout_of(decision.snapshot_generation).dp_replicate
+
+
+def _buddies(s: State) -> tuple[int, ...]:
+    if "buddy" not in s.capabilities:
+        return ()
+    return placement.buddies(s.mesh, lambda name: s.nodes[name].domain)
 
 
 def suspend(s: State) -> None:

@@ -6,7 +6,8 @@ which place in that order:
 
 - whoever can stay stays, so that as little state as possible moves;
 - the replicas of a slot stand in different failure domains (racks), so that no rack takes all copies along;
-- the stages of a pipeline stand in one, since neighbours talk all the time.
+- the stages of a pipeline stand in one, since neighbours talk all the time;
+- who keeps a copy of a node's snapshots (its buddy) stands in another than that node.
 
 A *shard* is a slot without its replica: what all replicas of it hold alike. It is numbered the same in meshes of any
 number of replicas.
@@ -145,6 +146,26 @@ def _neighbours(layout: Layout, index: int) -> list[int]:
     a_stage = layout.dp_replicate * layout.dp_shard * layout.tp
     beside = (slot + step for slot in slots_of(layout, index) for step in (-a_stage, a_stage))
     return list(dict.fromkeys(slot // layout.slots_per_node for slot in beside if 0 <= slot < layout.slots))
+
+
+def buddies(mesh: Sequence[str], domain_of: Callable[[str], str]) -> tuple[int, ...]:
+    """For each place the place whose node keeps a copy of its snapshots; nobody's, where there is one node.
+
+    Pairs half a round apart over the nodes sorted by rack, so in different racks unless one has more than half of them:
+    a pair loses its state only when both of its nodes go, where in a ring any two neighbours take one along (GEMINI,
+    SOSP 2023). An odd number leaves one triple.
+    """
+    racks: dict[str, list[int]] = {}
+    for place, node in enumerate(mesh):
+        racks.setdefault(domain_of(node), []).append(place)
+    row = [place for places in racks.values() for place in places]
+    half = len(row) // 2
+    keeper = [0] * len(row)
+    for one, other in zip(row[:half], row[half : 2 * half], strict=True):
+        keeper[one], keeper[other] = other, one
+    if len(row) % 2 and half:
+        keeper[row[-1]], keeper[row[half]] = row[0], row[-1]
+    return tuple(keeper) if half else ()
 
 
 def slots_of(layout: Layout, place_index: int) -> range:

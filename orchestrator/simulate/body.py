@@ -83,12 +83,19 @@ class Node:
     """The snapshots in its memory, the same for each slot that they are of; the newest last."""
     slots: tuple[int, ...] | None = None
     """Those slots, as the mesh that wrote them counts; None: those of its place."""
+    copies: tuple[tuple[int, ...], tuple[Snapshot, ...]] = ((), ())
+    """The slots of which it was last somebody's buddy, and the snapshots of them."""
     leaving: bool = False
     """It is quarantined, and its machine will be mended."""
     slowdown: int = 0
     """How much longer it takes for a step, in millionths of it."""
     noticed_after_us: int = 0
     """Time in which it is found to be slow."""
+
+    def snapshots(self) -> dict[int, tuple[Snapshot, ...]]:
+        """All in its memory, by slot."""
+        slots, snapshots = self.copies
+        return dict.fromkeys(slots, snapshots) | dict.fromkeys(self.slots_held(), self.held)
 
     def slots_held(self) -> tuple[int, ...]:
         if self.slots is None and self.layout is not None:
@@ -173,6 +180,7 @@ class Simulation:
         can = {
             "ram": profile.memory,
             "peer": profile.memory,
+            "buddy": profile.buddies,
             "park": profile.costs.resume is not None,
             "probe": profile.probes is not None,
         }
@@ -372,7 +380,7 @@ class Simulation:
         fetched: dict[str, list[int]] = {}
         for transfer in order.transfers:
             source = self.nodes.get(transfer.from_node)
-            assert source is None or (wanted in source.held and transfer.from_slot in source.slots_held()), transfer
+            assert source is None or wanted in source.snapshots()[transfer.from_slot], transfer
             fetched.setdefault(transfer.to_node, []).append(transfer.slot)
         renumbered = order.dp_replicate != order.snapshot_dp_replicate
         for place, name in enumerate(order.nodes):
@@ -388,8 +396,8 @@ class Simulation:
             elif renumbered and order.source == "ram":
                 node.slots = node.slots_held()
             else:
-                own = tuple(placement.slots_of(layout, place))
-                node.held = node.held if order.source == "ram" and node.slots_held() == own else ()
+                own, known = tuple(placement.slots_of(layout, place)), node.snapshots()
+                node.held = known[own[0]] if order.source == "ram" and all(slot in known for slot in own) else ()
                 assert order.source != "ram" or wanted in node.held, (node, wanted)
                 node.slots = None
             node.place, node.layout = place, layout
@@ -575,7 +583,11 @@ class Simulation:
         if kept:
             for node in alive:
                 node.held, node.slots = kept, None
-        if self.scenario.profile.delivery is not None:
+            for place, keeper in enumerate(running.order.buddies):
+                buddy = self.nodes.get(running.order.nodes[keeper])
+                if buddy is not None:
+                    buddy.copies = (tuple(placement.slots_of(running.layout, place)), kept)
+        if self.scenario.profile.delivery is not None or self.scenario.profile.buddies:
             return self._answer_each(order, alive)
         self._answer_each(order, [node for node in alive if node.slots is not None])
         answers: dict[tuple[int, bool], list[Node]] = {}
@@ -602,7 +614,7 @@ class Simulation:
                 at=self.now,
                 node=node.name,
                 generation=order.generation,
-                snapshots=dict.fromkeys(node.slots_held(), node.held),
+                snapshots=node.snapshots(),
                 parked=order.park and node.name not in self.running.broken,
             )
             self.send(node.name, halted)

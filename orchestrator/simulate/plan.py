@@ -103,7 +103,7 @@ def from_store(made: Scenario, cause: Cause) -> bool:
         return True
     if cause.effect == "corrupt":  # the convict's own memory serves, if what it holds is from before
         return made.profile.detection.corruption.us > made.step_us
-    if cause.effect != "node":
+    if cause.effect != "node" or made.profile.buddies:
         return False
     width = made.layout.slots_per_node
     slots = placement.slots_of(made.layout, 0)

@@ -107,6 +107,8 @@ class Profile(_Table):
     title: str
     memory: bool
     """Whether state is kept in shared memory and copied between nodes; without, only the store has it."""
+    buddies: bool = False
+    """Whether each snapshot is copied to one other node as soon as it is taken: what a mesh without replicas needs."""
     shrinks: bool = False
     """Whether the mesh can go on with fewer replicas, which then accumulate more microbatches each."""
     probes: float | None = Field(default=None, ge=0, le=1)

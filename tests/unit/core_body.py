@@ -265,12 +265,25 @@ class Body:
                     held = node.ram.setdefault(slot, [])
                     held.append(Snapshot(generation=generation, step=running.step))
                     del held[:-SNAPSHOTS_KEPT]
+        self._send_copies(running)
         if running.step % CHECKPOINT_INTERVAL_STEPS == 0:
             self._tell_steps()
             self.end_save()
             running.saving = running.step
         elif self.tape.below(3) < 2:
             self._tell_steps()
+
+    def _send_copies(self, running: Running) -> None:
+        """To each node's buddy, which has them as soon as the step is done, or never."""
+        nodes = [self.nodes[name] for name in running.order.nodes]
+        for place, keeper in enumerate(running.order.buddies):
+            if not nodes[keeper].alive or self.tape.below(4) == 3:
+                continue
+            for slot in nodes[place].slots:
+                newest = nodes[place].ram.get(slot, [])[-1:]
+                held = nodes[keeper].ram.setdefault(slot, [])
+                held += [snapshot for snapshot in newest if snapshot not in held]
+                del held[:-SNAPSHOTS_KEPT]
 
     def _tell_steps(self) -> None:
         running = self.running

@@ -237,6 +237,9 @@ class Watch:
         mesh = self._mesh(order.generation)
         assert len(order.nodes) == len(set(order.nodes)) == mesh.nodes, "a slot is filled twice, or not at all"
         self._check_named(supervisor, order.nodes)
+        wanted = sorted(range(mesh.nodes)) if "buddy" in self._capabilities and mesh.nodes > 1 else []
+        assert sorted(order.buddies) == wanted, "each node's snapshots are kept once by another"
+        assert all(place != keeper for place, keeper in enumerate(order.buddies)), "a node is its own buddy"
         self._check_size(supervisor, order, mesh)
         self._check_convicts(supervisor, order)
         assert not {t.from_node for t in order.transfers} & self._lost, "a copy comes from a lost node"

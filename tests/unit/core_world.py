@@ -40,7 +40,7 @@ LAYOUTS = (
     layout(1, 3, 1, 1, 1, 0, shrinks_to=(2, 1)),
     layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,)),
 )
-CAPABILITIES = (("ram", "peer"), ("ram", "peer", "park", "probe", "third"), ("ram",), ())
+CAPABILITIES = (("ram", "peer"), ("ram", "peer", "buddy", "park", "probe", "third"), ("ram",), ())
 
 
 class Tape:

@@ -230,6 +230,8 @@ def _told(action: ac.Action, now: int) -> str:
             copies = "".join(
                 f"\n    copy {t.from_node}:{t.from_slot} to {t.to_node}:{t.slot}" for t in action.transfers
             )
+            kept = (f"{node} by {action.nodes[by]}" for node, by in zip(action.nodes, action.buddies, strict=False))
+            copies += f"\n    copies kept of {', '.join(kept)}" if action.buddies else ""
             return f"open g{action.generation} on {' '.join(action.nodes)}: {state}{copies}\n    {action.reason}"
         case ac.HaltGeneration():
             verb = "park" if action.park else "halt"

@@ -84,6 +84,20 @@ def test_a_pipeline_lies_in_one_rack() -> None:
             assert len({domains[node] for node in stages}) == 1
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=7))
+def test_a_nodes_snapshots_are_kept_once_and_in_another_rack(sizes: list[int]) -> None:
+    domains = racks(sizes)
+    mesh, n = list(domains), sum(sizes)
+    keepers = placement.buddies(mesh, domains.__getitem__)
+    assert keepers == () if n == 1 else sorted(keepers) == list(range(n))
+    assert all(place != keeper for place, keeper in enumerate(keepers))
+    paired = sum(keepers[keeper] == place for place, keeper in enumerate(keepers))
+    assert paired == (n if n % 2 == 0 else max(0, n - 3))
+    if 2 * max(sizes) < n:
+        assert all(domains[mesh[place]] != domains[mesh[keeper]] for place, keeper in enumerate(keepers))
+
+
 def test_without_racks_nodes_come_in_the_order_in_which_they_are_listed() -> None:
     mesh = layout(1, 4, 1, 1, 1, 1)
     names = ["d", "c", "b", "a", "e"]
@@ -128,9 +142,19 @@ def _forgets_who_was_where(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(placement, "_kept", lambda mesh, before, previous: [None] * mesh.nodes)
 
 
+def _keeps_copies_next_door(patch: pytest.MonkeyPatch) -> None:
+    def broken(mesh: list[str], domain_of: Callable[[str], str]) -> tuple[int, ...]:
+        row = sorted(range(len(mesh)), key=lambda place: domain_of(mesh[place]))
+        after = dict(zip(row, row[1:] + row[:1], strict=True))
+        return tuple(after[place] for place in range(len(mesh))) if len(mesh) > 1 else ()
+
+    patch.setattr(placement, "buddies", broken)
+
+
 @pytest.mark.parametrize(
     ("breakage", "check"),
     [
+        (_keeps_copies_next_door, test_a_nodes_snapshots_are_kept_once_and_in_another_rack),
         (_ignores_racks, test_no_rack_holds_all_copies_of_a_shard),
         (_fills_holes_anyhow, test_nor_after_a_node_has_been_replaced),
         (_forgets_who_was_where, test_a_mesh_of_another_size_moves_no_shard_that_can_stay),

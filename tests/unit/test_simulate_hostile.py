@@ -53,7 +53,7 @@ def made_of(seed: int, *causes: Cause, an_hour: float, days: float, delivery: De
     places = mesh.nodes + mesh.spares
     share = len(causes) * places / (24 * an_hour) if an_hour else 1.0
     exposure = load_failures("llama3").exposure.model_copy(update={"node_days": share})
-    ladder = load_profile("ladder").model_copy(update={"delivery": delivery})
+    ladder = load_profile("ladder").model_copy(update={"delivery": delivery, "buddies": seed % 2 == 1})
     limits = replace(LIMITS, **PATIENCE, recoveries_without_progress=10**9, strikes=4, quarantined_at_most=2)
     return Scenario(
         layout=mesh,
@@ -128,6 +128,16 @@ def test_a_rack_takes_no_state_along_when_placement_knows_it() -> None:
         struck = replace(made_of(0, rack, an_hour=2, days=0.2), layout=mesh, seed=seed)
         assert run(struck).incidents[0].rungs == ["shrink"]
         assert run(replace(struck, rack_machines=0)).incidents[0].rungs == ["durable"]
+
+
+def test_without_replicas_the_copies_that_buddies_keep_serve() -> None:
+    lost = cause("node", repair_s=600)
+    made = replace(made_of(0, lost, an_hour=6, days=1), layout=layout(1, 1, 8, 1, 2, 1))
+    alone = run(made).incidents
+    kept = run(replace(made, profile=made.profile.model_copy(update={"buddies": True}))).incidents
+    assert len(alone) > 50 and {rung for i in alone for rung in i.rungs} == {"durable"}
+    assert sum(i.rungs == ["spare"] for i in kept) > 0.9 * len(kept) > 50
+    assert all(i.steps_lost <= 1 for i in kept if i.rungs == ["spare"])
 
 
 def test_a_slow_node_costs_what_it_computes_longer_and_no_more() -> None:
