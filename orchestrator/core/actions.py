@@ -123,6 +123,7 @@ class ProbeNode:
     """Have a quarantined node do work whose result is known; answer NodeProbed."""
 
     node: str
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)

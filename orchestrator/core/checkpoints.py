@@ -83,13 +83,16 @@ def retire(state: State) -> list[Action]:
 
     Not while an incident is open or a generation starts: what is restored from must stay, and it may turn out damaged
     or revoked, so that an older one is wanted. What is distrusted is neither counted nor deleted: people may want to
-    look at it. Nor is one beyond the last step: it belongs to a longer run, and this one never restores from it.
+    look at it. Nor is one beyond the last step: it belongs to a longer run, and this one never restores from it. While
+    a third is asked about a step, the newest from before it stays: a verdict revokes all that came of that step.
     """
     assert state.limits is not None
     if state.incident is not None or state.job == "starting":
         return []
     usable = [step for step, c in state.checkpoints.items() if c.trust == "committed" and step <= state.total_steps]
-    retired = usable[: -state.limits.keep_checkpoints]
+    doubted = min((asked.step for asked in state.disagreements), default=0)
+    clean = max((step for step in usable if step < doubted), default=None)
+    retired = [step for step in usable[: -state.limits.keep_checkpoints] if step != clean]
     for step in retired:
         del state.checkpoints[step]
         state.retired = max(state.retired, step)
@@ -106,4 +109,12 @@ def revoke(state: State, generation: int, step: int) -> None:
     """The state of `generation` is not known to be clean from `step` on: nor are the checkpoints that hold it."""
     for held, checkpoint in state.checkpoints.items():
         if held >= step and checkpoint.generation == generation and checkpoint.trust in ("written", "committed"):
+            checkpoint.trust, checkpoint.replaces = "revoked", ""
+
+
+def revoke_what_came_of(state: State, generation: int, step: int) -> None:
+    """The computation of `step` in `generation` was wrong."""
+    for held, checkpoint in state.checkpoints.items():
+        came_of_it = state.is_made_of(generation, step, upto=(checkpoint.generation, held))
+        if came_of_it and checkpoint.trust in ("written", "committed"):
             checkpoint.trust, checkpoint.replaces = "revoked", ""

@@ -159,6 +159,7 @@ class NodeProbed:
 
     at: int
     node: str
+    number: int
     passed: bool
     detail: str
 

@@ -40,9 +40,28 @@ def charge(state: State, evidence: Evidence, at: int) -> list[Action]:
         state.convicted[name] = None
     too_many = len(state.strikes[name]) >= state.declared_limits.strikes
     too_many = too_many or name in state.probation or evidence.kind == "slow"
-    if (too_many or recovery.follows_one_node(state, evidence)) and state.n_usable > len(state.mesh):
-        return _quarantine(state, name, at)
-    return []
+    # What only this node fails at ends the run with it: a smaller mesh is better, for the others it needs a spare.
+    its_own = recovery.follows_one_node(state, evidence)
+    needed = recovery.fewest_nodes(state) if its_own else len(state.mesh)
+    return _quarantine(state, name, at) if (too_many or its_own) and state.n_usable > needed else []
+
+
+def found_slow(state: State, name: str, at: int) -> bool:
+    """Note that a node is slow. Whether that is news in this generation."""
+    if state.slow.get(name) == state.generation:
+        return False
+    state.slow[name] = state.generation
+    strike(state, name, at)
+    return True
+
+
+def convict(state: State, name: str, at: int) -> list[Action]:
+    """A node that holds no slot is proven wrong; one that does is quarantined with the next change of the mesh."""
+    strike(state, name, at)
+    if not _is_here(state, name):
+        return []
+    state.convicted[name] = None
+    return _quarantine(state, name, at) if state.nodes[name].state == "spare" else []
 
 
 def quarantine_convicts(state: State, at: int) -> list[Action]:
@@ -55,8 +74,8 @@ def quarantine_convicts(state: State, at: int) -> list[Action]:
     return actions
 
 
-def can_be_replaced(state: State, name: str) -> bool:
-    """Whether a spare in good standing could take the place of `name`, and `name` be quarantined."""
+def can_be_replaced(state: State) -> bool:
+    """Whether a spare in good standing could take the place of a node that is to be quarantined."""
     return _has_room(state) and any(
         node.state == "spare" and state.standing(spare) == "good" for spare, node in state.nodes.items()
     )
@@ -91,42 +110,78 @@ def _has_room(state: State) -> bool:
 
 def probe(state: State, name: str, at: int) -> list[Action]:
     """Have it probed; its answer has as long as a start may take, which it contains."""
-    return [ProbeNode(node=name), SetTimer(timer=f"probe/{name}", at=at + state.declared_limits.start_deadline_us)]
+    state.n_probes += 1
+    number = state.probes[name] = state.n_probes
+    deadline = SetTimer(timer=f"probe/{number}", at=at + state.declared_limits.start_deadline_us)
+    return [ProbeNode(node=name, number=number), deadline]
 
 
-def probed(state: State, event: ev.NodeProbed) -> bool:
-    """What the probe of a node has shown. Whether it is usable again."""
-    node = state.nodes.get(event.node)
-    if node is None or node.state != "probed":
-        return False
-    state.move_node(event.node, "spare" if event.passed else "quarantined")
-    state.strikes.pop(event.node, None)
-    if event.passed:
-        state.probation[event.node] = event.at + state.declared_limits.probation_us
-    return event.passed
+def probed(state: State, number: int, passed: bool, at: int) -> str | None:
+    """What a probe has shown, or that it was not answered. The node that is usable again, if it is."""
+    name = next((name for name, newest in state.probes.items() if newest == number), None)
+    if name is None:
+        return None
+    del state.probes[name]
+    if not passed:
+        state.move_node(name, "quarantined")
+        return None
+    _take_back(state, name, at)
+    return name
+
+
+def take_back(state: State, n: int, at: int) -> None:
+    """The run would end for want of nodes: those that have only failed too often serve again, the newest first."""
+    away = [name for name, node in state.nodes.items() if node.state == "quarantined" and name not in state.convicted]
+    for name in away[::-1][:n]:
+        _take_back(state, name, at)
+
+
+def _take_back(state: State, name: str, at: int) -> None:
+    state.move_node(name, "spare")
+    state.strikes.pop(name, None)
+    state.probation[name] = at + state.declared_limits.probation_us
 
 
 def disagreed(state: State, event: ev.AuditDisagreed) -> list[Action]:
     """Two nodes disagree: both are suspects, and a spare of good standing is asked, where there is one."""
     pair = (event.auditor, event.accused)
-    if any(name not in state.nodes or state.nodes[name].state == "lost" for name in pair):
+    known = any(
+        (d.generation, d.step, d.auditor, d.accused) == (event.generation, event.step, *pair)
+        for d in state.disagreements
+    )
+    if known or any(name in state.convicted or not _is_here(state, name) for name in pair):
         return []
-    spares = (name for name, node in state.nodes.items() if node.state == "spare")
-    judge = next((name for name in spares if state.standing(name) == "good" and name not in pair), None)
+    forgive(state, event.at)
     state.disputes |= dict.fromkeys(pair, event.at)
+    return _ask_somebody(state, event.generation, event.step, pair, event.at)
+
+
+def lost(state: State, name: str, at: int) -> list[Action]:
+    """Whom a lost node was to judge is judged by another."""
+    actions: list[Action] = []
+    for asked in [asked for asked in state.disagreements if asked.judge == name]:
+        state.disagreements.remove(asked)
+        actions += _ask_somebody(state, asked.generation, asked.step, (asked.auditor, asked.accused), at)
+    return actions
+
+
+def _ask_somebody(state: State, generation: int, step: int, pair: tuple[str, str], at: int) -> list[Action]:
+    busy = [asked.judge for asked in state.disagreements]
+    spares = (name for name, node in state.nodes.items() if node.state == "spare" and name not in busy)
+    judge = next((name for name in spares if state.standing(name) == "good" and name not in pair), None)
     if judge is None or "third" not in state.capabilities or len(state.disagreements) >= DISAGREEMENTS_ASKED:
         return []
     state.n_disagreements += 1
     asked = Disagreement(
         number=state.n_disagreements,
-        generation=event.generation,
-        step=event.step,
-        auditor=event.auditor,
-        accused=event.accused,
+        generation=generation,
+        step=step,
+        auditor=pair[0],
+        accused=pair[1],
         judge=judge,
     )
     state.disagreements.append(asked)
-    return ask(state, asked, event.at)
+    return ask(state, asked, at)
 
 
 def ask(state: State, asked: Disagreement, at: int) -> list[Action]:
@@ -142,13 +197,20 @@ def ask(state: State, asked: Disagreement, at: int) -> list[Action]:
     return [order, SetTimer(timer=f"third/{asked.number}", at=at + state.declared_limits.start_deadline_us)]
 
 
-def settled(state: State, number: int, wrong: str) -> Disagreement | None:
-    """The third has spoken, or its time is over. The disagreement in which `wrong` is convicted; else None."""
+def settled(state: State, number: int, wrong: str) -> list[Disagreement]:
+    """The third has spoken, or its time is over. What that settles: all in which the one whom it convicts stands."""
     found = next((asked for asked in state.disagreements if asked.number == number), None)
     if found is None:
-        return None
+        return []
     state.disagreements.remove(found)
     if wrong not in (found.auditor, found.accused):
-        return None
-    state.disputes.pop(found.accused if wrong == found.auditor else found.auditor, None)
-    return found
+        return []
+    others = [asked for asked in state.disagreements if wrong in (asked.auditor, asked.accused)]
+    state.disagreements = [asked for asked in state.disagreements if asked not in others]
+    for asked in (found, *others):
+        state.disputes.pop(asked.accused if wrong == asked.auditor else asked.auditor, None)
+    return [found, *others]
+
+
+def _is_here(state: State, name: str) -> bool:
+    return name in state.nodes and state.nodes[name].state != "lost"

@@ -125,6 +125,7 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
         s.inventory.pop(name, None)
     first = s.incident is None
     s.generation += 1
+    s.lineage[s.generation] = (_parent(s, decision), decision.step)
     s.mesh, s.job = decision.mesh, "starting"
     if decision.replicas != s.replicas:
         s.replicas = s.shapes[s.generation] = decision.replicas
@@ -132,7 +133,7 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
     if decision.step < s.floor:
         s.floor = s.reached = decision.step
     reach(s, decision.step)  # a dead node's last report may be missing, its snapshot not
-    s.recoveries_without_progress += not first
+    s.recoveries_without_progress += not (first or recovery.is_planned(s.incident))
     s.ledger.mesh_label = "start_up" if first else "recovery"
     s.ledger.empty_label = "degraded_capacity"
     s.ledger.idle_label = "idle_spare" if s.replicas == s.declared_layout.dp_replicate else "degraded_capacity"
@@ -161,6 +162,13 @@ def _written_by(s: State, decision: recovery.Decision) -> int:
     return s.layout_of(decision.snapshot_generation).dp_replicate
 
 
+def _parent(s: State, decision: recovery.Decision) -> int:
+    """The generation whose state is restored."""
+    if decision.source == "durable":
+        return s.checkpoints[decision.step].generation
+    return decision.snapshot_generation
+
+
 def _buddies(s: State) -> tuple[int, ...]:
     if "buddy" not in s.capabilities:
         return ()
@@ -177,7 +185,7 @@ def suspend(s: State) -> None:
 
 
 def reach(s: State, step: int) -> None:
-    """The mesh has completed `step`, or holds its s."""
+    """The mesh has completed `step`, or holds its state."""
     s.step = step
     if step > s.reached:
         s.reached, s.recoveries_without_progress = step, 0

@@ -7,7 +7,7 @@ change, and later each time that it did not come up.
 
 from __future__ import annotations
 
-from orchestrator.core import interruption, recovery
+from orchestrator.core import health, interruption, recovery
 from orchestrator.core.actions import Action, ReleaseNode, SetTimer
 from orchestrator.core.state import State
 
@@ -16,22 +16,29 @@ GROW_DOUBLINGS = 6
 
 
 def in_peace(s: State, at: int) -> list[Action]:
-    """What can wait until the mesh trains well: nodes that leave are replaced, a shrunk mesh takes nodes back."""
-    if s.stopping:
-        return []
+    """What can wait until the mesh trains well."""
     actions: list[Action] = []
     for name in [name for name in s.leaving if s.nodes[name].state != "active"]:
         actions += let_go(s, name, "it is not needed any more")
-    if s.leaving:
-        staying = s.n_usable - len(s.leaving)
-        if staying >= len(s.mesh):
-            first, by = next(iter(s.leaving.items()))
-            return actions + interruption.fault(s, recovery.seen(s, at, first, None, "leave", by))
+    if s.stopping or not loses_nothing(s):
+        return actions
+    if s.leaving and s.n_usable - len(s.leaving) >= len(s.mesh):
+        first, by = next(iter(s.leaving.items()))
+        return actions + interruption.fault(s, recovery.seen(s, at, first, None, "leave", by))
+    convict = next((name for name in s.convicted if s.nodes[name].state == "active"), None)
+    if convict is not None and health.can_be_replaced(s):
+        corrupt = "its state was proven corrupt, and a spare is there now"
+        return actions + interruption.fault(s, recovery.seen(s, at, convict, None, "leave", corrupt))
     if s.replicas < s.declared_layout.dp_replicate and not s.growing and _growth(s) is not None:
         s.growing = True
         wait_us = s.declared_limits.grow_settle_us << min(s.grown_in_vain, GROW_DOUBLINGS)
         actions.append(SetTimer(timer=f"grow/{s.generation}", at=at + wait_us))
     return actions
+
+
+def loses_nothing(s: State) -> bool:
+    """Whether a change of the mesh costs the step under way at most."""
+    return {"ram", "peer"} <= set(s.capabilities) or s.newest_checkpoint() == s.step
 
 
 def _growth(s: State) -> int | None:
@@ -45,7 +52,7 @@ def grow(s: State, at: int) -> list[Action]:
     """The wait is over: open a larger mesh, if its nodes are still there."""
     s.growing = False
     replicas = _growth(s)
-    if replicas is None:
+    if replicas is None or s.stopping or not loses_nothing(s):
         return []
     s.grown_in_vain += 1  # until it is ready
     there = recovery.seen(s, at, "", None, "grow", f"nodes for {replicas} replicas are there")

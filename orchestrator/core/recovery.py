@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
 from orchestrator.core.checkpoints import DISTRUSTED
-from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, Evidence, Incident, State
+from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, STANDINGS, Evidence, Incident, State
 from orchestrator.core.state import EXIT_FAILED as RUN_FAILED
 from trainer.contract import EXIT_FAILED
 
@@ -148,6 +148,11 @@ def is_of_a_node(evidence: Evidence) -> bool:
     return evidence.kind in _OF_A_NODE
 
 
+def is_planned(incident: Incident | None) -> bool:
+    """Whether nothing has failed, and nothing has been tried yet: a change that somebody wants."""
+    return incident is not None and not incident.rungs and root(incident).kind in PLANNED
+
+
 def blames_the_rung(evidence: Evidence) -> bool:
     return evidence.kind not in _NOT_THE_RUNGS
 
@@ -221,7 +226,7 @@ def decide(state: State) -> Decision:
                 reason=f"the same failure came back, {len(struck)} times on {' and '.join(dict.fromkeys(struck))}, so "
                 f"it follows the job and requeueing will not help: {told(fault)}",
             )
-    if state.recoveries_without_progress >= limits.recoveries_without_progress:
+    if state.recoveries_without_progress >= limits.recoveries_without_progress and not is_planned(incident):
         return Decision(
             rung="fail",
             exit_code=EXIT_CRASH_LOOP,
@@ -272,7 +277,8 @@ def fewest_nodes(state: State) -> int:
 def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tuple[str, ...], int] | None:
     """The mesh with most replicas, up to `at_most`, that these nodes fill, and their number; None when none is filled.
 
-    Nodes that leave are kept where the mesh would be smaller without them.
+    Nodes that leave are kept where the mesh would be smaller without them than it is. Spares are taken by standing;
+    racks decide between those of one.
     """
     layout = state.layout
     assert layout is not None
@@ -283,13 +289,27 @@ def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tup
         if replicas > at_most or replicas * layout.nodes > len(usable) * layout.dp_replicate:
             continue
         wanted = layout.with_replicas(replicas)
-        for names in (staying, usable) if state.leaving else (usable,):
+        for names in (staying, usable) if state.leaving and replicas <= state.replicas else (staying,):
+            best = _best(state, names, wanted.nodes)
             mesh = placement.place(
-                wanted, state.mesh_layout, state.mesh, names, held, lambda name: state.nodes[name].domain
+                wanted, state.mesh_layout, state.mesh, best, held, lambda name: state.nodes[name].domain
             )
             if mesh is not None:
                 return mesh, replicas
     return None
+
+
+def _best(state: State, names: Sequence[str], n: int) -> Sequence[str]:
+    """The first `n` of nodes that are sorted by standing, and those that are as good as the last of them."""
+    order = list(STANDINGS)
+
+    def rank(name: str) -> int:
+        return -1 if state.nodes[name].state == "active" else order.index(state.standing(name))
+
+    end = len(names)
+    while end > n and rank(names[end - 1]) > rank(names[n - 1]):
+        end -= 1
+    return names[:end]
 
 
 def _rung(state: State, mesh: tuple[str, ...], replicas: int) -> str:

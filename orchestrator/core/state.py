@@ -6,7 +6,7 @@ Each field says what binds it. `check` asserts the invariants that hold between 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.core.actions import OpenGeneration
 from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot
@@ -26,8 +26,8 @@ Standing = Literal["good", "suspect", "probation", "leaving"]
 
 STANDINGS: dict[Standing, str] = {
     "good": "nothing is held against it",
-    "suspect": "a strike that still counts, or an audit in which it and another disagreed: the last spare to be taken",
-    "probation": "back from quarantine after a probe: the next strike sends it there again, for good",
+    "suspect": "a strike that still counts, or an audit in which it and another disagreed: good spares are taken first",
+    "probation": "back from quarantine: taken after those, and the next strike sends it there again, for good",
     "leaving": "it will be taken away: it gives its place up as soon as another can take it, and is let go",
 }
 
@@ -186,7 +186,12 @@ class State:
     leaving: dict[str, str] = field(default_factory=dict)
     """Nodes that will be taken away, and who says so. Others may join for them: they count as no place of the run's."""
     drained: dict[str, None] = field(default_factory=dict)
-    """Nodes that left: their machines are not taken again, until the run is declared anew."""
+    """Nodes that left, or that were convicted: their machines are not taken again, until the run is declared anew."""
+    slow: dict[str, int] = field(default_factory=dict)
+    """Node to the newest generation in which it was found to be slow: it counts once in each."""
+    probes: dict[str, int] = field(default_factory=dict)
+    """Nodes that are probed, and the number of the probe."""
+    n_probes: int = 0
     disputes: dict[str, int] = field(default_factory=dict)
     """Node to the time of the last audit in which it disagreed with another, unless a third has cleared it."""
     disagreements: list[Disagreement] = field(default_factory=list)
@@ -205,6 +210,8 @@ class State:
     """dp_replicate of that mesh; below the layout's while it is shrunk."""
     shapes: dict[int, int] = field(default_factory=dict)
     """Generation to the number of replicas from it on: snapshots are numbered by the slots of their generation."""
+    lineage: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Generation to the one whose state it was opened with, and at which step; 0: new weights, or not known whose."""
     growing: bool = False
     """The shrunk mesh can have more replicas, and a timer runs until it does."""
     grown_in_vain: int = 0
@@ -283,9 +290,10 @@ class State:
         self.counts[to] += 1
         node.state = to
         if to == "lost":
-            if name in self.leaving:
+            if name in self.leaving or name in self.convicted:
                 self.drained[name] = None
-            for known in (self.strikes, self.convicted, self.probation, self.leaving, self.disputes):
+            held_against: tuple[dict[str, Any], ...] = (self.strikes, self.convicted, self.disputes, self.slow)
+            for known in (*held_against, self.probation, self.probes, self.leaving):
                 known.pop(name, None)
 
     def standing(self, name: str) -> Standing:
@@ -305,7 +313,8 @@ class State:
     @property
     def places_taken(self) -> int:
         """By nodes that are ready and will stay."""
-        return self.counts["active"] + self.counts["spare"] - len(self.leaving)
+        leaving = sum(self.nodes[name].state in ("active", "spare") for name in self.leaving)
+        return self.counts["active"] + self.counts["spare"] - leaving
 
     @property
     def spares_counted(self) -> int:
@@ -332,6 +341,16 @@ class State:
         return self.declared_layout.with_replicas(
             self.shapes[max(first for first in self.shapes if first <= generation)]
         )
+
+    def is_made_of(self, generation: int, step: int, *, upto: tuple[int, int]) -> bool:
+        """Whether the state of (generation, step) `upto` came of the computation of `step` in `generation`."""
+        newest, last = upto
+        while newest in self.lineage:
+            parent, first = self.lineage[newest]
+            if newest == generation:
+                return first < step <= last
+            newest, last = parent, first
+        return False
 
     def is_unclean(self, generation: int, step: int) -> bool:
         """Whether a state that `generation` had in memory after `step` is not known to be clean.

@@ -97,7 +97,7 @@ class Supervisor:
         s.growing, s.grown_in_vain = False, 0
         s.counts = dict.fromkeys(NODE_STATES, 0)
         s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
-        s.disputes, s.disagreements = {}, []
+        s.disputes, s.disagreements, s.probes, s.slow, s.lineage = {}, [], {}, {}, {}
         s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
         # Who resumes has looked: what was found damaged may have been mended, and is tried again.
         s.checkpoints = {step: c for step, c in s.checkpoints.items() if c.trust != "damaged"}
@@ -129,8 +129,8 @@ class Supervisor:
         elif s.job == "training" and s.stopping:
             again.append(AskStop(generation=s.generation))
         s.growing = False  # its timer went with the controller
-        for name, node in s.nodes.items():
-            again += health.probe(s, name, event.at) if node.state == "probed" else []
+        for name in list(s.probes):
+            again += health.probe(s, name, event.at)
         for asked in s.disagreements:
             again += health.ask(s, asked, event.at)
         return again + self._save_every()
@@ -177,7 +177,7 @@ class Supervisor:
         actions: list[Action] = [gone]
         if held:
             actions += interruption.fault(s, recovery.seen(s, event.at, event.node, None, "node", event.cause))
-        return actions + interruption.answered(s, event.at, event.node)
+        return actions + health.lost(s, event.node, event.at) + interruption.answered(s, event.at, event.node)
 
     def _on_node_leaving(self, event: ev.NodeLeaving) -> list[Action]:
         """It works until it is gone, or until another can take its place without a loss: see planned.py."""
@@ -193,19 +193,24 @@ class Supervisor:
         s = self.state
         if event.generation != s.generation or s.job != "training" or event.node not in s.mesh:
             return []
-        evidence = recovery.seen(s, event.at, event.node, None, "slow", event.detail)
-        if s.incident is None and health.can_be_replaced(s, event.node):
-            return interruption.fault(s, evidence)
-        health.strike(s, event.node, event.at)
+        health.forgive(s, event.at)
+        quiet = s.incident is None and not s.stopping and planned.loses_nothing(s)
+        if quiet and health.can_be_replaced(s):
+            return interruption.fault(s, recovery.seen(s, event.at, event.node, None, "slow", event.detail))
+        health.found_slow(s, event.node, event.at)
         return []
 
     def _on_node_probed(self, event: ev.NodeProbed) -> list[Action]:
+        return self._probed(event.at, event.number, event.passed)
+
+    def _probed(self, at: int, number: int, passed: bool) -> list[Action]:
         s = self.state
-        if not health.probed(s, event):
+        back = health.probed(s, number, passed, at)
+        if back is None:
             return []
         if s.places_taken > s.ledger.places:  # another has come for it
-            return planned.let_go(s, event.node, "no place is free")
-        return interruption.open_mesh(s, event.at, "a node has passed its probe") if s.job == "waiting" else []
+            return planned.let_go(s, back, "no place is free")
+        return interruption.open_mesh(s, at, "a node has passed its probe") if s.job == "waiting" else []
 
     # --- audits -----------------------------------------------------------------------------------------------------
 
@@ -213,19 +218,23 @@ class Supervisor:
         return health.disagreed(self.state, event)
 
     def _on_audit_settled(self, event: ev.AuditSettled) -> list[Action]:
-        """A third node has convicted one: what came of its step is not to be trusted, in whatever generation."""
+        """A third node has convicted one: all that came of the step is not to be trusted, and only that."""
         s = self.state
-        found = health.settled(s, event.number, event.wrong)
-        if found is None or s.order is None:
-            return []
-        s.unclean[s.generation] = min(found.step, s.unclean.get(s.generation, found.step))
-        for generation in range(found.generation, s.generation + 1):
-            checkpoints.revoke(s, generation, found.step)
-        detail = f"wrong in the audit of step {found.step}, says {found.judge}: {event.detail}"
-        evidence = Evidence(at=event.at, node=event.wrong, slot=None, kind="corrupt", detail=detail, step=found.step)
-        if s.job in (*_HOLDS_SLOTS, "committing"):
+        settled = health.settled(s, event.number, event.wrong)
+        for asked in settled:
+            checkpoints.revoke_what_came_of(s, asked.generation, asked.step)
+            heirs = [g for g in s.lineage if s.is_made_of(asked.generation, asked.step, upto=(g, s.high_water))]
+            for last in heirs[-1:]:  # what is held of it by those before is not clean, either: see is_unclean
+                s.unclean[last] = min(asked.step, s.unclean.get(last, asked.step))
+        here = [d for d in settled if s.is_made_of(d.generation, d.step, upto=(s.generation, s.step))]
+        if here and s.job in (*_HOLDS_SLOTS, "committing"):
+            first = min(here, key=lambda asked: asked.step)
+            detail = f"wrong in the audit of step {first.step}, says {first.judge}: {event.detail}"
+            evidence = Evidence(
+                at=event.at, node=event.wrong, slot=None, kind="corrupt", detail=detail, step=first.step
+            )
             return interruption.fault(s, evidence)
-        return health.charge(s, evidence, event.at)
+        return (health.convict(s, event.wrong, event.at) if settled else []) + self._finish_if_saved()
 
     # --- a generation -----------------------------------------------------------------------------------------------
 
@@ -237,7 +246,7 @@ class Supervisor:
             wrong = f"ready at step {event.step}, ordered was {s.restored_step}"
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "start", wrong))
         s.job = "training"
-        if s.incident is not None and s.incident.rungs[-1] == "grow":
+        if s.incident is not None and s.replicas > s.layout_of(s.incident.generation).dp_replicate:
             s.grown_in_vain = 0
         s.ledger.settle("other", then="recovery")
         s.ledger.train()
@@ -399,14 +408,16 @@ class Supervisor:
         s = self.state
         name, _, about = event.timer.partition("/")
         if name == "probe":
-            return self._on_node_probed(ev.NodeProbed(at=event.at, node=about, passed=False, detail="no answer"))
+            return self._probed(event.at, int(about), passed=False)
         if name == "third":
             health.settled(s, int(about), wrong="")
-            return []
+            return self._finish_if_saved()
         if about != str(s.generation):
             return []
         if name == "wait" and s.job == "waiting":
-            have, need = s.n_usable, recovery.fewest_nodes(s)
+            need = recovery.fewest_nodes(s)
+            health.take_back(s, need - s.n_usable, event.at)
+            have = s.n_usable
             if have >= need:
                 return interruption.open_mesh(s, event.at, "the wait for more nodes has ended", at_least=need)
             return interruption.end(
@@ -425,6 +436,9 @@ class Supervisor:
                 self.state, recovery.seen(s, event.at, "", None, "start", "not ready within its deadline")
             )
         if name == "commit" and s.job == "committing":
+            s.disagreements = []
+            if finished := self._finish_if_saved():
+                return finished
             return interruption.end(
                 self.state, EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline"
             )
@@ -484,7 +498,8 @@ class Supervisor:
     def _finish_if_saved(self) -> list[Action]:
         s = self.state
         saved = s.step in s.checkpoints and s.checkpoints[s.step].trust == "committed"
-        return self._finish() if s.job == "committing" and saved else []
+        # A third that is still asked may find that what was saved is wrong; the commit's timer bounds the wait.
+        return self._finish() if s.job == "committing" and saved and not s.disagreements else []
 
     def _finish(self) -> list[Action]:
         s = self.state

@@ -278,7 +278,7 @@ class Simulation:
                     node.alive = False
                     self._free(node.machine)
             case ac.ProbeNode():
-                self.later(costs.provision.us, lambda: self._probe(action.node))
+                self.later(costs.provision.us, lambda: self._probe(action))
             case ac.DeleteCheckpoint() | ac.EndRun():
                 pass
             case _:
@@ -323,11 +323,12 @@ class Simulation:
                 node.leaving = True
                 self._tell(ev.NodeLost(at=self.now, node=node.name, cause="taken out for repair"))
 
-    def _probe(self, name: str) -> None:
-        node, passes = self.nodes.get(name), self.scenario.profile.probes
+    def _probe(self, order: ac.ProbeNode) -> None:
+        name, passes = order.node, self.scenario.profile.probes
+        node = self.nodes.get(name)
         if node is not None and node.alive and passes is not None:
             passed = self._happens(passes)
-            self.send(name, ev.NodeProbed(at=self.now, node=name, passed=passed, detail="drawn"))
+            self.send(name, ev.NodeProbed(at=self.now, node=name, number=order.number, passed=passed, detail="drawn"))
 
     def a_spare(self) -> Node | None:
         """A live node that fills no slot, if there is one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 
@@ -63,9 +65,13 @@ class Books:
 
     def revoke(self, generation: int, first: int) -> None:
         """What `generation` has saved from step `first` on may hold corrupt state."""
+        self.revoke_if(lambda writer, step: writer == generation and step >= first)
+
+    def revoke_if(self, is_bad: Callable[[int, int], bool]) -> None:
+        """By generation and step."""
         written = self.committed | {step: order.generation for step, order in self._ordered.items()}
         for step, writer in written.items():
-            if writer == generation and step >= first:
+            if is_bad(writer, step):
                 self.committed.pop(step, None)
                 self._ordered.pop(step, None)
                 self._distrusted[step] = "revoked"

@@ -84,7 +84,7 @@ def moves(body: Body) -> Moves:
             found.append((2, lambda: diverge(body, body.tape.below(slots))))
         found.append((1, lambda: setattr(running, "stalled", True)))
         found.append((2, lambda: tell_of_slowness(body)))
-        if running.step > 0 and len(running.order.nodes) > 1:
+        if running.step > running.order.step and len(running.order.nodes) > 1:
             found.append((10, lambda: disagree(body)))
     working = [node for node in body.nodes.values() if node.well]
     if working:
@@ -202,7 +202,7 @@ def examine(body: Body, order: ac.ProbeNode | ac.AskThird) -> None:
         return
     if isinstance(order, ac.ProbeNode):
         passed = body.tape.below(3) < 2
-        return body.send(name, ev.NodeProbed(at=0, node=name, passed=passed, detail="digests of known work"))
+        return body.send(name, ev.NodeProbed(at=0, node=name, number=order.number, passed=passed, detail="known work"))
     wrong = (order.auditor, order.accused, "")[body.tape.below(3)]
     body.send(name, ev.AuditSettled(at=0, number=order.number, wrong=wrong, detail="the other two agree"))
 

@@ -55,6 +55,8 @@ class Watch:
         """Step and slot to the nodes whose state was found corrupt there."""
         self._named: set[str] = set()
         """Nodes on which something has failed, by its own word, its agent's or the controller's."""
+        self._parents: dict[int, tuple[int, int]] = {}
+        """Generation to the one whose state it was opened with, and the step."""
         self._asked: dict[int, ac.AskThird] = {}
         """Disagreements that a third is to settle."""
         self._leaving: set[str] = set()
@@ -97,7 +99,8 @@ class Watch:
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
         assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
         if committed_one and state.incident is None and state.job != "starting":
-            assert len(self.books.good(self._steps)) <= LIMITS.keep_checkpoints, "too many checkpoints are kept"
+            keep = LIMITS.keep_checkpoints + bool(self._asked)
+            assert len(self.books.good(self._steps)) <= keep, "too many checkpoints are kept"
 
     def _never_falls(self, name: str, value: int) -> None:
         assert value >= self._lows.get(name, 0), f"{name} fell from {self._lows[name]} to {value}"
@@ -117,6 +120,7 @@ class Watch:
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
                 self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
+                self._parents = {}
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
@@ -129,11 +133,11 @@ class Watch:
                     slots = placement.slots_of(self._mesh(current), self._opened[current].nodes.index(name))
                     self._inventory[name] = self._usable(dict.fromkeys(slots, event.snapshots))
             case ev.NodeLost():
-                self._lost.add(event.node)
+                self._lose(event.node)
             case ev.NodeLeaving():
                 self._leaving.add(event.node)
             case ev.AuditSettled() if event.number in self._asked:
-                self._learn_of_verdict(event, self._asked.pop(event.number), current)
+                self._learn_of_verdict(event, self._asked.pop(event.number))
             case ev.TimerFired() if event.timer.startswith("third/"):
                 self._asked.pop(int(event.timer.removeprefix("third/")), None)
             case ev.GenerationReady():
@@ -165,13 +169,30 @@ class Watch:
             self._convicted.add(event.node)
             self._struck.setdefault((event.step, event.slot), set()).add(event.node)
 
-    def _learn_of_verdict(self, event: ev.AuditSettled, asked: ac.AskThird, current: int) -> None:
+    def _learn_of_verdict(self, event: ev.AuditSettled, asked: ac.AskThird) -> None:
         if event.wrong not in (asked.auditor, asked.accused):
             return
-        self._corrupt.add((current, asked.step))
-        for generation in range(asked.generation, current + 1):
-            self.books.revoke(generation, asked.step)
         self._convicted.add(event.wrong)
+        others = [other for other in self._asked.values() if event.wrong in (other.auditor, other.accused)]
+        for each in (asked, *others):
+            self._asked.pop(each.number, None)
+            generation, step = each.generation, each.step
+            self.books.revoke_if(lambda *made, g=generation, k=step: self._came_of(g, k, *made))
+            heirs = [g for g in self._parents if self._came_of(generation, step, g, 10**9)]
+            self._corrupt |= {(g, step) for g in heirs}
+
+    def _came_of(self, generation: int, step: int, newest: int, last: int) -> bool:
+        """Whether the state after step `last` of generation `newest` came of what `generation` computed in `step`."""
+        if newest not in self._parents:
+            return False
+        parent, first = self._parents[newest]
+        if newest == generation:
+            return first < step <= last
+        return self._came_of(generation, step, parent, first)
+
+    def _lose(self, node: str) -> None:
+        self._lost.add(node)
+        self._asked = {number: asked for number, asked in self._asked.items() if asked.judge != node}
 
     def _mesh(self, generation: int) -> ev.Layout:
         return self._layout.with_replicas(self._opened[generation].dp_replicate)
@@ -182,7 +203,7 @@ class Watch:
     def _check_order(self, supervisor: Supervisor, event: ev.Event, action: ac.Action) -> None:
         match action:
             case ac.ReleaseNode():
-                self._lost.add(action.node)
+                self._lose(action.node)
             case ac.HaltGeneration():
                 assert action.generation == max(self._opened)
                 self._check_named(supervisor, action.nodes)
@@ -199,6 +220,11 @@ class Watch:
                 assert not bad, "corrupt state is committed"
                 self.books.commit(action)
             case ac.DeleteCheckpoint():
+                doubted = min((asked.step for asked in self._asked.values()), default=0)
+                before = [step for step in self.books.good(self._steps) if step < doubted]
+                assert action.step != max(before, default=0), (
+                    "what a verdict may leave as the only clean one is deleted"
+                )
                 self.books.delete(action.step, self._steps)
                 self._retired = True
                 newest = self._opened.get(max(self._opened, default=0))
@@ -231,6 +257,8 @@ class Watch:
     def _check_open(self, supervisor: Supervisor, order: ac.OpenGeneration) -> None:
         assert order.generation > max(self._opened, default=0), "generations do not grow"
         self._opened[order.generation] = order
+        writer = self.books.committed.get(order.step, 0) if order.source == "durable" else order.snapshot_generation
+        self._parents[order.generation] = (writer, order.step)
         assert order.dp_replicate in (self._layout.dp_replicate, *self._layout.shrinks_to), (
             "a mesh that nobody can train"
         )

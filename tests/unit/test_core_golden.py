@@ -160,8 +160,10 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "leaving": lambda at, w: ev.NodeLeaving(at=at, node=w[0], by=" ".join(w[1:])),
     # slow gN NODE DETAIL
     "slow": lambda at, w: ev.NodeSlow(at=at, node=w[1], generation=_g(w[0]), detail=" ".join(w[2:])),
-    # probed NODE passed|failed DETAIL
-    "probed": lambda at, w: ev.NodeProbed(at=at, node=w[0], passed=w[1] == "passed", detail=" ".join(w[2:])),
+    # probed NUMBER NODE passed|failed DETAIL
+    "probed": lambda at, w: ev.NodeProbed(
+        at=at, number=int(w[0]), node=w[1], passed=w[2] == "passed", detail=" ".join(w[3:])
+    ),
     # disagreed gN step STEP AUDITOR ACCUSED DETAIL
     "disagreed": _disagreed,
     # settled NUMBER NODE|- DETAIL
@@ -252,7 +254,7 @@ def _told(action: ac.Action, now: int) -> str:
         case ac.ReleaseNode():
             return f"release {action.node}\n    {action.reason}"
         case ac.ProbeNode():
-            return f"probe {action.node}"
+            return f"probe {action.number}: {action.node}"
         case ac.AskThird():
             audit = f"step {action.step} of g{action.generation} by {action.auditor} and {action.accused}"
             return f"ask {action.judge} about audit {action.number}: {audit}"
