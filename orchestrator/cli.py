@@ -155,13 +155,15 @@ def stop(
 @app.command()
 def drain(
     run: RunName,
-    node: Annotated[str, typer.Argument(help="The node, as `shepherd status` names it.", metavar="NODE")],
+    node: Annotated[
+        str, typer.Argument(help="The node, as `shepherd status` names it, or its id in Ray.", metavar="NODE")
+    ],
     log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
         specs.ClusterSection().log_dir
     ),
     address: Address = None,
 ) -> None:
-    """Take a node out of an active run: it is let go once another has its place, with nothing lost."""
+    """Take a node out of an active run: it is let go once another has its place, which costs a few steps at most."""
     from orchestrator.runtime import driver
 
     with _refusals(ValueError):

@@ -223,10 +223,11 @@ class Supervisor:
         settled = health.settled(s, event.number, event.wrong)
         for asked in settled:
             checkpoints.revoke_what_came_of(s, asked.generation, asked.step)
-            heirs = [g for g in s.lineage if s.is_made_of(asked.generation, asked.step, upto=(g, s.high_water))]
+            heirs = [g for g in s.lineage if s.is_made_of(asked.generation, asked.step, upto=(g, asked.step))]
             for last in heirs[-1:]:  # what is held of it by those before is not clean, either: see is_unclean
                 s.unclean[last] = min(asked.step, s.unclean.get(last, asked.step))
-        here = [d for d in settled if s.is_made_of(d.generation, d.step, upto=(s.generation, s.step))]
+        # A step may be audited before it is told that every rank has done it.
+        here = [d for d in settled if s.is_made_of(d.generation, d.step, upto=(s.generation, max(s.step, d.step)))]
         if here and s.job in (*_HOLDS_SLOTS, "committing"):
             first = min(here, key=lambda asked: asked.step)
             detail = f"wrong in the audit of step {first.step}, says {first.judge}: {event.detail}"
@@ -397,7 +398,7 @@ class Supervisor:
         alike = Held(first=OWN_PLACE, slots=s.declared_layout.slots_per_node, snapshots=snapshots)
         held = (alike,) if snapshots else ()
         s.parked = s.parked and event.parked
-        awaited = [name for name in event.nodes if name in s.awaiting]
+        awaited = [name for name in dict.fromkeys(event.nodes) if name in s.awaiting]
         for name in awaited:
             s.inventory[name] = held
         for name in awaited[:-1]:

@@ -147,7 +147,7 @@ def _nodes(s: Status, spec: JobSpec) -> Iterable[Family]:
     states = {(state,): count for state, count in nodes_by_state(s).items()}
     yield _labelled(run, GaugeMetricFamily, "nodes", "Nodes by state.", ("state",), states)
     strikes = {(node,): count for node, count in s.strikes.items()}
-    text = "Failures charged to a node since the run was started or resumed."
+    text = "Failures charged to a node that still count."
     yield _labelled(run, GaugeMetricFamily, "node_strikes", text, ("node",), strikes)
     quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state in ("quarantined", "probed")}
     yield _labelled(run, GaugeMetricFamily, "node_quarantined", "1 for a node in quarantine.", ("node",), quarantined)

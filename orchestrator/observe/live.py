@@ -106,7 +106,7 @@ def print_status(status: Status) -> None:
 def _nodes(status: Status) -> list[str]:
     """The nodes by state; of many the first, since a mesh of thousands is not read."""
     names: dict[str, list[str]] = {}
-    for name in (*status.mesh, *(name for name in status.nodes if name not in set(status.mesh))):
+    for name in dict.fromkeys((*status.mesh, *status.nodes)):
         if status.nodes[name] != "lost":
             standing = f" ({status.standings[name]})" if name in status.standings else ""
             names.setdefault(status.nodes[name], []).append(name + standing)

@@ -160,7 +160,7 @@ def status_of(
             for name, node in state.nodes.items()
             if node.state in ("active", "spare") and (standing := state.standing(name)) != "good"
         },
-        strikes={name: len(times) for name, times in state.strikes.items()},
+        strikes=_strikes(state, at),
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
         newest_checkpoint=newest_step,
         newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,
@@ -177,6 +177,13 @@ def status_of(
         controller_pid=os.getpid(),
         tracebacks=tracebacks,
     )
+
+
+def _strikes(state: State, at: int) -> dict[str, int]:
+    """Those that count at time `at`: the supervisor forgets the others when it next looks."""
+    since = at - state.declared_limits.strike_expiry_us if state.limits is not None else 0
+    counted = {name: sum(time > since for time in times) for name, times in state.strikes.items()}
+    return {name: n for name, n in counted.items() if n}
 
 
 def _ledger_at(state: State, at: int) -> Ledger:

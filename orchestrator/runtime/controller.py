@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import hmac
 import ipaddress
 import logging
@@ -24,7 +25,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -40,7 +40,7 @@ from orchestrator.observe.notices import notices
 from orchestrator.observe.status import Status, status_of
 from orchestrator.runtime import journal as journals
 from orchestrator.runtime.agent import run_log_dir
-from orchestrator.runtime.body import Body
+from orchestrator.runtime.body import NAME_LENGTH, Body
 from orchestrator.runtime.groups import halts_joined
 from orchestrator.runtime.nodes import sweep
 from orchestrator.runtime.reports import Report
@@ -55,6 +55,10 @@ T = TypeVar("T")
 
 INBOX_EVENTS = 100_000
 """Far more than a controller falls behind by; beyond it agents are refused and send again."""
+RAY_ID_LENGTH = 56
+"""Hex digits of a Ray node's id."""
+NAMES_SHOWN = 5
+"""Of a run's nodes, to somebody who has mistyped one."""
 BATCH_EVENTS = 256
 """Events that share one journal write."""
 HOLD_RETRY_S = 2.0
@@ -165,16 +169,23 @@ class Controller:
     async def drain(self, token: str, node: str, by: str) -> None:
         """A node will be taken away: another takes its place as soon as it can, and no agent is started there again.
 
+        `node` is its name, or its whole id in Ray.
+
         Raises:
             PermissionError: not the job's token.
-            ValueError: there is no such node.
+            ValueError: there is no such node, or now is no time for it.
         """
         if not hmac.compare_digest(token, self._token):
             raise PermissionError("draining a node of a run needs its token")
+        if self._hold:
+            raise ValueError(f"the run holds, nothing is decided now: {self._hold}")
         here = [name for name, known in self._supervisor.state.nodes.items() if known.state != "lost"]
-        if node not in here:
-            raise ValueError(f"{node}: is no node of this run; its nodes are {', '.join(here) or 'none yet'}")
-        self._post(ev.NodeLeaving(at=0, node=node, by=by))
+        of_id = (name for name in here if len(node) == RAY_ID_LENGTH and name[:NAME_LENGTH] == node[:NAME_LENGTH])
+        meant = node if node in here else next(of_id, None)
+        if meant is None:
+            near = difflib.get_close_matches(node, here, n=NAMES_SHOWN, cutoff=0)
+            raise ValueError(f"{node}: is no node of this run; names like it are {', '.join(near) or 'none'}")
+        self._post(ev.NodeLeaving(at=0, node=meant, by=by))
 
     async def inject(self, token: str, order: Order, by: str) -> str:
         """Chaos: do harm, as somebody asks who has the job's token. Its truth comes into the journal under the answer.
@@ -245,7 +256,8 @@ class Controller:
         self._supervisor = await asyncio.to_thread(self._journal.replay)
         if self._journal.records:
             await self._snapshots.write(self._journal, self._supervisor.state)
-        await self._recall(url, tail)
+        if self._retuner is not None:
+            self._retuner.recall(self._supervisor.state)
         self._last_at = self._supervisor.state.ledger.mark
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
         self._metrics_port = self._serve_metrics(restarted)
@@ -286,16 +298,6 @@ class Controller:
         for at, action in again:
             self._perform(at, action)
         self._body.start()
-
-    async def _recall(self, url: str, tail: Path) -> None:
-        """What the run has measured stands in all of its journal, also before a snapshot of the core."""
-        if self._retuner is None:
-            return
-        try:
-            records = await self._until_stored(lambda: journals.read(url, tail))
-            await asyncio.to_thread(self._retuner.recall, records)
-        except (journals.JournalError, ValueError) as e:
-            self.notice(f"what earlier controllers have measured cannot be read, and is measured anew: {e}")
 
     def _survived(self) -> list[ev.Event]:
         """Ground truth that a controller which died could not tell; what a worker did, that tells itself."""
@@ -373,7 +375,19 @@ class Controller:
         self._orders += [(event.at, action) for action in decided]
         for line in notices(event, decided, self._supervisor.state):
             self.notice(line)
-        chosen = self._retuner.note(event, decided, self._supervisor.state) if self._retuner is not None else None
+        self._retune(event, decided)
+
+    def _retune(self, event: ev.Event, decided: list[Action]) -> None:
+        """What the run measures may ask for another interval. That it cannot be told must not end the run."""
+        if self._retuner is None:
+            return
+        try:
+            chosen = self._retuner.note(event, decided, self._supervisor.state)
+        except Exception as e:
+            logger.exception("the interval cannot be chosen after %r", event)
+            self.notice(f"the interval between checkpoints stays as it is from here on: {e!r}")
+            self._retuner = None
+            return
         if chosen is not None:
             self._fold(chosen)
 
@@ -508,7 +522,8 @@ class Controller:
 
     def _without_place(self) -> int:
         state = self._supervisor.state
-        return state.counts["quarantined"] + state.counts["probed"] + len(state.leaving)
+        leaving = sum(state.nodes[name].state in ("active", "spare") for name in state.leaving)
+        return state.counts["quarantined"] + state.counts["probed"] + leaving
 
     def _is_behind(self) -> bool:
         """Agents must wait: it is not able to take in what they report."""

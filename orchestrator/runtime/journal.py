@@ -106,9 +106,9 @@ def claim_epoch(url: str, version: str) -> EpochClaim:
 
 
 def _claimed(url: str, epoch: int) -> dict[str, str]:
-    """Version and code of the controller that took an epoch."""
+    """Version of the controller that took an epoch, and its code: empty before versions that write snapshots."""
     document = json.loads(read_bytes(url, f"epochs/{epoch:08d}.json"))
-    return {"version": document["version"], "code": document.get("code", "unknown")}
+    return {"version": document["version"], "code": document.get("code", "")}
 
 
 def exists(url: str) -> bool:
@@ -235,11 +235,15 @@ class Journal:
         wrote, here = (_claimed(self._url, epoch) for epoch in (mismatch.epoch, self.epoch))
         if wrote["code"] == here["code"]:
             return mismatch
-        told = (
-            f"{mismatch}. Shepherd {wrote['version']} (code {wrote['code'][:12]}) wrote it, this is {here['version']} "
-            f"(code {here['code'][:12]}). Fix: resume the run once with {wrote['version']} and stop it; that leaves a "
-            "snapshot of the run's end, from which this version starts"
+        code = wrote["code"][:12] or "unknown"
+        by = f"{mismatch}. Shepherd {wrote['version']} (code {code}) wrote it, this is {here['version']}"
+        fix = (
+            f"resume the run once with {wrote['version']} and stop it; that leaves a snapshot of the run's end, from "
+            "which this version starts"
+            if wrote["code"]
+            else "it is of the time before snapshots, so that no newer version can go on; finish the run with that one"
         )
+        told = f"{by} (code {here['code'][:12]}). Fix: {fix}"
         return ReplayMismatch("; ".join([told, *self.passed_over]), mismatch.epoch)
 
     @property

@@ -7,14 +7,12 @@ inputs stand in the journal, and it is the supervisor that has it carried out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.core import events as ev
 from orchestrator.core.actions import Action
-from orchestrator.core.codec import action_from_json
 from orchestrator.core.state import State
-from orchestrator.runtime.journal import Record
 from orchestrator.simulate.figures import Figures
 from orchestrator.simulate.formulas import interval_steps
 from trainer.contract import CheckpointConfig
@@ -46,11 +44,19 @@ class Retuner:
     _incidents: int = 0
     """Closed ones, as of the event before."""
     _looked_at: int = 0
+    _restores_before: int = 0
+    """Of `Figures.steps_lost`, what came before this controller."""
+    _exposed_before_us: int = 0
+    """The same of `Figures.exposed_us`."""
 
-    def recall(self, records: Iterable[Record]) -> None:
-        """Take in what earlier controllers have written."""
-        for record in records:
-            self._figures.note(record.event, [action_from_json(action) for action in record.actions])
+    def recall(self, state: State) -> None:
+        """What earlier controllers of the run have seen, as its state knows it. Steps and saves are measured anew."""
+        ledger, lost = state.ledger, (i for i in state.incidents if "durable" in i.rungs and i.steps_lost)
+        self._restores_before = sum(1 for _ in lost)
+        if ledger.places:
+            away = sum(ledger.totals[label] for label in ("provisioning", "paused", "waiting_for_nodes"))
+            self._exposed_before_us = (ledger.owed - away) // ledger.places
+        self._incidents = len(state.incidents)
 
     def note(self, event: ev.Event, actions: Sequence[Action], state: State) -> ev.IntervalChosen | None:
         """Take in an event that was answered with `actions` and has led to `state`; a choice when one is due."""
@@ -68,8 +74,8 @@ class Retuner:
             step_us=pace.steps.us,
             stall_us=pace.save_stalls.us,
             write_us=pace.writes.us + pace.commits.us,
-            restores=figures.steps_lost,
-            exposed_us=figures.exposed_us,
+            restores=self._restores_before + figures.steps_lost,
+            exposed_us=self._exposed_before_us + figures.exposed_us,
         )
 
 

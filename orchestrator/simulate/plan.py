@@ -256,8 +256,9 @@ def times(factor: float, *fields: str) -> Change:
     def change(made: Scenario) -> Scenario:
         document = made.profile.model_dump()
         for section in ("costs", "detection"):
-            for field in document[section].keys() & set(fields):
-                document[section][field]["value"] *= factor
+            for field in fields:
+                if document[section].get(field) is not None:
+                    document[section][field]["value"] *= factor
         return replace(made, profile=Profile.model_validate(document))
 
     return change
@@ -279,8 +280,8 @@ def as_often(factor: float) -> Change:
 
 
 IMPROVEMENTS: dict[str, Change] = {
-    "detect failures in half the time": times(0.5, "exit", "network", "hang", "corruption"),
-    "halt and restart in half the time": times(0.5, "halt", "restart"),
+    "detect failures in half the time": times(0.5, "exit", "network", "hang", "slow", "corruption"),
+    "halt and restart in half the time": times(0.5, "halt", "restart", "resume"),
     "restore in half the time": times(0.5, "restore_ram", "restore_peer", "restore_durable"),
     "snapshots at half the stall": times(0.5, "snapshot_stall"),
     "saves at half the stall": times(0.5, "save_stall"),

@@ -200,7 +200,7 @@ def an_auditors_word_convicts(patch: Patch) -> None:
 
 
 def a_third_is_not_heard(patch: Patch) -> None:
-    patch.setattr(health, "settled", lambda *args, **kwargs: None)
+    patch.setattr(health, "settled", lambda *args, **kwargs: [])
 
 
 def nodes_that_leave_get_slots(patch: Patch) -> None:

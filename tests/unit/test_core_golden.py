@@ -252,7 +252,7 @@ def _told(action: ac.Action, now: int) -> str:
             words = "".join(f" {name}={value}" for name, value in action.parameters.items())
             return f"inject {action.number}: {action.fault} g{action.generation} {action.node or '-'}{slot}{words}"
         case ac.ReleaseNode():
-            return f"release {action.node}\n    {action.reason}"
+            return f"release {action.node}{' for good' * action.for_good}\n    {action.reason}"
         case ac.ProbeNode():
             return f"probe {action.number}: {action.node}"
         case ac.AskThird():

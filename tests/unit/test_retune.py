@@ -227,15 +227,18 @@ def test_choices_are_journaled_and_replay_comes_to_the_same_state() -> None:
     choices = [record for record in records if isinstance(record.event, ev.IntervalChosen)]
     assert choices and all(record.actions[0]["type"] == "SaveEvery" for record in choices)
     assert core.state.interval == choices[-1].event
-    again, known = Supervisor(), Retuner(AUTO)
+    fold, known = Supervisor(), Retuner(AUTO)
     for record in records:
         event = event_from_json(json.loads(json.dumps(event_to_json(record.event))))
-        assert tuple(json.loads(json.dumps(action_to_json(a))) for a in again.handle(event)) == record.actions
-    assert digest(again.state) == digest(core.state)
+        assert tuple(json.loads(json.dumps(action_to_json(a))) for a in fold.handle(event)) == record.actions
+    assert digest(fold.state) == digest(core.state)
     assert state_from_json(json.loads(json.dumps(to_json(core.state)))) == core.state
-    # A controller that comes back knows from the journal what the one before had measured.
-    known.recall(records)
-    assert known._inputs() == retuner._inputs() != Retuner(AUTO)._inputs()
+    # A controller that comes back knows from the state what the ones before had seen; the pace is measured anew.
+    known.recall(core.state)
+    again, before = known._inputs(), retuner._inputs()
+    assert again.restores == before.restores > 0
+    assert again.exposed_us == pytest.approx(before.exposed_us, rel=0.05)
+    assert (again.step_us, again.stall_us) == (0, 0) and choose(AUTO, AUTO.interval_steps, again) is None
 
 
 def test_after_days_of_failures_what_is_in_force_is_near_the_best() -> None:
