@@ -19,7 +19,7 @@ def in_peace(s: State, at: int) -> list[Action]:
     """What can wait until the mesh trains well."""
     actions: list[Action] = []
     for name in [name for name in s.leaving if s.nodes[name].state != "active"]:
-        actions += let_go(s, name, "it is not needed any more")
+        actions += let_go(s, name, at, "it is not needed any more")
     if s.stopping or not loses_nothing(s):
         return actions
     if s.leaving and s.n_usable - len(s.leaving) >= len(s.mesh):
@@ -59,8 +59,9 @@ def grow(s: State, at: int) -> list[Action]:
     return interruption.fault(s, there)
 
 
-def let_go(s: State, name: str, why: str) -> list[Action]:
+def let_go(s: State, name: str, at: int, why: str) -> list[Action]:
     """A node that fills no slot is sent away."""
     s.move_node(name, "lost")
     s.inventory.pop(name, None)
-    return [ReleaseNode(node=name, reason=why, for_good=name in s.drained)]
+    gone = ReleaseNode(node=name, reason=why, for_good=name in s.drained)
+    return [gone, *health.lost(s, name, at)]

@@ -209,7 +209,7 @@ class Supervisor:
         if back is None:
             return []
         if s.places_taken > s.ledger.places:  # another has come for it
-            return planned.let_go(s, back, "no place is free")
+            return planned.let_go(s, back, at, "no place is free")
         return interruption.open_mesh(s, at, "a node has passed its probe") if s.job == "waiting" else []
 
     # --- audits -----------------------------------------------------------------------------------------------------
