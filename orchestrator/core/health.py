@@ -132,7 +132,7 @@ def probed(state: State, number: int, passed: bool, at: int) -> str | None:
 def take_back(state: State, n: int, at: int) -> None:
     """The run would end for want of nodes: those that have only failed too often serve again, the newest first."""
     away = [name for name, node in state.nodes.items() if node.state == "quarantined" and name not in state.convicted]
-    for name in away[::-1][:n]:
+    for name in away[::-1][: max(0, n)]:
         _take_back(state, name, at)
 
 
