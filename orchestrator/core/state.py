@@ -19,7 +19,7 @@ NODE_STATES: dict[NodeState, str] = {
     "active": "fills a place of the mesh",
     "quarantined": "alive, but it failed too often or its state was corrupt: never given a slot",
     "probed": "quarantined, and at work whose result is known: if that comes out right, it returns on probation",
-    "lost": "gone, or sent away; its name is never used again",
+    "lost": "gone, or sent away; until the run is resumed, its name is not used again",
 }
 
 Standing = Literal["good", "suspect", "probation", "leaving"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import Action, EndRun, HaltGeneration, InjectFault, OpenGeneration
+from orchestrator.core.actions import Action, EndRun, HaltGeneration, InjectFault, OpenGeneration, ReleaseNode
 from orchestrator.core.events import Event
 from orchestrator.core.state import State
 
@@ -25,6 +25,8 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                     f"generation {action.generation} opens at step {action.step} from {source} "
                     f"[{rung}: {action.reason}]"
                 )
+            case ReleaseNode() if action.for_good:
+                lines.append(f"node {action.node} is let go: {action.reason}")
             case InjectFault():
                 who = f"rank {action.slot} on {action.node}" if action.slot is not None else action.node or "the run"
                 lines.append(f"chaos: fault {action.number} is ordered, {action.fault} for {who}")
@@ -43,7 +45,8 @@ def _event(event: Event, state: State) -> list[str]:
         case ev.NodeLost():
             return [f"node {event.node} is lost: {event.cause}"]
         case ev.NodeLeaving():
-            return [f"node {event.node} will be taken away: {event.by}"]
+            waits = "" if state.counts["spare"] else "; it works on until another has come for it"
+            return [f"node {event.node} will be taken away: {event.by}{waits}"]
         case ev.NodeSlow():
             return [f"node {event.node} is slow: {event.detail}"]
         case ev.NodeProbed():

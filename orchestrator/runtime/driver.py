@@ -162,7 +162,8 @@ def read_token(log_dir: str, run: str) -> str:
         token = path.read_text()
     if not token:
         raise RunError(
-            f"the token of run {run!r} is not here: it is in {path} where the run was started; set SHEPHERD_TOKEN"
+            f"the token of run {run!r} is not in {path}: give --log-dir if the run has another cluster.log_dir, or set "
+            "SHEPHERD_TOKEN to what is there where the run was started"
         )
     return token
 

@@ -295,7 +295,8 @@ class Simulation:
     def _sample(self) -> None:
         self._replace_quarantined()
         ledger = self.state.ledger
-        self.samples.append(Sample(at=self.now, productive_us=ledger.totals["productive"], owed_us=ledger.owed))
+        done_us = ledger.totals["productive"] + ledger.pending_us  # else it would count when its steps are told
+        self.samples.append(Sample(at=self.now, productive_us=done_us, owed_us=ledger.owed))
 
     # --- machines and nodes -------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from orchestrator.core import events as ev
 from orchestrator.core.codec import action_from_json
-from orchestrator.core.state import State
+from orchestrator.core.state import Incident, State
 from orchestrator.runtime import journal
 from orchestrator.runtime.journal import Record
 from orchestrator.simulate.body import Scenario
@@ -29,6 +29,8 @@ from orchestrator.simulate.profile import Cause, Detection, Effect, Exposure, Fa
 
 CONFIDENCE = 0.9
 """Of the interval in which the true failure rate is said to lie."""
+DRAINED = "shepherd drain"
+"""Who takes a node away by `shepherd drain`; orchestrator/cli.py says so."""
 SIGNS: dict[Effect, Sign] = {
     "node": "exit",
     "worker": "exit",
@@ -97,7 +99,7 @@ def of_records(records: Sequence[Record], made: Scenario) -> Journaled:
     if not figures.pace.steps.n:
         raise NotMeasured("--journal: no step is told after the first, so that the run has no pace")
     incidents = [*state.incidents, *([state.incident] if state.incident is not None else [])]
-    causes = Counter(i.cause for i in incidents if i.cause not in ("", "grow"))  # to grow back is no failure
+    causes = Counter(i.cause for i in incidents if i.cause and not _is_wanted(i))
     same_mesh = state.layout is not None and _mesh(state.layout) == _mesh(made.layout)
     measured = replace(
         made,
@@ -158,6 +160,12 @@ def _profile(figures: Figures, state: State, made: Scenario) -> Profile:
             ),
         }
     )
+
+
+def _is_wanted(incident: Incident) -> bool:
+    """Whether it is no failure: the mesh took replicas back, or somebody drained a node."""
+    drained = any(e.kind == "leave" and e.detail == DRAINED for e in (*incident.answered, *incident.evidence))
+    return incident.cause == "grow" or (incident.cause == "leave" and drained)
 
 
 def _beyond(mean: Mean, us: int) -> Mean:

@@ -24,6 +24,10 @@ SPARE_CONFIDENCE = 0.99
 """With so many spares the mesh can be filled at 99 of 100 times at which one looks (ByteRobust, arXiv 2509.16293)."""
 
 
+NEGLIGIBLE = 1e-9
+"""Probability of what is not looked at."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
     """Shares of the time of the mesh's nodes, and of all places in `goodput`."""
@@ -38,6 +42,8 @@ class Expectation:
     again: float
     """Steps, whole or begun, that failures have cost."""
     failures_a_day: float
+    filled: float
+    """Mean speed for want of machines, as a share of the whole mesh's; 0 where it waits for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,7 @@ def from_store(made: Scenario, cause: Cause) -> bool:
 
 
 def expect(made: Scenario) -> Expectation:
-    """Expected goodput to first order: two failures at once, and waits for nodes, are left out."""
+    """Expected goodput to first order: two failures at once are left out."""
     costs, step = made.profile.costs, made.step_us / 1e6
     snapshots = made.snapshot_interval_steps if made.profile.memory else 0
     snapshot_stall = costs.snapshot_stall.value / snapshots if snapshots else 0.0
@@ -141,7 +147,8 @@ def expect(made: Scenario) -> Expectation:
         again += often * lost
     # Failures strike training time and downtime alike: the mesh trains for one part in 1 + down.
     training = 1 / (1 + down)
-    goodput = max(0.0, training * (1 - again)) * useful
+    served = filled(made)
+    goodput = max(0.0, training * (1 - again)) * useful * served
     places = made.layout.nodes + made.layout.spares
     return Expectation(
         goodput=goodput * made.layout.nodes / places,
@@ -150,11 +157,44 @@ def expect(made: Scenario) -> Expectation:
         down=1 - training,
         again=training * min(1.0, again) * useful,
         failures_a_day=failures * DAY_S,
+        filled=served,
     )
 
 
 def spares_wanted(made: Scenario) -> int:
     """The fewest spares with which the mesh can be filled with SPARE_CONFIDENCE: binomial over the machines away."""
+    share, spares = _away(made), 0
+    while _at_most(spares, made.layout.nodes + spares, share) < SPARE_CONFIDENCE:
+        spares += 1
+    return spares
+
+
+def filled(made: Scenario) -> float:
+    """How fast the mesh is on average, for all numbers of machines that may be away: 1 when a spare is there for each.
+
+    One that does not shrink stands still else; one that does goes on with fewer replicas.
+    """
+    layout, share = made.layout, _away(made)
+    n, speed, left = layout.nodes + layout.spares, 0.0, 1.0
+    for away in range(n + 1):
+        likely = _exactly(away, n, share)
+        speed, left = speed + likely * _speed(made, max(0, away - layout.spares)), left - likely
+        if left < NEGLIGIBLE:
+            break
+    return min(1.0, speed)
+
+
+def _speed(made: Scenario, missing: int) -> float:
+    layout = made.layout
+    replicas = (layout.nodes - missing) * layout.dp_replicate // layout.nodes
+    if replicas not in (layout.dp_replicate, *layout.shrinks_to):
+        return 0.0
+    each = -(-layout.dp_replicate * made.microbatches // replicas)
+    return made.microbatches / each
+
+
+def _away(made: Scenario) -> float:
+    """The share of machines that are away for repair."""
     away = sum(
         cause.machines
         * cause.burst
@@ -165,27 +205,20 @@ def spares_wanted(made: Scenario) -> int:
         for cause in made.failures.causes
         if cause.effect in LEAVES_A_HOLE
     )
-    share = away / (1 + away)
-    spares = 0
-    while _at_most(spares, made.layout.nodes + spares, share) < SPARE_CONFIDENCE:
-        spares += 1
-    return spares
+    return away / (1 + away)
 
 
 def _at_most(k: int, n: int, p: float) -> float:
-    """Binomial distribution function; logarithms, because the powers are too small for thousands of nodes."""
+    """Binomial distribution function."""
+    return sum(_exactly(i, n, p) for i in range(k + 1))
+
+
+def _exactly(k: int, n: int, p: float) -> float:
+    """Binomial probability; logarithms, because the powers are too small for thousands of nodes."""
     if p == 0:
-        return 1.0
-    return sum(
-        math.exp(
-            math.lgamma(n + 1)
-            - math.lgamma(i + 1)
-            - math.lgamma(n - i + 1)
-            + i * math.log(p)
-            + (n - i) * math.log1p(-p)
-        )
-        for i in range(k + 1)
-    )
+        return float(k == 0)
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
 
 
 def intervals_wanted(made: Scenario) -> tuple[int, int | None]:
@@ -294,9 +327,8 @@ IMPROVEMENTS: dict[str, Change] = {
 def show(plan: Plan, console: Console) -> None:
     """Print it."""
     p = plan
-    console.print(
-        f"{p.gpus:,} GPUs on {p.nodes:,} nodes: {p.expected.failures_a_day:.2f} failures a day, one in {p.mtbf_h:.1f} h"
-    )
+    often = f"{p.expected.failures_a_day:.2f} failures a day, one in {_time(p.mtbf_h)}"
+    console.print(f"{p.gpus:,} GPUs on {p.nodes:,} nodes: {often}")
     table = Table(title="expected, by arithmetic", title_justify="left")
     for name in ("", "as it is", "as planned"):
         table.add_column(name, justify="left" if not name else "right")
@@ -310,6 +342,7 @@ def show(plan: Plan, console: Console) -> None:
         ("stalls of snapshots and saves", f"{p.expected.stalls:.2%}", f"{p.planned.stalls:.2%}"),
         ("down", f"{p.expected.down:.2%}", f"{p.planned.down:.2%}"),
         ("done again", f"{p.expected.again:.2%}", f"{p.planned.again:.2%}"),
+        ("speed, for want of machines", f"{p.expected.filled:.2%}", f"{p.planned.filled:.2%}"),
     )
     for row in rows:
         table.add_row(*row)
@@ -323,6 +356,10 @@ def show(plan: Plan, console: Console) -> None:
         better.add_row(improvement.what, f"{improvement.goodput:.2%}", f"{100 * improvement.gain:+.2f}")
     console.print(better)
     console.print(_answer(p), markup=False)
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def _answer(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -149,10 +149,18 @@ class Cause(_Table):
     burst: int = Field(default=1, ge=1)
     """Strikes of each time, the others at random within burst_s after the first."""
     burst_s: float = Field(default=0, ge=0)
-    slowdown: float = Field(default=0, ge=0)
+    slowdown: float = Field(default=0.0, ge=0)
     """slow: how much longer a step takes, as a share of it."""
     notice_s: float = Field(default=0, ge=0)
     """leave: from the notice until the machine is taken, if it has not been let go before."""
+
+    @pydantic.model_validator(mode="after")
+    def _does_something(self) -> Cause:
+        wants = {"slow": "slowdown", "store": "repair_s", "leave": "notice_s"}.get(self.effect)
+        if wants is not None and not getattr(self, wants):
+            raise ValueError(f"effect {self.effect!r} wants {wants}, above 0")
+        return self
+
     source: str = Field(min_length=1)
 
 
@@ -194,5 +202,17 @@ def _load(kind: Literal["profiles", "failures"], name: str, model: type[_Model])
     try:
         return model.model_validate(document)
     except pydantic.ValidationError as e:
-        lines = (f"{name}: {'.'.join(str(part) for part in error['loc'])}: {error['msg']}" for error in e.errors())
-        raise ProfileError("\n".join(lines)) from e
+        raise ProfileError(
+            "\n".join(f"{name}: {_where(error['loc'], document)}: {error['msg']}" for error in e.errors())
+        ) from e
+
+
+def _where(loc: tuple[int | str, ...], document: dict[str, Any]) -> str:
+    """The field, with a cause's name in the place of its number."""
+    parts = list(loc)
+    if parts[:1] == ["causes"] and len(parts) > 1 and isinstance(parts[1], int):
+        causes = document.get("causes")
+        cause = causes[parts[1]] if isinstance(causes, list) else None
+        if isinstance(cause, dict) and "name" in cause:
+            parts[:2] = [f"cause {cause['name']!r}"]
+    return ".".join(str(part) for part in parts)

@@ -76,5 +76,6 @@ def test_drained_nodes_are_replaced_without_a_loss(cluster: Cluster, tmp_path: P
     # A machine that was drained is not taken again, though it was free for the second change.
     assert {name[:8] for name in status.mesh}.isdisjoint({name[:8] for name in drained})
     assert f"node {drained[1]} will be taken away: Ray drains it" in told
+    assert all(f"node {name} is let go: it is not needed any more" in told for name in drained)
     assert final_digest(spec) == final_digest(calm)
     await_nothing_left(tmp_path / "ram")
