@@ -41,6 +41,7 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         lambda line: None,
         lambda: 0,
         lambda: False,
+        lambda node: "good",
     )
     assert body._spec.layout.nodes == 4
     return body
