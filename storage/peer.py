@@ -19,7 +19,7 @@ import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -118,7 +118,7 @@ class Wire:
             raise PeerError(f"the peer has gone: {e!r}") from e
         finally:
             frame.cancel()
-        raise PeerError(f"the peer is silent for {within_s:.1f} s")
+        raise PeerError(f"the peer is silent for {within_s:.2f} s")
 
     async def deliver(self, take: Callable[[dict[str, Any]], None]) -> None:
         """Call `take` with each frame, until the wire ends. Nothing can be received in another way from then on.
@@ -128,14 +128,16 @@ class Wire:
         Raises:
             Exception: what `take` raised, or what is wrong with the frame; the wire is cut.
         """
-        transport = self.writer.transport
-        if transport.is_closing() or self.reader.at_eof():
+        transport = cast(asyncio.Transport, self.writer.transport)
+        if transport.is_closing():
             return
         self.reader.feed_eof()  # so that it gives what it has, and waits for no more
         unread = await self.reader.read()
         frames = _Frames(take, transport)
         transport.set_protocol(frames)
         frames.data_received(unread)
+        transport.pause_reading()
+        transport.resume_reading()  # an end that the stream has been told is told again
         await frames.ended
 
     def cut(self) -> None:
