@@ -87,8 +87,8 @@ PARTS_DEADLINE_S = 30.0
 LOOK_INTERVAL_S = 0.5
 """Between two looks at who is silent: a twentieth of recovery.node_silence_s."""
 STALL_S = 2.0
-"""Of this controller's own inattention, which is no silence of the nodes. Many events at once take less; and that
-less leaves the nodes most of recovery.node_silence_s."""
+"""From here on this controller's own inattention counts as no silence of the nodes. Less is common when many events
+come at once, and leaves the nodes most of recovery.node_silence_s."""
 
 
 class OtherData(RuntimeError):
@@ -594,6 +594,8 @@ class Body:
 
     async def _watch_silence(self) -> None:
         """Notice nodes that fall silent; while this process stands still, what they send waits to be read."""
+        for handle in self.agents.values():  # to adopt them may have taken long
+            handle.heard_at = time.monotonic()
         while not self._closing:
             began = time.monotonic()
             await asyncio.sleep(LOOK_INTERVAL_S)

@@ -335,8 +335,7 @@ def test_a_node_that_cannot_reach_its_fan_in_is_given_another(monkeypatch):
     monkeypatch.setattr(collect, "REST_S", 30.0)
 
     async def work() -> None:
-        fan_in, other = FanIn(), FanIn()
-        async with served(collect=fan_in.collect) as a, served(collect=other.collect) as b:
+        async with served(collect=FanIn().collect) as a, served(collect=FanIn().collect) as b:
             collecting = Collecting(a=a, b=b, c="")
             collecting.agents["c"].line = None
             await collecting.serve("a", "b")
@@ -369,10 +368,8 @@ def test_a_node_that_cannot_reach_the_only_fan_in_reports_directly_and_tries_it_
 
 def test_fan_ins_are_nodes_that_will_stay_and_move_off_one_that_leaves():
     async def work() -> None:
-        names = "abcdefgh"
-        services = [FanIn() for _ in names]
-        async with served(collect=services[0].collect) as a, served(collect=services[1].collect) as b:
-            collecting = Collecting(**dict(zip(names[:3], (a, b, ""), strict=True)))
+        async with served(collect=FanIn().collect) as a, served(collect=FanIn().collect) as b:
+            collecting = Collecting(a=a, b=b, c="")
             collecting.agents["c"].line = None
             for standing in ("", "suspect", "probation", "leaving"):
                 collecting.standings |= {"a": standing, "b": standing}
