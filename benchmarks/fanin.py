@@ -62,10 +62,10 @@ LEAD_S = 2.0
 """Before the first second begins, so that all senders stand ready."""
 DEADLINE_S = 300.0
 HOST, TOKEN, EPOCH = "127.0.0.1", "benchmark", 1
-BEAT = {"told": []}
 
 fanin.BEAT_S, fanin.ANSWER_S = PACE_S * fanin.BEAT_S, PACE_S * fanin.ANSWER_S
-fanin.PATIENCE_S = peer.HANDSHAKE_S = 60.0  # they would run out here when other programs take the cores
+# They would run out here when other programs take the cores.
+fanin.PATIENCE_S = fanin.CONTROLLER_PATIENCE_S = peer.HANDSHAKE_S = 60.0
 
 fork = multiprocessing.get_context("fork")
 
@@ -78,7 +78,7 @@ class Ingest:
         self.supervisor = Supervisor()
         self.done_at: dict[int, float] = {}
         """Monotonic seconds at which the supervisor had taken each step."""
-        self.body = Body(spec, "n", TOKEN, EPOCH, "i", "", lambda: 0, self.tell, print, lambda: 0, lambda: False)
+        self.body = Body(spec, "n", TOKEN, EPOCH, "i", "", lambda: 0, self.tell, print, lambda: 0, lambda: False, good)
         layout, limits = spec.layout, spec.limits
         self.tell(ev.RunDeclared(at=0, run="r", layout=layout, limits=limits, total_steps=10**9, capabilities=()))
         self.tell(ev.EpochBegan(at=0, epoch=EPOCH, version="benchmark"))
@@ -96,6 +96,10 @@ class Ingest:
                 self.body.fold = MeshFold(generation=1, nodes=action.nodes, ranks=ranks, done=0)
         if isinstance(event, ev.StepsDone):
             self.done_at |= dict.fromkeys(range(event.first, event.last + 1), time.monotonic())
+
+
+def good(node: str) -> str:
+    return "good"
 
 
 def spec_of(nodes: int) -> JobSpec:
@@ -198,7 +202,8 @@ async def send(pipe: Connection, nodes: list[int], addresses: list[str]) -> None
     """Nodes that report steps when they are told to, and are alive in between."""
     async with AsyncExitStack() as stack:
         wires: dict[int, peer.Wire] = {}
-        beating = asyncio.create_task(beat(wires))
+        told = 0
+        beating = asyncio.create_task(beat(wires, told))
         for some in range(0, len(nodes), OPENING):
             opening = [open_one(stack, index, addresses[index]) for index in nodes[some : some + OPENING]]
             wires |= dict(zip(nodes[some:], await asyncio.gather(*opening), strict=False))
@@ -207,9 +212,12 @@ async def send(pipe: Connection, nodes: list[int], addresses: list[str]) -> None
             load, began = await asyncio.to_thread(pipe.recv)
             await asyncio.sleep(began - time.monotonic())
             beating.cancel()
-            sending = report_steps if load == "steps" else spread_heartbeats
-            pipe.send(await sending(list(wires.items()), began))
-            beating = asyncio.create_task(beat(wires))
+            if load == "steps":
+                pipe.send(await report_steps(list(wires.items()), began))
+                told = SECONDS
+            else:
+                pipe.send(await spread_heartbeats(list(wires.items()), told, began))
+            beating = asyncio.create_task(beat(wires, told))
             for wire in wires.values() if load == "steps" else ():
                 while (await wire.receive(DEADLINE_S))["taken"] < SECONDS:
                     pass
@@ -224,10 +232,10 @@ async def open_one(stack: AsyncExitStack, index: int, address: str) -> peer.Wire
     return wire
 
 
-async def beat(wires: dict[int, peer.Wire]) -> None:
+async def beat(wires: dict[int, peer.Wire], told: int) -> None:
     while True:
         for wire in list(wires.values()):
-            wire.post(BEAT)
+            wire.post({"after": told, "told": []})
         await asyncio.sleep(PACE_S)
 
 
@@ -235,7 +243,7 @@ async def report_steps(wires: list[tuple[int, peer.Wire]], began: float) -> dict
     """One step a second from each; when the last of them was sent."""
     sent_at = {}
     for step in range(1, SECONDS + 1):
-        frames = [frame({"told": [[step, encode(node_step(step, tells_loss))]]}) for tells_loss in (False, True)]
+        frames = [report_frame(step, tells_loss) for tells_loss in (False, True)]
         await asyncio.sleep(max(0.0, began + PACE_S * (step - 1) - time.monotonic()))
         for index, wire in wires:
             wire.writer.write(frames[index == 0])
@@ -243,16 +251,17 @@ async def report_steps(wires: list[tuple[int, peer.Wire]], began: float) -> dict
     return sent_at
 
 
-async def spread_heartbeats(wires: list[tuple[int, peer.Wire]], began: float) -> dict[int, float]:
+async def spread_heartbeats(wires: list[tuple[int, peer.Wire]], told: int, began: float) -> dict[int, float]:
     """One a second from each; when the last of them was sent."""
     for part in range(SECONDS * SLICES):
         await asyncio.sleep(max(0.0, began + PACE_S * part / SLICES - time.monotonic()))
         for _, wire in wires[part % SLICES :: SLICES]:
-            wire.post(BEAT)
+            wire.post({"after": told, "told": []})
     return {SECONDS: time.monotonic()}
 
 
-def frame(document: dict[str, Any]) -> bytes:
+def report_frame(step: int, tells_loss: bool) -> bytes:
+    document = {"after": step - 1, "told": [[step, encode(node_step(step, tells_loss))]]}
     body = json.dumps(document, separators=(",", ":")).encode()
     return struct.pack("<I", len(body)) + body
 

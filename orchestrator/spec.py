@@ -439,7 +439,8 @@ def _problems(spec: JobSpec) -> list[str]:
             f"lie between shortest_interval_steps = {k.shortest_interval_steps} and longest_interval_steps = "
             f"{k.longest_interval_steps}"
         )
-    nodes, least_s = spec.layout.nodes + c.spares, 1.5 * PATIENCE_S
+    # One to find that the fan-in of now is silent; one more when the next cannot be reached either.
+    nodes, least_s = spec.layout.nodes + c.spares, 2 * PATIENCE_S
     if nodes >= FAN_IN_FROM_NODES and spec.recovery.node_silence_s < least_s:
         problems.append(
             f"recovery.node_silence_s = {spec.recovery.node_silence_s:g}: must be at least {least_s:g} with {nodes} "

@@ -19,7 +19,7 @@ import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
@@ -47,8 +47,10 @@ STALL_S = 15.0
 MIN_BYTES_PER_S = 12_500_000
 # Requests and headers are below 5 kB.
 MAX_FRAME_BYTES = 64 * 1024
-# On a wire: a thousand reports that are a failed worker's last words, of 16 kB each.
+# On a wire. Senders end a frame at a sixteenth of it; what comes then is a single report that is very long.
 MAX_WIRE_FRAME_BYTES = 16 * 1024 * 1024
+# A process that has stood still finds its deadline over and what came meanwhile unread: it has so long to read it.
+UNREAD_S = 0.5
 PIECE_BYTES = 1024 * 1024
 # An agent has one line to its controller and serves a few spares at a time; as a fan-in it hears 128 nodes, and each of
 # them may come anew before its broken connection is seen as such.
@@ -80,7 +82,8 @@ class Wire:
         """
         self._write(document)
         try:
-            await asyncio.wait_for(self.writer.drain(), STALL_S)
+            async with asyncio.timeout(STALL_S):
+                await self.writer.drain()
         except OSError as e:
             raise PeerError(f"the peer does not take what it is sent: {e!r}") from e
 
@@ -98,28 +101,43 @@ class Wire:
         self.writer.write(struct.pack("<I", len(body)) + body)
 
     async def receive(self, within_s: float) -> dict[str, Any]:
-        """The next frame.
+        """The next frame. After a deadline that is missed nothing more can be received.
 
         Raises:
             PeerRefused: it says that the other side refuses.
             PeerError: there is none within the time, the connection ended, or it is not as it should be.
         """
+        frame = asyncio.ensure_future(_receive(self.reader, MAX_WIRE_FRAME_BYTES))
         try:
-            async with asyncio.timeout(within_s):
-                return await _receive(self.reader, MAX_WIRE_FRAME_BYTES)
+            unread_s = min(UNREAD_S, within_s)
+            for wait_s in (within_s - unread_s, unread_s):
+                await asyncio.wait({frame}, timeout=wait_s)
+                if frame.done():
+                    return frame.result()
         except (OSError, EOFError) as e:
-            raise PeerError(f"the peer has gone, or is silent: {e!r}") from e
+            raise PeerError(f"the peer has gone: {e!r}") from e
+        finally:
+            frame.cancel()
+        raise PeerError(f"the peer is silent for {within_s:.2f} s")
 
     async def deliver(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """Call `take` with each frame, until the wire ends. The other side must not have sent any yet.
+        """Call `take` with each frame, until the wire ends. Nothing can be received in another way from then on.
 
         For who hears many: without a task that wakes for each frame it costs half as much.
 
         Raises:
             Exception: what `take` raised, or what is wrong with the frame; the wire is cut.
         """
-        frames = _Frames(take, self.writer.transport)
-        self.writer.transport.set_protocol(frames)
+        transport = cast(asyncio.Transport, self.writer.transport)
+        if transport.is_closing():
+            return
+        self.reader.feed_eof()  # so that it gives what it has, and waits for no more
+        unread = await self.reader.read()
+        frames = _Frames(take, transport)
+        transport.set_protocol(frames)
+        frames.data_received(unread)
+        transport.pause_reading()
+        transport.resume_reading()  # an end that the stream has been told is told again
         await frames.ended
 
     def cut(self) -> None:

@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from storage.checkpointer import Checkpointer
 from storage.durable import CheckpointFailed
 from storage.manifest import ManifestError
+from storage.redact import redacted
 from storage.urls import StoreError
 from trainer import harm, pulse
 from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, replica_group
@@ -76,6 +77,11 @@ COLLECTIVE_MESSAGES = (
 # A rank that another's state has stopped leaves after that one has spoken, which takes milliseconds: its exit would end
 # the generation before the other one has named its node. This rank is killed in its wait.
 LEAVE_LAST_S = 1.0
+
+# Of a worker's last words: the message begins with what is wrong, and a traceback ends with where; 100 lines of it. Ten
+# thousand ranks may fail at once, and this is then 100 MB.
+ERROR_CHARS = 2_000
+TRACEBACK_CHARS = 8_000
 
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
@@ -351,8 +357,9 @@ def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
             rank=assign.rank,
             step=step,
             kind=kind,
-            error=" ".join(f"{type(error).__name__}: {error}".split()),
-            traceback=detail,
+            # Redacted before they are cut: half a URL's credentials are not known as such.
+            error=redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:ERROR_CHARS],
+            traceback=redacted(detail)[-TRACEBACK_CHARS:],
         )
     )
     if kind == "unclean":

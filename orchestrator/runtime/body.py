@@ -84,8 +84,11 @@ TRACEBACKS_OF_ONE = 4
 """Of one generation; a program's fault raises on every rank."""
 PARTS_DEADLINE_S = 30.0
 """For agents to tell a controller that came back which parts of a checkpoint they have written."""
-STALL_S = 5.0
-"""A gap in this controller's own attention after which nobody's silence means anything."""
+LOOK_INTERVAL_S = 0.5
+"""Between two looks at who is silent: a twentieth of recovery.node_silence_s."""
+STALL_S = 2.0
+"""From here on this controller's own inattention counts as no silence of the nodes. Less is common when many events
+come at once, and leaves the nodes most of recovery.node_silence_s."""
 
 
 class OtherData(RuntimeError):
@@ -106,13 +109,14 @@ class Body:
         notice: Callable[[str], None],
         without_place: Callable[[], int],
         behind: Callable[[], bool],
+        standing: Callable[[str], str],
     ) -> None:
         self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
         self._instance = instance
         """Tells this run from others of its name; the same for all of its controllers."""
         self._now, self._post, self._notice = now, post, notice
         self.agents: dict[str, AgentHandle] = {}
-        self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind)
+        self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind, standing)
         self.fold: MeshFold | None = None
         self.rates: list[tuple[float, int, int]] = []
         """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
@@ -144,12 +148,12 @@ class Body:
         self._retired: dict[int, None] = {}
         """Steps of checkpoints that are to be deleted, and are not yet."""
         self._joins: set[asyncio.Task[Any]] = set()
-        self._looked_at = time.monotonic()
         self._closing = False
 
     def start(self) -> None:
         """Begin to look for nodes and to watch those that are there."""
         self._spawn(self._discover_forever())
+        self._spawn(self._watch_silence())
 
     # --- what agents say ------------------------------------------------------------------------------------------
 
@@ -474,7 +478,7 @@ class Body:
         handle.line = self._spawn(self._hold_line(handle))
 
     async def _discover_forever(self) -> None:
-        """Keep an agent on as many nodes as the run has places, and notice those that fall silent."""
+        """Keep an agent on as many nodes as the run has places, and notice those that leave."""
         while not self._closing:
             found: list[RayNode] = []
             try:
@@ -494,7 +498,6 @@ class Body:
                 self._joins.add(join)
                 join.add_done_callback(self._joins.discard)
             self._fan_ins.keep()
-            self._check_silence()
             self._check_leaving(found)
             self._check_hope(found)
             await asyncio.sleep(DISCOVER_INTERVAL_S)
@@ -589,12 +592,22 @@ class Body:
         if not self._closing and handle.node in self.agents:
             self._lost(handle.node, "its connection closed")
 
+    async def _watch_silence(self) -> None:
+        """Notice nodes that fall silent; while this process stands still, what they send waits to be read."""
+        for handle in self.agents.values():  # to adopt them may have taken long
+            handle.heard_at = time.monotonic()
+        while not self._closing:
+            began = time.monotonic()
+            await asyncio.sleep(LOOK_INTERVAL_S)
+            now = time.monotonic()
+            stood_still_s = now - began - LOOK_INTERVAL_S
+            if stood_still_s >= STALL_S:
+                for handle in self.agents.values():
+                    handle.heard_at = min(now, handle.heard_at + stood_still_s)
+            self._check_silence()
+
     def _check_silence(self) -> None:
         silence_s, now = self._spec.recovery.node_silence_s, time.monotonic()
-        if now - self._looked_at > STALL_S:  # this process stood still: what they sent waits to be read
-            for handle in self.agents.values():
-                handle.heard_at = now
-        self._looked_at = now
         for handle in list(self.agents.values()):
             if now - handle.heard_at > silence_s:
                 self._lost(handle.node, f"silent for {silence_s:g} s")

@@ -275,6 +275,7 @@ class Controller:
             self.notice,
             self._without_place,
             self._is_behind,
+            self._standing,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
         if restarted and self._supervisor.state.run:
@@ -528,6 +529,12 @@ class Controller:
     def _is_behind(self) -> bool:
         """Agents must wait: it is not able to take in what they report."""
         return self._inbox.qsize() > INBOX_EVENTS // 2
+
+    def _standing(self, node: str) -> str:
+        """What is to be thought of a node; empty when it is not to be used."""
+        state = self._supervisor.state
+        usable = node in state.nodes and state.nodes[node].state in ("active", "spare")
+        return state.standing(node) if usable else ""
 
     def notice(self, line: str) -> None:
         """A line for the people who watch."""

@@ -6,14 +6,18 @@ an agent forgets a report only when the controller has taken it, so whatever bre
 another way.
 
     fan-in -> agent         {"ok": true}
-    agent -> fan-in         {"told": [[number, report], ...]}
-    fan-in -> controller    {"heard": [node, ...], "told": [[{node: number, ...}, report], ...]}
-    controller -> fan-in    {"taken": reports so far, "strangers": [node, ...]}
+    agent -> fan-in         {"after": number, "told": [[number, report], ...]}
+    fan-in -> controller    {"after": count, "heard": [node, ...], "told": [[{node: number, ...}, report], ...]}
+    controller -> fan-in    {"taken": count, "strangers": [node, ...]}
     fan-in -> agent         {"taken": number}
 
 An agent speaks each second, and at once when it has something to tell. The answer to its frame comes when the
 controller has answered, so it shows that the whole way is open; who gets none goes back to the controller itself. So a
 fan-in's silence is nobody's but its own. And that a node lives it says only when it has heard it since it last said so.
+
+`after` is what the frames before it have told on this wire: the number of an agent's newest report (0 at first; numbers
+in between are of reports that the agent tells no more), or how many reports a fan-in has told. Who has heard something
+else has missed a frame, and cuts the wire: a number that is taken stands for all reports before it.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.runtime.groups import GroupFold, Told, report_from_json, to_json
+from orchestrator.runtime.groups import GroupFold, Told, fitting, report_from_json, to_json
 from storage.peer import PeerError, Wire
 
 logger = logging.getLogger(__name__)
@@ -48,10 +53,38 @@ its frame."""
 PATIENCE_S = 5.0
 """A wire on which nothing comes for so long is given up. Answers come after 3 s at most; and well before the 10 s of
 recovery.node_silence_s the agents must have reported by another way."""
-GROUP_REPORTS = 1000
-"""Reports of one frame to the controller, after folding."""
+CONTROLLER_PATIENCE_S = 20.0
+"""A fan-in gives up a silent controller so much later than its agents give it up, each by itself: if it were first, one
+that stands still would find them all at its own door when it goes on."""
+FRAME_BYTES = 1024 * 1024
+"""A frame that is longer ends with the report before. Thousands of most reports, and some 100 of a failed worker's last
+words, which take the controller a tenth of a second."""
 UNANSWERED_FRAMES = 64
-"""To a controller that does not answer: half a minute of beats, far more than its patience."""
+"""To a controller that does not answer: half a minute of beats, more than CONTROLLER_PATIENCE_S."""
+
+
+async def until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Do all of these until the first of them ends. Raises what it raises."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass
+class _Member:
+    """A node that reports here."""
+
+    wire: Wire
+    heard_at: float
+    """Monotonic seconds of its last frame."""
+    told: int = 0
+    """Number of the newest report that it has told on this wire."""
 
 
 @dataclass
@@ -62,9 +95,7 @@ class _Group:
     wire: Wire
 
     def __post_init__(self) -> None:
-        self.members: dict[str, Wire] = {}
-        self._heard_at: dict[str, float] = {}
-        """Monotonic seconds of each member's last frame."""
+        self.members: dict[str, _Member] = {}
         self._fold = GroupFold()
         self._seen: dict[str, int] = {}
         """Number of each node's newest report. What a node tells again after a break is here already."""
@@ -83,34 +114,30 @@ class _Group:
 
     async def pass_on(self) -> None:
         """Until the controller's wire ends."""
-        sending = asyncio.create_task(self._send())
-        answering = asyncio.create_task(self._answer())
-        try:
-            done, _ = await asyncio.wait((sending, answering), return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            sending.cancel()
-            answering.cancel()
-            await asyncio.gather(sending, answering, return_exceptions=True)
+        await until_one_ends(self._send(), self._answer())
 
     async def hear_out(self, node: str, wire: Wire) -> None:
         """What a node tells, until its wire ends."""
-        before, self.members[node] = self.members.get(node), wire
+        before, member = self.members.get(node), _Member(wire, time.monotonic())
+        self.members[node] = member
         if before is not None:
-            before.cut()
-        self._heard_at[node] = time.monotonic()
+            before.wire.cut()
         try:
-            await wire.send({"ok": True})
-            await wire.deliver(lambda frame: self._hear(node, frame))
+            wire.post({"ok": True})
+            await wire.deliver(lambda frame: self._hear(node, member, frame))
         finally:
-            if self.members.get(node) is wire:
-                del self.members[node], self._heard_at[node]
+            if self.members.get(node) is member:
+                del self.members[node]
 
-    def _hear(self, node: str, frame: dict[str, Any]) -> None:
+    def _hear(self, node: str, member: _Member, frame: dict[str, Any]) -> None:
+        if frame["after"] != member.told:
+            raise PeerError(f"a frame is missing: this one comes after report {frame['after']}, not {member.told}")
         self._heard[node] = None
-        self._heard_at[node] = time.monotonic()
+        member.heard_at = time.monotonic()
         for number, report in frame["told"]:
+            if number <= member.told:
+                raise PeerError(f"report {number} comes after {member.told}")
+            member.told = number
             if number > self._seen.get(node, 0):
                 self._fold.add(node, number, report_from_json(report))
                 self._seen[node] = number
@@ -119,31 +146,34 @@ class _Group:
 
     def _let_go_of_silent(self) -> None:
         oldest = time.monotonic() - PATIENCE_S
-        for node, heard_at in self._heard_at.items():
-            if heard_at < oldest:
-                self.members[node].cut()
+        for member in self.members.values():
+            if member.heard_at < oldest:
+                member.wire.cut()
 
     async def _send(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), BEAT_S)
+                async with asyncio.timeout(BEAT_S):
+                    await self._wake.wait()
             if self._wake.is_set():
                 await asyncio.sleep(GATHER_S)
             self._wake.clear()
             self._let_go_of_silent()
             if len(self._unanswered) >= UNANSWERED_FRAMES:
                 raise PeerError(f"the controller has left {UNANSWERED_FRAMES} frames unanswered")
-            told = self._fold.take(GROUP_REPORTS) if not self._flying else []
+            told = fitting(map(to_json, self._fold), FRAME_BYTES) if not self._flying else []
             heard, self._heard = tuple(self._heard), {}
-            self._flying = self._flying or told
+            frame = {"after": self._sent, "heard": heard, "told": told}
+            if told:
+                self._flying = self._fold.take(len(told))
             self._sent += len(told)
             self._unanswered.append(heard)
-            await self.wire.send({"heard": heard, "told": [to_json(each) for each in told]})
+            await self.wire.send(frame)
 
     async def _answer(self) -> None:
         """Pass the controller's answers on to those who wait for one."""
         while True:
-            answer = await self.wire.receive(PATIENCE_S)
+            answer = await self.wire.receive(CONTROLLER_PATIENCE_S)
             if not self._unanswered:
                 raise PeerError("the controller answers what was not asked")
             now = time.monotonic()
@@ -153,7 +183,7 @@ class _Group:
                 self._note_taken()
             for node in answer["strangers"]:
                 if node in self.members:
-                    self.members[node].cut()
+                    self.members[node].wire.cut()
             while self._owed and (oldest := next(iter(self._owed.items())))[1] <= now - ANSWER_S:
                 self._pay(oldest[0])
 
@@ -168,7 +198,7 @@ class _Group:
         del self._owed[node]
         if node in self.members:
             with contextlib.suppress(PeerError):  # one that does not read finds its wire gone
-                self.members[node].post({"taken": self._taken.get(node, 0)})
+                self.members[node].wire.post({"taken": self._taken.get(node, 0)})
 
 
 class FanIn:
@@ -194,8 +224,8 @@ class FanIn:
                 self._group = None
             for member in list(group.members.values()):
                 with contextlib.suppress(PeerError):
-                    member.post({"error": "the controller collects here no more"})
-                member.writer.close()
+                    member.wire.post({"error": "the controller collects here no more"})
+                member.wire.writer.close()
 
     async def report(self, request: dict[str, Any], wire: Wire) -> None:
         """For an agent: pass its reports on to the controller that it answers to."""

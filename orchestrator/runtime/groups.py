@@ -10,7 +10,8 @@ comes, and the agent learns which it may forget.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import json
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,9 @@ class GroupFold:
 
     def __len__(self) -> int:
         return len(self._told)
+
+    def __iter__(self) -> Iterator[Told]:
+        return iter(self._told)
 
     def add(self, node: str, number: int, report: Report) -> None:
         thing = _thing(report)
@@ -125,17 +129,37 @@ def report_from_json(document: dict[str, Any]) -> Report:
         raise ValueError(f"NodeStep: {e}") from e
 
 
+def fitting(documents: Iterable[Any], limit_bytes: int) -> list[Any]:
+    """The first of these JSON values: as many as together take no more bytes, but at least one."""
+    fit: list[Any] = []
+    n_bytes = 0
+    for document in documents:
+        n_bytes += len(json.dumps(document, separators=(",", ":")))
+        if fit and n_bytes > limit_bytes:
+            break
+        fit.append(document)
+    return fit
+
+
 def halts_joined(events: Iterable[Event]) -> list[Event]:
-    """The same events, but answers to a halt that stand next to each other and are alike in one."""
+    """The same events, but answers to a halt that stand next to each other and are alike in one.
+
+    A node that answers twice, as to a controller that came back, is not joined with its own answer.
+    """
     joined: list[Event] = []
+    names: set[str] = set()
     for event in events:
         before = joined[-1] if joined else None
-        if isinstance(before, NodesHalted) and isinstance(event, NodesHalted) and _alike(before, event):
+        if not isinstance(event, NodesHalted):
+            joined.append(event)
+        elif isinstance(before, NodesHalted) and _alike(before, event) and names.isdisjoint(event.nodes):
             joined[-1] = replace(before, nodes=before.nodes + event.nodes)
+            names.update(event.nodes)
         else:
             joined.append(event)
+            names = set(event.nodes)
     return joined
 
 
 def _alike(one: NodesHalted, other: NodesHalted) -> bool:
-    return (one.generation, one.snapshots) == (other.generation, other.snapshots)
+    return replace(one, nodes=other.nodes) == other

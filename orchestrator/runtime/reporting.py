@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from itertools import islice
 from typing import Any
 
 import ray
 
 from orchestrator.runtime import fanin
+from orchestrator.runtime.groups import fitting
 from orchestrator.runtime.reports import Report
 from storage import peer
 from trainer.contract import encode
@@ -36,6 +39,9 @@ OUTBOX_REPORTS = 20_000
 """Beyond this the oldest are dropped; a thousand a minute fill it in 20 minutes without a controller."""
 BATCH_REPORTS = 500
 """Reports that are under way at once."""
+SPREAD_S = 2.0
+"""Agents whose fan-ins fall silent, as all do when the controller stands still, go to it spread over so long. With
+fanin.PATIENCE_S and an answer's age it stays below the 10 s of recovery.node_silence_s."""
 SHUN_S = 10.0
 """After a fan-in was of no use, before it is tried again: trying it takes up to its patience, and nobody is told of
 this node meanwhile."""
@@ -103,8 +109,9 @@ class Reporter:
             except peer.PeerRefused as e:
                 logger.info("%s reports to the controller itself again: %s", self._node, e)
             except Exception as e:
-                logger.warning("%s reports to the controller itself again: %s: %s", self._node, fan_in, e)
+                logger.warning("%s reports to the controller itself again: %s: %r", self._node, fan_in, e)
                 self._shunned = (fan_in, time.monotonic() + SHUN_S)
+            self._outbox.wake.set()  # at once, also to say no more than that it lives
 
     async def _report_to_controller(self) -> str:
         """Until the controller names a fan-in: its address. One that is gone, or disowns this agent, for too long ends
@@ -125,8 +132,8 @@ class Reporter:
                 await self._retry()
                 continue
             try:
-                answer = asyncio.wrap_future(controller.report.remote(self._node, batch).future())
-                fan_in = await asyncio.wait_for(answer, REPORT_TIMEOUT_S)
+                async with asyncio.timeout(REPORT_TIMEOUT_S):
+                    fan_in = await asyncio.wrap_future(controller.report.remote(self._node, batch).future())
             except Exception as e:
                 controller = None
                 disowned = isinstance(e, ray.exceptions.RayTaskError) and self._epoch() > 0
@@ -152,26 +159,26 @@ class Reporter:
         """
         epoch = self._epoch()
         request = {"op": fanin.REPORT, "node": self._node, "epoch": epoch}
-        async with peer.open_wire(fan_in, self._token, request) as wire:
-            await wire.receive(fanin.PATIENCE_S)
+        async with AsyncExitStack() as stack:
+            async with asyncio.timeout(fanin.PATIENCE_S):
+                wire = await stack.enter_async_context(peer.open_wire(fan_in, self._token, request))
+                await wire.receive(fanin.PATIENCE_S)
             passage = _Passage(wire, self._outbox)
-            answers = asyncio.create_task(passage.hear_answers())
-            answers.add_done_callback(lambda _: self._outbox.wake.set())
             self._outbox.wake.set()
-            try:
-                while epoch == self._epoch() and not answers.done():
-                    await self._something_to_say()
-                    await passage.send()
-            finally:
-                answers.cancel()
-                await asyncio.gather(answers, return_exceptions=True)
-            if not answers.cancelled():
-                answers.result()
+            await fanin.until_one_ends(self._tell(passage, epoch), passage.hear_answers())
+
+    async def _tell(self, passage: _Passage, epoch: int) -> None:
+        while True:
+            await self._something_to_say()
+            if epoch != self._epoch():
+                return
+            await passage.send()
 
     async def _something_to_say(self) -> None:
         """Wait for it; for the next heartbeat, if there is nothing."""
         try:
-            await asyncio.wait_for(self._outbox.wake.wait(), REPORT_INTERVAL_S)
+            async with asyncio.timeout(REPORT_INTERVAL_S):
+                await self._outbox.wake.wait()
         except TimeoutError:
             return
         self._outbox.wake.clear()
@@ -191,11 +198,17 @@ class _Passage:
     async def send(self) -> None:
         """What is new; a heartbeat if nothing is."""
         new = [(number, report) for number, report in self._outbox.batch() if number > self._sent]
-        if new:
-            self._sent = new[-1][0]
-        await self._wire.send({"told": [[number, encode(report)] for number, report in new]})
+        told = fitting(([number, encode(report)] for number, report in new), fanin.FRAME_BYTES)
+        frame = {"after": self._sent, "told": told}
+        if told:
+            self._sent = told[-1][0]
+        if len(told) < len(new):
+            self._outbox.wake.set()
+        await self._wire.send(frame)
 
     async def hear_answers(self) -> None:
+        patience_s = fanin.PATIENCE_S
         while True:
-            answer = await self._wire.receive(fanin.PATIENCE_S)
+            answer = await self._wire.receive(patience_s)
             self._outbox.taken(int(answer["taken"]))
+            patience_s = fanin.PATIENCE_S + random.uniform(0.0, SPREAD_S)

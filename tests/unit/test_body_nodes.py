@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,7 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         lambda line: None,
         lambda: 0,
         lambda: False,
+        lambda node: "good",
     )
     assert body._spec.layout.nodes == 4
     return body
@@ -73,6 +75,38 @@ def test_the_loss_of_a_node_is_told_once_however_often_it_is_seen(tmp_path):
     body.agents["a"].heard_at = 0.0
     body._check_silence()
     assert [type(event) for event in events] == [ev.NodeLost]
+
+
+def test_this_controllers_own_standstill_is_no_silence_of_the_nodes(tmp_path, monkeypatch):
+    """A node that is heard stays, whatever standstills there are; one that is not heard is lost in spite of them."""
+    monkeypatch.setattr(bodies, "LOOK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(bodies, "STALL_S", 0.4)
+    events: list[ev.Event] = []
+    body = body_of(tmp_path, events)
+    body._spec = body._spec.model_copy(
+        update={"recovery": body._spec.recovery.model_copy(update={"node_silence_s": 0.6})}
+    )
+
+    async def work() -> None:
+        for node in "ab":
+            handle = AgentHandle(node=node, ray_node=node, actor=None, group=None, heard_at=time.monotonic())
+            body.agents[node] = handle
+        watch = asyncio.create_task(body._watch_silence())
+        for _ in range(3):
+            body.hear("a", [])
+            await asyncio.sleep(0)
+            time.sleep(0.8)  # the fault
+            body.hear("a", [])  # what lay unread
+            await asyncio.sleep(0.06)  # one look
+            assert not events
+            assert all(handle.heard_at <= time.monotonic() for handle in body.agents.values())
+        while not events:
+            body.hear("a", [])
+            await asyncio.sleep(0.01)
+        watch.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert [event.node for event in events if isinstance(event, ev.NodeLost)] == ["b"]
 
 
 class Order:

@@ -260,6 +260,19 @@ def test_reports_are_not_taken_but_not_disowned_either_while_the_controller_is_b
     run(world, work)
 
 
+def test_the_body_is_told_what_is_to_be_thought_of_a_node(world):
+    async def work() -> None:
+        await world.tell(ev.NodeJoined(at=0, node="surplus", domain="", snapshots={}))
+        await world.until(lambda status: status.nodes.get("surplus") == "lost")
+        standing = world.controller._standing
+        assert [standing(node) for node in ("a", "surplus", "stranger")] == ["good", "", ""]
+        await world.tell(ev.NodeLeaving(at=0, node="a", by="me"))
+        await world.until(lambda status: status.standings.get("a") == "leaving")
+        assert standing("a") == "leaving"
+
+    run(world, work)
+
+
 def test_who_has_been_replaced_leaves_the_agents_to_the_successor(world, monkeypatch):
     ends = []
 

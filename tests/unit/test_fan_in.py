@@ -45,6 +45,8 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanin, "GATHER_S", 0.01)
     monkeypatch.setattr(fanin, "ANSWER_S", 0.1)
     monkeypatch.setattr(fanin, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(fanin, "CONTROLLER_PATIENCE_S", 4.0)
+    monkeypatch.setattr(reporting, "SPREAD_S", 0.5)
     monkeypatch.setattr(reporting, "REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(reporting, "REPORT_RETRY_S", 0.05)
 
@@ -229,7 +231,7 @@ def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatc
             await asyncio.sleep(0.01)
         assert agents.steps() == [21, 22]
         assert set(agents.directly[calls:]) == set(NODES), "each has gone the direct way"
-        assert longest_s < fanin.PATIENCE_S + 2.0, "and a core may be taken for a moment"
+        assert longest_s < fanin.PATIENCE_S + reporting.SPREAD_S + 2.0, "and a core may be taken for a moment"
 
     async def with_process(agents: Agents) -> None:
         for handle in agents.body.agents.values():
@@ -382,13 +384,13 @@ def test_a_newer_controller_takes_the_fan_in_over_and_an_older_does_not():
 def test_an_answer_to_an_agent_waits_for_the_controllers():
     async def work(wire: Callable[..., Any]) -> None:
         async with wire(fanin.COLLECT, 1) as controller, wire(fanin.REPORT, 1) as member:
-            await member.send({"told": [[5, encode(node_step(21))]]})
+            await member.send({"after": 0, "told": [[5, encode(node_step(21))]]})
             frame = await controller.receive(DEADLINE_S)
             while not frame["told"]:
                 frame = await controller.receive(DEADLINE_S)
             with pytest.raises(PeerError, match="silent"):
                 await member.receive(0.2)
-            assert frame == {"heard": ["a"], "told": [[{"a": 5}, encode(node_step(21))]]}
+            assert frame == {"after": 0, "heard": ["a"], "told": [[{"a": 5}, encode(node_step(21))]]}
 
     alone(work)
 
@@ -406,12 +408,12 @@ def test_what_is_said_while_reports_are_under_way_follows_when_they_are_taken():
                 return told
 
             for number in (1, 2):
-                await member.send({"told": [[number, encode(node_step(20 + number))]]})
+                await member.send({"after": number - 1, "told": [[number, encode(node_step(20 + number))]]})
                 while not (told := await frames(1, taken=number - 1)):
                     pass
                 assert told == [[{"a": number}, encode(node_step(20 + number))]]
                 if number == 1:
-                    await member.send({"told": [[2, encode(node_step(22))]]})
+                    await member.send({"after": 1, "told": [[2, encode(node_step(22))]]})
                     assert await frames(5, taken=0) == []
                     assert await frames(1, taken=1) == []
 
@@ -423,10 +425,10 @@ def test_who_says_what_is_no_report_is_cut_off_alone(told):
     async def work(wire: Callable[..., Any]) -> None:
         async with wire(fanin.COLLECT, 1) as controller, wire(fanin.REPORT, 1) as member:
             async with wire(fanin.REPORT, 1, "b") as other:
-                await member.send({"told": told})
+                await member.send({"after": 0, "told": told})
                 with pytest.raises(PeerError):
                     await member.receive(DEADLINE_S)
-                await other.send({"told": []})
+                await other.send({"after": 0, "told": []})
                 while "b" not in (await controller.receive(DEADLINE_S))["heard"]:
                     pass
 

@@ -12,6 +12,7 @@ import json
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from core_world import Tape
@@ -385,6 +386,32 @@ def test_answers_that_stand_next_to_each_other_are_joined_and_nothing_passes_ano
     both = ev.NodesHalted(at=0, nodes=("a", "b"), generation=GENERATION, snapshots=TWO)
     none = ev.NodesHalted(at=0, nodes=("e", "f"), generation=GENERATION, snapshots=())
     assert halts_joined(events) == [both, lost, halt("d"), none]
+
+
+def test_answers_of_one_node_are_never_joined_nor_what_differs_in_anything():
+    """A controller that comes back while the run halts is told an answer that it may have heard already."""
+
+    def halt(*names: str, **changes: Any) -> ev.Event:
+        return replace(ev.NodesHalted(at=0, nodes=names, generation=GENERATION, snapshots=TWO), **changes)
+
+    assert halts_joined([halt("b"), halt("a"), halt("a")]) == [halt("b", "a"), halt("a")]
+    twice = [halt("a"), halt("b"), halt("a"), halt("b"), halt("c")]
+    assert halts_joined(twice) == [halt("a", "b"), halt("a", "b", "c")]
+    assert halts_joined([halt("a", "b"), halt("c", "a")]) == [halt("a", "b"), halt("c", "a")]
+    lost = ev.NodeLost(at=0, node="c", cause="")
+    assert halts_joined([halt("a"), lost, halt("a"), halt("b")]) == [halt("a"), lost, halt("a", "b")]
+    for other in (halt("b", parked=True), halt("b", at=1), halt("b", generation=GENERATION + 1)):
+        assert halts_joined([halt("a"), other]) == [halt("a"), other]
+
+
+@given(documents=st.lists(st.text(max_size=40)), limit_bytes=st.integers(0, 200))
+def test_a_frame_ends_before_the_report_that_would_make_it_too_long(documents, limit_bytes):
+    fit = groups.fitting(documents, limit_bytes)
+    assert fit == documents[: len(fit)]
+    sizes = [len(json.dumps(document)) for document in documents]
+    assert sum(sizes[: len(fit)]) <= limit_bytes or len(fit) == 1
+    assert len(fit) == len(documents) or sum(sizes[: len(fit) + 1]) > limit_bytes
+    assert fit or not documents
 
 
 # --- the wire --------------------------------------------------------------------------------------------------------

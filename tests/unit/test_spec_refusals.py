@@ -148,7 +148,7 @@ def test_a_value_that_cannot_run_is_refused_in_one_line_that_says_what_can(secti
         (
             {"recovery": {"node_silence_s": 7}, "parallel": {"dp_replicate": 250}, "data": {"global_batch": 250}}
             | {"cluster": {"spares": 6}},
-            "recovery.node_silence_s = 7: must be at least 7.5 with 256 nodes; they notice after 5 s that one through "
+            "recovery.node_silence_s = 7: must be at least 10 with 256 nodes; they notice after 5 s that one through "
             "which they report is silent",
         ),
     ],

@@ -272,3 +272,74 @@ def test_a_silent_client_is_dropped_at_the_deadline(folder, monkeypatch):
         writer.close()
 
     serving(folder, client)
+
+
+# --- wires -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("received", [0, 1, 999])
+def test_frames_that_came_before_they_are_delivered_are_delivered_first(received):
+    """A thousand in one piece: who receives some of them has read the others."""
+
+    async def main() -> None:
+        got: list[int] = []
+        ended = asyncio.Event()
+
+        async def take(request, wire: peer.Wire) -> None:
+            got.extend([(await wire.receive(30))["n"] for _ in range(received)])
+            await wire.deliver(lambda frame: got.append(frame["n"]))
+            ended.set()
+
+        server = PeerServer("127.0.0.1", TOKEN, "/nowhere", "run", "a", {"take": take})
+        async with asyncio.timeout(30):
+            async with peer.open_wire(await server.start(), TOKEN, {"op": "take"}) as wire:
+                for n in range(1000):
+                    wire.post({"n": n})
+                wire.writer.write_eof()
+                await ended.wait()
+        await server.close()
+        assert got == list(range(1000))
+
+    asyncio.run(main())
+
+
+def test_a_wire_that_has_ended_before_it_is_delivered_is_over():
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        async def take(request, wire: peer.Wire) -> None:
+            with pytest.raises(PeerError, match="gone"):
+                await wire.receive(30)
+            await wire.deliver(lambda frame: None)
+            ended.set()
+
+        server = PeerServer("127.0.0.1", TOKEN, "/nowhere", "run", "a", {"take": take})
+        async with asyncio.timeout(30):
+            async with peer.open_wire(await server.start(), TOKEN, {"op": "take"}):
+                pass
+            await ended.wait()
+        await server.close()
+
+    asyncio.run(main())
+
+
+def test_what_came_while_this_process_stood_still_is_received():
+    async def main() -> None:
+        async def speak(request, wire: peer.Wire) -> None:
+            await wire.send({"n": 1})
+            await wire.receive(30)
+            await wire.send({"n": 2})
+
+        server = PeerServer("127.0.0.1", TOKEN, "/nowhere", "run", "a", {"speak": speak})
+        async with peer.open_wire(await server.start(), TOKEN, {"op": "speak"}) as wire:
+            assert await wire.receive(30) == {"n": 1}
+            receiving = asyncio.create_task(wire.receive(0.1))
+            await asyncio.sleep(0)  # it waits
+            wire.post({})
+            time.sleep(0.2)  # the fault
+            assert await receiving == {"n": 2}
+            with pytest.raises(PeerError, match="gone"):
+                await wire.receive(30)
+        await server.close()
+
+    asyncio.run(main())

@@ -313,6 +313,30 @@ def test_last_words_are_logged_and_told_and_of_the_audit_without_reading_sources
     assert ("Traceback" in log) == sources
 
 
+@pytest.mark.parametrize("shift", range(0, 40, 3))
+def test_last_words_are_cut_to_the_messages_begin_and_the_tracebacks_end_and_no_secret_is(
+    monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    """Wherever the cut is in a URL."""
+    said: list[Any] = []
+
+    def leave(code: int) -> None:
+        raise KeyboardInterrupt
+
+    url = "s3://key:hush-hush@host/path"
+    to_begin = worker.ERROR_CHARS - len("LookupError: begin ") - shift
+    to_end = worker.TRACEBACK_CHARS - len("end\n") - shift
+    message = f"begin {'x' * to_begin} {url} {'y' * (to_end - 1)} end"
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: None, flush=lambda: None))
+    with pytest.raises(KeyboardInterrupt):
+        worker._die(SimpleNamespace(emit=said.append), SimpleNamespace(generation=1, rank=1), 5, LookupError(message))  # type: ignore[arg-type]
+    (word,) = said
+    assert len(word.error) == worker.ERROR_CHARS and word.error.startswith("LookupError: begin x")
+    assert len(word.traceback) == worker.TRACEBACK_CHARS and word.traceback.endswith(" end\n")
+    assert "hush" not in word.error + word.traceback
+
+
 def test_the_loopback_interface_is_found_by_its_address() -> None:
     name = worker.interface_towards("127.0.0.1", 12345)
     assert name in {interface for _, interface in socket.if_nameindex()}
