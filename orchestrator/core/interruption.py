@@ -39,10 +39,20 @@ def _interrupt(s: State, evidence: Evidence) -> list[Action]:
     recovery.note(s.incident, evidence)
     s.job, s.growing = "halting", False
     s.parked = "park" in s.capabilities and "resume" not in s.incident.spent
-    s.awaiting = dict.fromkeys(name for name in s.mesh if s.nodes[name].state == "active")
+    s.awaiting = _still_active(s, evidence.node)
     if not s.awaiting:
         return _recover(s, at)
     return halt(s, at, f"{evidence.kind} on {evidence.node or 'the mesh'}: {evidence.detail}")
+
+
+def _still_active(s: State, culprit: str) -> dict[str, None]:
+    """The mesh's nodes that can be ordered to halt: as a rule all but the culprit, without a look at thousands."""
+    active = dict.fromkeys(s.mesh)
+    if culprit in active and s.nodes[culprit].state != "active":
+        del active[culprit]
+    if len(active) == s.counts["active"]:
+        return active
+    return {name: None for name in active if s.nodes[name].state == "active"}
 
 
 def halt(s: State, at: int, reason: str) -> list[Action]:

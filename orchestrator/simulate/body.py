@@ -125,6 +125,8 @@ class Running:
     """When the store will have all parts of the save under way."""
     save_due: int = 0
     """The step after which the next one is wanted; it begins when the one before has ended."""
+    lost: bool = False
+    """One of its nodes is dead: it will not come up, and that will be told."""
     broken: dict[str, None] = field(default_factory=dict)
     """Nodes of which a worker cannot park."""
 
@@ -154,6 +156,8 @@ class Simulation:
         self.nodes: dict[str, Node] = {}
         self.running: Running | None = None
         self.slow: dict[str, Node] = {}
+        self.dead: dict[str, None] = {}
+        """Nodes that are dead and not let go yet."""
         self.store_away_until = 0
         self.weights = [round(cause.count * 1_000_000) for cause in scenario.failures.causes]
         self._record = record
@@ -274,6 +278,9 @@ class Simulation:
             case ac.ReleaseNode():
                 node = self.nodes.pop(action.node, None)
                 self.slow.pop(action.node, None)
+                self.dead.pop(action.node, None)
+                if self.running is not None and action.node in self.running.places:
+                    self.running.lost = True
                 if node is not None and node.machine.node is node:
                     node.alive = False
                     self._free(node.machine)
@@ -366,9 +373,9 @@ class Simulation:
             step_us=self.scenario.step_us,
             step=order.step,
             save_due=self._next_due(order.step),
+            lost=any(name in places for name in self.dead) or not places.keys() <= self.nodes.keys(),
         )
         self._place_state(order, layout)
-        # If one of them is dead by now, it will not come up, and the loss will be told.
         restore_us = costs.restore_durable.us if order.source == "durable" else 0
         if order.source == "ram":
             restore_us = costs.restore_ram.us + (costs.restore_peer.us if order.transfers else 0)
@@ -409,9 +416,8 @@ class Simulation:
         assert running is not None
         if running.order is not order or running.phase != "starting":
             return
-        found = (self.nodes.get(name) for name in order.nodes)
-        if not all(node is not None and node.alive for node in found):
-            return  # its loss will be told
+        if running.lost:
+            return
         if order.source == "durable" and self.store_away_until > self.now:
             return self.later(harm.STORE_PATIENCE_US, lambda: harm.refuse_the_store(self, order))
         running.phase, running.since, running.step_us = "training", self.now, self._pace(running)
@@ -591,10 +597,14 @@ class Simulation:
                     buddy.copies = (tuple(placement.slots_of(running.layout, place)), kept)
         if self.scenario.profile.delivery is not None or self.scenario.profile.buddies:
             return self._answer_each(order, alive)
-        self._answer_each(order, [node for node in alive if node.slots is not None])
+        if not kept:
+            self._answer_each(order, [node for node in alive if node.slots is not None])
+            alive = [node for node in alive if node.slots is None]
         answers: dict[tuple[int, bool], list[Node]] = {}
-        for node in alive:
-            if node.slots is None:  # by identity: thousands of nodes hold the same object
+        if alive and kept and not running.broken:
+            answers[id(kept), order.park] = alive
+        else:
+            for node in alive:  # by identity: thousands of nodes hold the same object
                 parked = order.park and node.name not in running.broken
                 answers.setdefault((id(node.held), parked), []).append(node)
         for (_, parked), alike in answers.items():

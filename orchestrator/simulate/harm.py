@@ -142,6 +142,9 @@ def hit(sim: Simulation, node: Node, effect: Effect, detect_us: int, name: str) 
 
 def kill(sim: Simulation, node: Node, detect_us: int, name: str) -> None:
     node.alive = False
+    sim.dead[node.name] = None
+    if sim.running is not None and node.name in sim.running.places:
+        sim.running.lost = True
     if sim.fills_a_slot(node):
         sim.stick()
     sim.later(detect_us, lambda: sim.send(node.name, ev.NodeLost(at=sim.now, node=node.name, cause=name)))
