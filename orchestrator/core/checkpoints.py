@@ -8,6 +8,7 @@ step later. Neither is restored from again, and both are replaced when their ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from orchestrator.core import events as ev
@@ -107,14 +108,16 @@ def refuse(state: State, order: OpenGeneration) -> None:
 
 def revoke(state: State, generation: int, step: int) -> None:
     """The state of `generation` is not known to be clean from `step` on: nor are the checkpoints that hold it."""
-    for held, checkpoint in state.checkpoints.items():
-        if held >= step and checkpoint.generation == generation and checkpoint.trust in ("written", "committed"):
-            checkpoint.trust, checkpoint.replaces = "revoked", ""
+    _revoke_if(state, lambda writer, held: writer == generation and held >= step)
 
 
 def revoke_what_came_of(state: State, generation: int, step: int) -> None:
     """The computation of `step` in `generation` was wrong."""
+    _revoke_if(state, lambda writer, held: state.is_made_of(generation, step, upto=(writer, held)))
+
+
+def _revoke_if(state: State, is_bad: Callable[[int, int], bool]) -> None:
+    """By the generation that wrote a checkpoint, and its step."""
     for held, checkpoint in state.checkpoints.items():
-        came_of_it = state.is_made_of(generation, step, upto=(checkpoint.generation, held))
-        if came_of_it and checkpoint.trust in ("written", "committed"):
+        if checkpoint.trust in ("written", "committed") and is_bad(checkpoint.generation, held):
             checkpoint.trust, checkpoint.replaces = "revoked", ""

@@ -15,7 +15,7 @@ from itertools import chain
 from orchestrator.core import placement
 from orchestrator.core.actions import Transfer
 from orchestrator.core.events import Layout, Snapshot
-from orchestrator.core.state import OWN_PLACE, Held, State
+from orchestrator.core.state import IN_QUARANTINE, OWN_PLACE, Held, State
 
 
 def inventory_of(snapshots: dict[int, tuple[Snapshot, ...]], first_generation: int) -> tuple[Held, ...]:
@@ -188,4 +188,4 @@ class _Sources:
 
     def _is_suspect(self, name: str) -> bool:
         state = self._state
-        return name in state.convicted or state.nodes[name].state in ("quarantined", "probed") or name in state.disputes
+        return name in state.convicted or state.nodes[name].state in IN_QUARANTINE or name in state.disputes

@@ -23,7 +23,7 @@ DISAGREEMENTS_ASKED = 8
 
 def strike(state: State, name: str, at: int) -> None:
     """Hold a failure against a node."""
-    if name in state.nodes and state.nodes[name].state != "lost":
+    if _is_here(state, name):
         state.strikes.setdefault(name, []).append(at)
 
 
@@ -46,13 +46,11 @@ def charge(state: State, evidence: Evidence, at: int) -> list[Action]:
     return _quarantine(state, name, at) if (too_many or its_own) and state.n_usable > needed else []
 
 
-def found_slow(state: State, name: str, at: int) -> bool:
-    """Note that a node is slow. Whether that is news in this generation."""
-    if state.slow.get(name) == state.generation:
-        return False
-    state.slow[name] = state.generation
-    strike(state, name, at)
-    return True
+def found_slow(state: State, name: str, at: int) -> None:
+    """A strike for a node that is slow, once in each generation."""
+    if state.slow.get(name) != state.generation:
+        state.slow[name] = state.generation
+        strike(state, name, at)
 
 
 def convict(state: State, name: str, at: int) -> list[Action]:
@@ -105,7 +103,7 @@ def _quarantine(state: State, name: str, at: int) -> list[Action]:
 
 
 def _has_room(state: State) -> bool:
-    return state.counts["quarantined"] + state.counts["probed"] < state.declared_limits.quarantined_at_most
+    return state.n_in_quarantine < state.declared_limits.quarantined_at_most
 
 
 def probe(state: State, name: str, at: int) -> list[Action]:

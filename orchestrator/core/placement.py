@@ -47,11 +47,11 @@ def place(
     free = dict.fromkeys(node for node in usable if node not in kept)
     if before == layout:
         _take_home(layout, places, free, held)
-    domains = {node: domain_of(node) for node in free} if any(domain_of(node) for node in free) else {}
-    if domains and not any(places):
-        _spread(layout, places, domains)
-    elif domains:
+    domains = {node: domain_of(node) for node in free}
+    if any(domains.values()) and any(places):
         _fit_in(layout, places, domains, domain_of)
+    elif any(domains.values()):
+        _spread(layout, places, domains)
     else:
         rest = iter(free)
         places = [node if node is not None else next(rest) for node in places]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
 from orchestrator.core.checkpoints import DISTRUSTED
-from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, STANDINGS, Evidence, Incident, State
+from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, IN_QUARANTINE, STANDINGS, Evidence, Incident, State
 from orchestrator.core.state import EXIT_FAILED as RUN_FAILED
 from trainer.contract import EXIT_FAILED
 
@@ -203,11 +203,7 @@ def _follows_the_job(state: State, evidence: Evidence) -> bool:
     struck = state.errors.get(signature(evidence), [])
     if evidence.kind == "corrupt":
         return len(set(struck)) >= max(2, state.limits.same_error_tries)
-    evicted = follows_one_node(state, evidence) and state.nodes[evidence.node].state in (
-        "quarantined",
-        "probed",
-        "lost",
-    )
+    evicted = follows_one_node(state, evidence) and state.nodes[evidence.node].state in (*IN_QUARANTINE, "lost")
     return is_of_the_job(evidence) and len(struck) >= state.limits.same_error_tries and not evicted
 
 
@@ -357,8 +353,8 @@ def _what(incident: Incident) -> str:
 def _fate(state: State, mesh: tuple[str, ...]) -> str:
     """What becomes of nodes of the last mesh that are not to be trusted."""
     assert state.limits is not None
-    gone = [node for node in state.mesh if state.nodes[node].state in ("quarantined", "probed")]
-    full = state.counts["quarantined"] + state.counts["probed"] >= state.limits.quarantined_at_most
+    gone = [node for node in state.mesh if state.nodes[node].state in IN_QUARANTINE]
+    full = state.n_in_quarantine >= state.limits.quarantined_at_most
     failed = [node for node, struck in state.strikes.items() if full and len(struck) >= state.limits.strikes]
     kept = [node for node in dict.fromkeys((*state.convicted, *failed)) if node in mesh]
     why = "since quarantine is full" if full else "for want of a spare"

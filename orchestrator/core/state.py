@@ -22,6 +22,8 @@ NODE_STATES: dict[NodeState, str] = {
     "lost": "gone, or sent away; until the run is resumed, its name is not used again",
 }
 
+IN_QUARANTINE: tuple[NodeState, ...] = ("quarantined", "probed")
+
 Standing = Literal["good", "suspect", "probation", "leaving"]
 
 STANDINGS: dict[Standing, str] = {
@@ -313,8 +315,16 @@ class State:
     @property
     def places_taken(self) -> int:
         """By nodes that are ready and will stay."""
-        leaving = sum(self.nodes[name].state in ("active", "spare") for name in self.leaving)
-        return self.counts["active"] + self.counts["spare"] - leaving
+        return self.counts["active"] + self.counts["spare"] - self.n_leaving
+
+    @property
+    def n_leaving(self) -> int:
+        """Nodes that are ready and will not stay."""
+        return sum(self.nodes[name].state in ("active", "spare") for name in self.leaving)
+
+    @property
+    def n_in_quarantine(self) -> int:
+        return sum(self.counts[state] for state in IN_QUARANTINE)
 
     @property
     def spares_counted(self) -> int:
@@ -409,5 +419,4 @@ class State:
         lost = {name for name, node in nodes.items() if node.state == "lost"}
         assert lost.isdisjoint(self.awaiting) and lost.isdisjoint(self.inventory)
         assert all(lost.isdisjoint(known) for known in (self.strikes, self.convicted, self.probation, self.leaving))
-        away = self.counts["quarantined"] + self.counts["probed"]
-        assert self.limits is None or away <= self.limits.quarantined_at_most, self.counts
+        assert self.limits is None or self.n_in_quarantine <= self.limits.quarantined_at_most, self.counts

@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from orchestrator.chaos.orders import NOT_DONE, SCENARIOS
-from orchestrator.core.state import JOB_STATES
+from orchestrator.core.state import IN_QUARANTINE, JOB_STATES
 from orchestrator.observe.status import Status, nodes_by_state
 from orchestrator.spec import JobSpec
 
@@ -149,7 +149,7 @@ def _nodes(s: Status, spec: JobSpec) -> Iterable[Family]:
     strikes = {(node,): count for node, count in s.strikes.items()}
     text = "Failures charged to a node that still count."
     yield _labelled(run, GaugeMetricFamily, "node_strikes", text, ("node",), strikes)
-    quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state in ("quarantined", "probed")}
+    quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state in IN_QUARANTINE}
     yield _labelled(run, GaugeMetricFamily, "node_quarantined", "1 for a node in quarantine.", ("node",), quarantined)
 
 

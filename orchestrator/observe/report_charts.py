@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from orchestrator.chaos.scorecard import Score
 from orchestrator.core.goodput import LABELS, Label
+from orchestrator.core.state import IN_QUARANTINE
 from orchestrator.observe.report_fold import History, Span
 from orchestrator.observe.report_words import SOURCES, duration, headline
 from storage.redact import redacted
@@ -303,7 +304,7 @@ def _lanes(history: History) -> list[str]:
     """The nodes that have a lane, in the order of joining; those that changed most often when there are too many."""
     bars: dict[str, int] = {}
     for span in sorted(history.node_spans, key=lambda span: span.start):
-        bars[span.lane] = bars.get(span.lane, 0) + 1 + 1000 * (span.doing in ("lost", "quarantined", "probed"))
+        bars[span.lane] = bars.get(span.lane, 0) + 1 + 1000 * (span.doing in ("lost", *IN_QUARANTINE))
     kept = set(sorted(bars, key=lambda name: -bars[name])[:LANES_SHOWN])
     return [name for name in bars if name in kept]
 

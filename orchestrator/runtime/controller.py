@@ -523,8 +523,7 @@ class Controller:
 
     def _without_place(self) -> int:
         state = self._supervisor.state
-        leaving = sum(state.nodes[name].state in ("active", "spare") for name in state.leaving)
-        return state.counts["quarantined"] + state.counts["probed"] + leaving
+        return state.n_in_quarantine + state.n_leaving
 
     def _is_behind(self) -> bool:
         """Agents must wait: it is not able to take in what they report."""

@@ -58,6 +58,10 @@ class Scenario:
     rack_machines: int = 0
     """Neighbouring machines that are a failure domain; 0: nobody knows racks."""
 
+    def microbatches_each(self, replicas: int) -> int:
+        """Of so many replicas in a step; the global batch stays what it is."""
+        return -(-self.layout.dp_replicate * self.microbatches // replicas)
+
 
 @dataclass
 class Machine:
@@ -443,16 +447,16 @@ class Simulation:
 
     def _pace(self, running: Running) -> int:
         """A step of this mesh: fewer replicas take more microbatches each, and all wait for the slowest node."""
-        s, full = self.scenario, self.scenario.layout.dp_replicate
-        each = -(-full * s.microbatches // running.layout.dp_replicate)
         slowest = max((node.slowdown for name, node in self.slow.items() if name in running.places), default=0)
-        return s.step_us * each // s.microbatches * (1_000_000 + slowest) // 1_000_000 + self._snapshot_stall_us
+        return self._unhindered_us(running) * (1_000_000 + slowest) // 1_000_000 + self._snapshot_stall_us
 
     def _straggling_us(self, running: Running) -> int:
         """What each step takes longer for its slowest node."""
-        s, full = self.scenario, self.scenario.layout.dp_replicate
-        each = -(-full * s.microbatches // running.layout.dp_replicate)
-        return running.step_us - self._snapshot_stall_us - s.step_us * each // s.microbatches
+        return running.step_us - self._snapshot_stall_us - self._unhindered_us(running)
+
+    def _unhindered_us(self, running: Running) -> int:
+        s = self.scenario
+        return s.step_us * s.microbatches_each(running.layout.dp_replicate) // s.microbatches
 
     def change_pace(self) -> None:
         """A node has become slower; the step under way is as slow as the next ones."""

@@ -189,8 +189,7 @@ def _speed(made: Scenario, missing: int) -> float:
     replicas = (layout.nodes - missing) * layout.dp_replicate // layout.nodes
     if replicas not in (layout.dp_replicate, *layout.shrinks_to):
         return 0.0
-    each = -(-layout.dp_replicate * made.microbatches // replicas)
-    return made.microbatches / each
+    return made.microbatches / made.microbatches_each(replicas)
 
 
 def _away(made: Scenario) -> float:

@@ -181,18 +181,23 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
     assert orders == [(1, 2, heard)]
 
 
-def assigned_intervals(body: Body) -> list[int]:
-    order = OpenGeneration(
+def opened(*nodes: str) -> OpenGeneration:
+    """The order for a second generation on these, with a replica on each."""
+    return OpenGeneration(
         generation=2,
-        nodes=("a", "b"),
+        nodes=nodes,
         source="init",
         step=0,
         snapshot_generation=0,
         transfers=(),
         reason="",
-        dp_replicate=2,
-        snapshot_dp_replicate=2,
+        dp_replicate=len(nodes),
+        snapshot_dp_replicate=len(nodes),
     )
+
+
+def assigned_intervals(body: Body) -> list[int]:
+    order = opened("a", "b")
     return [plan.config.checkpoint.interval_steps for _, plan in body._plans(order, "host", 1)]
 
 
@@ -230,17 +235,7 @@ def test_a_controller_that_comes_back_assigns_the_interval_that_was_chosen(tmp_p
 
 @pytest.mark.parametrize("unclean", [{}, {1: 3}, {2: 3}])
 def test_a_controller_that_comes_back_knows_that_state_was_found_corrupt(tmp_path, unclean):
-    order = OpenGeneration(
-        generation=2,
-        nodes=("a",),
-        source="init",
-        step=0,
-        snapshot_generation=0,
-        transfers=(),
-        reason="",
-        dp_replicate=1,
-        snapshot_dp_replicate=1,
-    )
+    order = opened("a")
     body = body_of(tmp_path, [])
     asyncio.run(body.adopt(State(generation=2, order=order, unclean=unclean)))
     assert body.fold is not None and body.fold.unclean == (2 in unclean)
