@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import queue
 import random
 import shutil
 import signal
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -324,22 +326,35 @@ def test_a_wire_that_has_ended_before_it_is_delivered_is_over():
 
 
 def test_what_came_while_this_process_stood_still_is_received():
-    async def main() -> None:
-        async def speak(request, wire: peer.Wire) -> None:
-            await wire.send({"n": 1})
-            await wire.receive(30)
-            await wire.send({"n": 2})
+    sent, over = threading.Event(), threading.Event()
+    address: queue.SimpleQueue[str] = queue.SimpleQueue()
 
+    async def speak(request, wire: peer.Wire) -> None:
+        await wire.receive(30)
+        await wire.send({"n": 1})
+        sent.set()
+
+    async def serve() -> None:
         server = PeerServer("127.0.0.1", TOKEN, "/nowhere", "run", "a", {"speak": speak})
-        async with peer.open_wire(await server.start(), TOKEN, {"op": "speak"}) as wire:
-            assert await wire.receive(30) == {"n": 1}
-            receiving = asyncio.create_task(wire.receive(0.1))
-            await asyncio.sleep(0)  # it waits
-            wire.post({})
-            time.sleep(0.2)  # the fault
-            assert await receiving == {"n": 2}
-            with pytest.raises(PeerError, match="gone"):
-                await wire.receive(30)
+        address.put(await server.start())
+        await asyncio.to_thread(over.wait, 60)
         await server.close()
 
-    asyncio.run(main())
+    async def listen() -> None:
+        async with peer.open_wire(address.get(timeout=30), TOKEN, {"op": "speak"}) as wire:
+            receiving = asyncio.create_task(wire.receive(2 * peer.UNREAD_S))
+            await asyncio.sleep(0)  # it waits
+            wire.post({})
+            assert sent.wait(30)
+            time.sleep(3 * peer.UNREAD_S)  # the fault: its deadline passes unseen
+            assert await receiving == {"n": 1}
+            with pytest.raises(PeerError, match="gone"):
+                await wire.receive(30)
+
+    serving = threading.Thread(target=asyncio.run, args=(serve(),))
+    serving.start()
+    try:
+        asyncio.run(listen())
+    finally:
+        over.set()
+        serving.join(60)
