@@ -1,12 +1,14 @@
-"""Block digests of a data file: computed while it is written, checked before a byte of it is used. No torch."""
+"""Blocks of chunks: digested before they are written, checked before a byte of them is used. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import xxhash
 
-from storage.index import Index
+from storage.index import BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.urls import Store
 
@@ -14,97 +16,152 @@ from storage.urls import Store
 READ_BLOCKS = 16
 
 
-class BlockDigester:
-    """xxh3_128 of each `block_bytes` of a stream."""
+class Source(Protocol):
+    """A place that holds data files: a store, this node's memory, a peer's memory."""
 
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
-        self._digests: list[str] = []
-        self._open = xxhash.xxh3_128()
-        self._filled = 0
+    @property
+    def name(self) -> str:
+        """For people: which copy was bad."""
+        ...
 
-    def update(self, data: memoryview) -> None:
-        start = 0
-        while start < len(data):
-            piece = data[start : start + self._block_bytes - self._filled]
-            self._open.update(piece)
-            self._filled += len(piece)
-            start += len(piece)
-            if self._filled == self._block_bytes:
-                self._close()
-
-    def digests(self) -> tuple[str, ...]:
-        """The digests of all blocks; ends the stream."""
-        if self._filled:
-            self._close()
-        return tuple(self._digests)
-
-    def _close(self) -> None:
-        self._digests.append(self._open.hexdigest())
-        self._open.reset()
-        self._filled = 0
-
-
-class VerifiedFile:
-    """A rank's data file, read in ascending order; each needed block is fetched and checked once."""
-
-    def __init__(self, store: Store, index: Index, ranges: Iterable[tuple[int, int]]) -> None:
-        """`ranges` are the byte ranges [start, stop) that will be read; blocks outside of them are not fetched."""
-        self._store, self._index = store, index
-        size = index.block_bytes
-        self._needed = sorted({b for start, stop in ranges for b in range(start // size, -(-stop // size))})
-        self._next = 0
-        self._held: dict[int, memoryview] = {}
-
-    def read(self, start: int, stop: int) -> bytearray:
-        """Bytes [start, stop) of the file. No call may start before an earlier one's first block.
+    def read(self, index: Index, start: int, into: memoryview) -> int:
+        """Fill `into` with the bytes of the data file of `index` from `start` on; how many of them there were.
 
         Raises:
-            ManifestError: a block is damaged, cut off or missing.
+            SourceError: the place cannot be read, or holds no such file any more.
         """
-        size = self._index.block_bytes
-        first, last = start // size, -(-stop // size)
-        self._held = {b: data for b, data in self._held.items() if b >= first}
-        while self._next < len(self._needed) and self._needed[self._next] < last:
-            self._fetch(first)
-        blocks = [self._held[b] for b in range(first, last)]
-        if not blocks:
-            return bytearray()
-        blocks[-1] = blocks[-1][: stop - (last - 1) * size]
-        blocks[0] = blocks[0][start - first * size :]
-        return bytearray().join(blocks)
-
-    def _fetch(self, first: int) -> None:
-        """Read the next run of adjacent needed blocks, and keep those from block `first` on."""
-        begin = end = self._needed[self._next]
-        while self._next < len(self._needed) and self._needed[self._next] == end and end - begin < READ_BLOCKS:
-            self._next += 1
-            end += 1
-        for number, data in enumerate(read_blocks(self._store, self._index, begin, end), start=begin):
-            if isinstance(data, ManifestError):
-                # Once more: what was damaged on its way here is whole where it lies.
-                (data,) = read_blocks(self._store, self._index, number, number + 1)
-            if isinstance(data, ManifestError):
-                raise data
-            if number >= first:
-                self._held[number] = data
+        ...
 
 
-def read_blocks(store: Store, index: Index, begin: int, end: int) -> list[memoryview | ManifestError]:
-    """Blocks [begin, end) of a data file: each one's bytes, or what is wrong with it."""
-    size = index.block_bytes
-    try:
-        raw = store.fs.cat_file(store.path(index.data), start=begin * size, end=min(end * size, index.data_bytes))
-    except FileNotFoundError:
-        raw = b""
-    results: list[memoryview | ManifestError] = []
-    for number in range(begin, end):
-        wanted = min(size, index.data_bytes - number * size)
-        data = memoryview(raw)[(number - begin) * size :][:wanted]
-        if len(data) != wanted:
-            results.append(ManifestError(f"{index.data}: block {number} is cut off ({len(data)} of {wanted} bytes)"))
-        elif xxhash.xxh3_128_hexdigest(data) != index.blocks[number]:
-            results.append(ManifestError(f"{index.data}: block {number} is damaged (its xxh3_128 does not match)"))
+class SourceError(RuntimeError):
+    """A place that was said to hold a copy cannot be read."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A data file in one place. Of a chunk, another index's is a copy when key and block digests are the same."""
+
+    index: Index
+    source: Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadBlock:
+    """A block that was not what its digest says, in one place: evidence."""
+
+    source: str
+    data: str
+    fqn: str
+    offsets: tuple[int, ...]
+    block: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.data}: {self.fqn} at {self.offsets}, block {self.block} {self.problem} ({self.source})"
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """Data files under a URL."""
+
+    store: Store
+
+    @property
+    def name(self) -> str:
+        return self.store.url
+
+    def read(self, index: Index, start: int, into: memoryview) -> int:
+        if not into:
+            return 0  # s3fs would send a range without an end
+        try:
+            raw = self.store.fs.cat_file(self.store.path(index.data), start=start, end=start + len(into))
+        except FileNotFoundError:
+            return 0
+        into[: len(raw)] = raw
+        return len(raw)
+
+
+def block_digests(data: memoryview, block_bytes: int = BLOCK_BYTES) -> tuple[str, ...]:
+    """xxh3_128 of each block of a chunk's bytes."""
+    return tuple(
+        xxhash.xxh3_128_hexdigest(data[start : start + block_bytes]) for start in range(0, len(data), block_bytes)
+    )
+
+
+def read_chunk(
+    copies: Sequence[tuple[Copy, Chunk]], begin: int, end: int, into: memoryview, bad: list[BadBlock]
+) -> None:
+    """Fill `into` with blocks [begin, end) of a chunk, each from the first of `copies` that holds it whole.
+
+    `copies` pairs each place with the chunk as its index describes it; all have the same key and block digests. What
+    is found damaged is added to `bad`. A block is asked for twice where it was damaged: what was damaged on its way is
+    whole where it lies.
+
+    Raises:
+        ManifestError: no copy holds a block whole. `into` is partly filled.
+        SourceError: a copy that was needed cannot be read, and no other has what it should have brought.
+    """
+    assert copies and len({(chunk.key, chunk.blocks) for _, chunk in copies}) == 1, copies
+    todo, problems, unread = list(range(begin, end)), [], None
+    for copy, chunk in copies:
+        for _ in range(2):
+            found: list[BadBlock] = []
+            try:
+                for first, last in _runs(todo):
+                    target = _blocks_of(into, begin, first, last, chunk, copy.index)
+                    found += read_blocks(copy, chunk, first, last, target)
+            except SourceError as e:
+                unread = e
+                break
+            todo = [damaged.block for damaged in found]
+            if not todo:
+                return
+        bad += found
+        problems += found
+    if unread is not None:
+        raise unread
+    raise ManifestError("; ".join(str(damaged) for damaged in problems))
+
+
+def read_blocks(copy: Copy, chunk: Chunk, begin: int, end: int, into: memoryview) -> list[BadBlock]:
+    """Fill `into` with blocks [begin, end) of a chunk from one place; those that are not what they must be."""
+    size = copy.index.block_bytes
+    assert len(into) == min(end * size, chunk.n_bytes) - begin * size, (len(into), begin, end, chunk)
+    done = copy.source.read(copy.index, chunk.file_offset + begin * size, into)
+    bad = []
+    for block in range(begin, end):
+        data = into[(block - begin) * size : (block - begin + 1) * size]
+        held = min(max(0, done - (block - begin) * size), len(data))
+        problem = ""
+        if held != len(data):
+            problem = f"is cut off ({held} of {len(data)} bytes)"
+        elif xxhash.xxh3_128_hexdigest(data) != chunk.blocks[block]:
+            problem = "is damaged (its xxh3_128 does not match)"
+        if problem:
+            bad.append(
+                BadBlock(
+                    source=copy.source.name,
+                    data=copy.index.data,
+                    fqn=chunk.fqn,
+                    offsets=chunk.offsets,
+                    block=block,
+                    problem=problem,
+                )
+            )
+    return bad
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Adjacent numbers as ranges [first, last), none longer than READ_BLOCKS."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number and number - runs[-1][0] < READ_BLOCKS:
+            runs[-1] = (runs[-1][0], number + 1)
         else:
-            results.append(data)
-    return results
+            runs.append((number, number + 1))
+    return runs
+
+
+def _blocks_of(into: memoryview, begin: int, first: int, last: int, chunk: Chunk, index: Index) -> memoryview:
+    size = index.block_bytes
+    return into[(first - begin) * size : min(last * size, chunk.n_bytes) - begin * size]

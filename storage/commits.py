@@ -8,7 +8,7 @@ import re
 
 import xxhash
 
-from storage.blocks import READ_BLOCKS, read_blocks
+from storage.blocks import READ_BLOCKS, Copy, StoreSource, read_blocks
 from storage.index import Index, check_tensors
 from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, ManifestError, RankPart, commit_name
 from storage.urls import Store, list_folders, list_names, locate, read_bytes, remove, write_exclusive
@@ -155,35 +155,24 @@ def verify(url: str, commit: Commit) -> list[str]:
 
 
 def _check_data(store: Store, index: Index) -> list[str]:
-    """One pass over a data file: its damaged blocks, or else the chunks that are not what the rank meant to write.
-
-    Chunk digests were taken before the write, so a mismatch under good block digests is a fault of the rank's memory.
-    """
-    problems: list[str] = []
-    chunks = sorted((chunk for chunk in index.chunks if chunk.n_bytes), key=lambda chunk: chunk.file_offset)
-    hashing, first = xxhash.xxh3_128(), 0
-    for begin in range(0, len(index.blocks), READ_BLOCKS):
-        results = read_blocks(store, index, begin, min(begin + READ_BLOCKS, len(index.blocks)))
-        for number, block in enumerate(results, start=begin):
-            if isinstance(block, ManifestError):
-                problems.append(str(block))
-                continue
-            start = number * index.block_bytes
-            while first < len(chunks) and chunks[first].file_offset < start + len(block):
-                chunk = chunks[first]
-                end = chunk.file_offset + chunk.n_bytes
-                hashing.update(block[max(chunk.file_offset - start, 0) : end - start])
-                if end > start + len(block):
-                    break
-                if hashing.hexdigest() != chunk.digest and not problems:
-                    return [f"{index.data}: {chunk.fqn} at {chunk.offsets} was not written as it stood in memory"]
-                hashing.reset()
-                first += 1
+    """One pass over a data file: its damaged blocks, and padding that is not zero."""
+    source, problems = StoreSource(store), []
+    copy, buffer = Copy(index, source), memoryview(bytearray(READ_BLOCKS * index.block_bytes))
+    end = 0
+    for chunk in sorted(index.chunks, key=lambda chunk: chunk.file_offset):
+        padding = buffer[: chunk.file_offset - end]
+        if source.read(index, end, padding) != len(padding) or any(padding):
+            problems.append(f"{index.data}: bytes {end} to {chunk.file_offset} belong to no tensor and are not zero")
+        for begin in range(0, len(chunk.blocks), READ_BLOCKS):
+            last = min(begin + READ_BLOCKS, len(chunk.blocks))
+            n_bytes = min(last * index.block_bytes, chunk.n_bytes) - begin * index.block_bytes
+            problems += map(str, read_blocks(copy, chunk, begin, last, buffer[:n_bytes]))
+        end = chunk.file_offset + chunk.n_bytes
     return problems
 
 
 def state_digest(url: str, commit: Commit) -> str:
-    """One SHA-256 over all content of a checkpoint: each chunk's name, box, shape, dtype and content digest, sorted.
+    """One SHA-256 over all content of a checkpoint: each chunk's name, box, shape, dtype and block digests, sorted.
 
     Equal for two checkpoints of the same state on the same mesh, whichever run, epoch, generation or rank wrote them.
     Reads the indices; `verify` is what ties them to the data.
@@ -192,7 +181,7 @@ def state_digest(url: str, commit: Commit) -> str:
         ManifestError: an index is missing or damaged.
     """
     chunks = sorted(
-        [chunk.fqn, list(chunk.offsets), list(chunk.sizes), list(chunk.shape), chunk.dtype, chunk.digest]
+        [chunk.fqn, list(chunk.offsets), list(chunk.sizes), list(chunk.shape), chunk.dtype, list(chunk.blocks)]
         for index in read_indices(url, commit)
         for chunk in index.chunks
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,15 +21,12 @@ from torch.distributed.checkpoint.planner import LoadPlanner as DcpLoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from storage.blocks import READ_BLOCKS, VerifiedFile
+from storage.blocks import READ_BLOCKS, BadBlock, Copy, StoreSource, read_chunk
 from storage.commits import read_indices
-from storage.index import BLOCK_BYTES, ITEM_BYTES, Chunk, Index
+from storage.index import ITEM_BYTES, Chunk, Index
 from storage.manifest import Commit, StateMismatch
 from storage.state import dtype_name
 from storage.urls import locate, portable_errors
-
-# Bytes of a chunk that are decoded at a time.
-_WINDOW_BYTES = READ_BLOCKS * BLOCK_BYTES
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -69,6 +65,7 @@ class Reader(StorageReader):
     def __init__(self, url: str, commit: Commit, *, skip_prefix: str) -> None:
         """Tensors whose name starts with a non-empty `skip_prefix` are treated as not saved."""
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.bad: list[BadBlock] = []
         self._url, self._commit, self._skip = url, commit, skip_prefix
         self._failure: Exception | None = None
         self._places: dict[MetadataIndex, tuple[Index, Chunk]] = {}
@@ -126,36 +123,36 @@ class Reader(StorageReader):
     def _read_file(self, items: list[ReadItem], planner: DcpLoadPlanner) -> None:
         """Stage items of one data file, given in the order of their chunks."""
         index, _ = self._places[items[0].storage_index]
-        ranges = [r for item in items for r in _row_ranges(item, self._places[item.storage_index][1])]
-        file = VerifiedFile(locate(self._url), index, ranges)
+        copy = Copy(index, StoreSource(locate(self._url)))
         for item in items:
             target = planner.resolve_tensor(item).detach()
-            value = _read_box(file, item, self._places[item.storage_index][1])
+            value = _read_box(copy, item, self._places[item.storage_index][1], self.bad)
             assert target.dtype == value.dtype, (target.dtype, value.dtype)
             self.staged.append((target, value.reshape(target.shape)))
 
 
-def _row_ranges(item: ReadItem, chunk: Chunk) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the rows (along dimension 0) of a chunk that an item touches, at most a window or one row each."""
-    row_bytes = math.prod(chunk.sizes[1:]) * ITEM_BYTES[chunk.dtype]
-    first = item.storage_offsets[0] if chunk.sizes else 0
-    n_rows = item.lengths[0] if chunk.sizes else 1
-    group = max(1, _WINDOW_BYTES // row_bytes)
-    for row in range(first, first + n_rows, group):
-        stop = min(row + group, first + n_rows)
-        yield chunk.file_offset + row * row_bytes, chunk.file_offset + stop * row_bytes
-
-
-def _read_box(file: VerifiedFile, item: ReadItem, chunk: Chunk) -> torch.Tensor:
+def _read_box(copy: Copy, item: ReadItem, chunk: Chunk, bad: list[BadBlock]) -> torch.Tensor:
     """The box of a chunk that an item wants, in memory of its own, shape `item.lengths`."""
     value = torch.empty(tuple(item.lengths) or (1,), dtype=getattr(torch, chunk.dtype))
     assert dtype_name(value.dtype) == chunk.dtype
-    done = 0
-    for start, stop in _row_ranges(item, chunk):
-        rows = torch.frombuffer(file.read(start, stop), dtype=value.dtype).view(-1, *chunk.sizes[1:])
+    row_bytes = math.prod(chunk.sizes[1:]) * ITEM_BYTES[chunk.dtype]
+    first = item.storage_offsets[0] if chunk.sizes else 0
+    n_rows = item.lengths[0] if chunk.sizes else 1
+    group = max(1, READ_BLOCKS * copy.index.block_bytes // row_bytes)
+    for row in range(first, first + n_rows, group):
+        stop = min(row + group, first + n_rows)
+        raw = _read_range(copy, chunk, row * row_bytes, stop * row_bytes, bad)
+        rows = torch.frombuffer(raw, dtype=value.dtype).view(-1, *chunk.sizes[1:])
         for dim in range(1, len(item.lengths)):
             rows = rows.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
-        value[done : done + len(rows)] = rows
-        done += len(rows)
-    assert done == len(value), (done, len(value))
+        value[row - first : stop - first] = rows
     return value
+
+
+def _read_range(copy: Copy, chunk: Chunk, start: int, stop: int, bad: list[BadBlock]) -> memoryview:
+    """Bytes [start, stop) of a chunk."""
+    size = copy.index.block_bytes
+    begin, end = start // size, -(-stop // size)
+    buffer = memoryview(bytearray(min(end * size, chunk.n_bytes) - begin * size))
+    read_chunk([(copy, chunk)], begin, end, buffer, bad)
+    return buffer[start - begin * size : stop - begin * size]

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.planner import SavePlanner as DcpSavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage.blocks import BlockDigester
-from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
+from storage.blocks import block_digests
+from storage.index import ALIGN_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
 from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
 from storage.state import dtype_name, host_bytes
 from storage.urls import (
@@ -48,13 +48,13 @@ class SavePlanner(DefaultSavePlanner):
         So what it has found good is what the digests name, and the writer compares with them what it has written.
         """
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.digests: dict[MetadataIndex, str] = {}
+        self.digests: dict[MetadataIndex, tuple[str, ...]] = {}
         self._check = check
 
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
             plan = super().create_local_plan()
-            self.digests = {item.index: xxhash.xxh3_128_hexdigest(self.content(item)) for item in plan.items}
+            self.digests = {item.index: block_digests(self.content(item)) for item in plan.items}
             self._check()
             return dataclasses.replace(plan, planner_data=self.digests)
 
@@ -86,7 +86,7 @@ def described(item: WriteItem) -> TensorWriteData:
 def _check_replicas(plans: list[SavePlan]) -> None:
     """Check that ranks which hold the same box of a tensor hold the same content, before DCP keeps one of them."""
     kinds: dict[str, tuple[int, Any, Any]] = {}
-    seen: dict[MetadataIndex, tuple[int, Any, str]] = {}
+    seen: dict[MetadataIndex, tuple[int, Any, tuple[str, ...]]] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
             tensor, fqn = described(item), item.index.fqn
@@ -228,18 +228,16 @@ class Writer(StorageWriter):
     def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> RankPart:
         """Write and sync the data file at `path` and the index beside it; neither may exist."""
         chunks: list[Chunk] = []
-        digester = BlockDigester(BLOCK_BYTES)
         with open(path, "xb") as file:
             self._began = True
             for item in plan.items:
                 data = planner.content(item)
                 chunks.append(_chunk(item, file.tell(), planner.digests[item.index]))
                 assert len(data) == chunks[-1].n_bytes, (len(data), chunks[-1])
-                for piece in (data, memoryview(bytes(-len(data) % ALIGN_BYTES))):
-                    file.write(piece)
-                    digester.update(piece)
-                # Block digests name what is in memory now; only this one tells whether that is still what was checked.
-                if xxhash.xxh3_128_hexdigest(data) != chunks[-1].digest:
+                file.write(data)
+                file.write(bytes(-len(data) % ALIGN_BYTES))
+                # Taken anew: what was checked before planning may have changed in memory since.
+                if block_digests(data) != chunks[-1].blocks:
                     raise ManifestError(f"{item.index.fqn}: changed in memory while it was written")
             size = file.tell()
             file.flush()
@@ -248,7 +246,6 @@ class Writer(StorageWriter):
             data=data_name(**self._identity),
             data_bytes=size,
             chunks=tuple(chunks),
-            blocks=digester.digests(),
             **self._identity,
         )
         raw = index.to_json()
@@ -265,7 +262,7 @@ class Writer(StorageWriter):
         )
 
 
-def _chunk(item: WriteItem, file_offset: int, digest: str) -> Chunk:
+def _chunk(item: WriteItem, file_offset: int, blocks: tuple[str, ...]) -> Chunk:
     tensor = described(item)
     dtype = dtype_name(tensor.properties.dtype)
     if dtype not in ITEM_BYTES:
@@ -278,5 +275,5 @@ def _chunk(item: WriteItem, file_offset: int, digest: str) -> Chunk:
         sizes=tuple(tensor.chunk.sizes),
         file_offset=file_offset,
         n_bytes=tensor.chunk.sizes.numel() * ITEM_BYTES[dtype],
-        digest=digest,
+        blocks=blocks,
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from storage.manifest import FORMAT_VERSION, ManifestError
+from storage.manifest import FORMAT_VERSION, ManifestError, wrong_version
 
 # Chunks start on pages, so that a file can be written with O_DIRECT and mapped.
 ALIGN_BYTES = 4096
@@ -28,6 +28,10 @@ ITEM_BYTES = {
 }
 
 
+ChunkKey = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Name, offsets and sizes: which box of which tensor."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """A box of one tensor in a data file: the box [offsets, offsets + sizes) of a tensor of shape `shape`."""
@@ -39,8 +43,13 @@ class Chunk:
     sizes: tuple[int, ...]
     file_offset: int
     n_bytes: int
-    digest: str
-    """xxh3_128 of the chunk's own bytes; equal content has equal digests wherever it lies."""
+    blocks: tuple[str, ...]
+    """xxh3_128 of each BLOCK_BYTES of the chunk's own bytes; the last block may be shorter. Equal content has equal
+    digests wherever it lies, so a chunk of the same digests in another file is a copy of this one."""
+
+    @property
+    def key(self) -> ChunkKey:
+        return self.fqn, self.offsets, self.sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +62,6 @@ class Index:
     """Path of the data file, relative to ``run.url``."""
     data_bytes: int
     chunks: tuple[Chunk, ...]
-    blocks: tuple[str, ...]
-    """xxh3_128 of each BLOCK_BYTES of the data file; the last block may be shorter."""
     block_bytes: int = BLOCK_BYTES
     format_version: int = FORMAT_VERSION
 
@@ -72,13 +79,11 @@ class Index:
             document: dict[str, Any] = json.loads(raw)
             version = document["format_version"]
             if version != FORMAT_VERSION:
-                raise ManifestError(f"index has format_version {version}, this Shepherd reads {FORMAT_VERSION}")
+                raise ManifestError(f"index {wrong_version(version)}")
             chunks = tuple(_chunk(entry) for entry in document.pop("chunks"))
-            index = Index(chunks=chunks, blocks=tuple(document.pop("blocks")), **document)
+            index = Index(chunks=chunks, **document)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise e if isinstance(e, ManifestError) else ManifestError(f"not an index: {e!r}") from e
-        if len(index.blocks) != -(-index.data_bytes // index.block_bytes):
-            raise ManifestError(f"index of {index.data}: {len(index.blocks)} digests for {index.data_bytes} bytes")
         for chunk in index.chunks:
             _check_chunk(chunk, index)
         return index
@@ -86,7 +91,7 @@ class Index:
 
 def _chunk(entry: dict[str, Any]) -> Chunk:
     boxes = {name: tuple(int(n) for n in entry[name]) for name in ("shape", "offsets", "sizes")}
-    return Chunk(**{**entry, **boxes})
+    return Chunk(**{**entry, **boxes, "blocks": tuple(entry["blocks"])})
 
 
 def _check_chunk(chunk: Chunk, index: Index) -> None:
@@ -96,6 +101,8 @@ def _check_chunk(chunk: Chunk, index: Index) -> None:
         raise ManifestError(f"{chunk.fqn}: {chunk.n_bytes} bytes are not {chunk.sizes} of {chunk.dtype}")
     if chunk.file_offset % ALIGN_BYTES or not 0 <= chunk.file_offset <= index.data_bytes - chunk.n_bytes:
         raise ManifestError(f"{chunk.fqn}: chunk at {chunk.file_offset} does not lie inside {index.data}")
+    if len(chunk.blocks) != -(-chunk.n_bytes // index.block_bytes):
+        raise ManifestError(f"{chunk.fqn}: {len(chunk.blocks)} digests for {chunk.n_bytes} bytes")
 
 
 def check_tiling(fqn: str, shape: tuple[int, ...], boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1, of Shepherd 0.2 and before, kept digests of whole files; since 2 each chunk has its own, wherever it lies."""
 
 DATA_DIR = "checkpoints/data"
 COMMIT_DIR = "checkpoints/commits"
@@ -60,7 +61,7 @@ class RankPart:
     """Path of its index, relative to ``run.url``."""
     data_bytes: int
     index_digest: str
-    """xxh3_128 of the index file; the index in turn holds the digests of the data file's blocks."""
+    """xxh3_128 of the index file; the index in turn holds the digests of each chunk's blocks."""
 
 
 def writers_epoch(parts: Iterable[RankPart]) -> int:
@@ -112,14 +113,20 @@ class Commit:
         except (ValueError, KeyError, TypeError) as e:
             raise ManifestError(f"not a commit record: {e!r}") from e
         if version != FORMAT_VERSION:
-            raise ManifestError(
-                f"commit record has format_version {version}, this Shepherd reads {FORMAT_VERSION}: "
-                "use the Shepherd version that wrote it, or a newer one"
-            )
+            raise ManifestError(f"commit record {wrong_version(version)}")
         if digest != _digest(document):
             raise ManifestError("commit record is damaged: its SHA-256 does not match its content")
         parts = tuple(RankPart(**part) for part in document.pop("parts"))
         return Commit(parts=parts, **document)
+
+
+def wrong_version(version: object) -> str:
+    """What is wrong with a document of another format, and what to do."""
+    if isinstance(version, int) and 0 < version < FORMAT_VERSION:
+        fix = "use Shepherd 0.2, which wrote it"
+    else:
+        fix = "use the Shepherd version that wrote it, or a newer one"
+    return f"has format_version {version}, this Shepherd reads {FORMAT_VERSION}: {fix}"
 
 
 class StateMismatch(ValueError):
