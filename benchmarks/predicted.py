@@ -3,8 +3,9 @@
     python tests/chaos/sweep.py --seeds 60 --journals out/journals
     python benchmarks/predicted.py out/journals/* [--json PATH]
 
-Costs are each run's averages (a start, a restore, a halt, a step), failures struck when they struck. Both goodputs are
-productive node-time over all node-time from the declaration to the last step. SIMULATION beside measurement.
+Costs are each run's averages (a start, a restore, a halt) and each generation's own pace, failures struck when they
+struck. Both goodputs are productive node-time over all node-time from the declaration to the last step. SIMULATION
+beside measurement.
 """
 
 from __future__ import annotations

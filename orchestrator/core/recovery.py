@@ -353,7 +353,7 @@ def _what(incident: Incident) -> str:
 def _fate(state: State, mesh: tuple[str, ...]) -> str:
     """What becomes of nodes of the last mesh that are not to be trusted."""
     assert state.limits is not None
-    gone = [node for node in state.mesh if state.nodes[node].state in IN_QUARANTINE]
+    gone = [node for node in state.mesh if state.nodes[node].state in IN_QUARANTINE] if state.n_in_quarantine else []
     full = state.n_in_quarantine >= state.limits.quarantined_at_most
     failed = [node for node, struck in state.strikes.items() if full and len(struck) >= state.limits.strikes]
     kept = [node for node in dict.fromkeys((*state.convicted, *failed)) if node in mesh]

@@ -5,6 +5,7 @@ Each field says what binds it. `check` asserts the invariants that hold between 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -404,19 +405,22 @@ class State:
     def check_nodes(self) -> None:
         """What `check` takes from counts, node by node; linear, so only when a generation fails or opens.
 
-        - every place of the mesh is held by a different node, and while slots are held, by an active one;
+        - while slots are held, every place of the mesh is held by a different node, and by an active one;
         - nobody awaits the report of a node that is lost, and no lost node's memory is counted on;
         - no lost node is held to account any more;
         - the counts are true.
         """
-        assert len(set(self.mesh)) == len(self.mesh), self.mesh
-        nodes = self.nodes
-        if self.job in ("starting", "training"):
-            held = [nodes[name].state for name in self.mesh]
-            assert held.count("active") == len(held), (self.job, self.mesh)
-        states = [node.state for node in nodes.values()]
-        assert all(states.count(state) == self.counts[state] for state in NODE_STATES), self.counts
-        lost = {name for name, node in nodes.items() if node.state == "lost"}
-        assert lost.isdisjoint(self.awaiting) and lost.isdisjoint(self.inventory)
-        assert all(lost.isdisjoint(known) for known in (self.strikes, self.convicted, self.probation, self.leaving))
+        # One look at each node: most are active, and what is asked of the others costs little then.
+        others: dict[str, NodeState] = {name: node.state for name, node in self.nodes.items() if node.state != "active"}
+        counted = Counter(others.values())
+        counted["active"] = len(self.nodes) - len(others)
+        assert all(counted[state] == self.counts[state] for state in NODE_STATES), self.counts
+        if self.job in ("starting", "training"):  # a mesh changes only when it is opened
+            held = set(self.mesh)
+            assert len(held) == len(self.mesh), self.mesh
+            assert held <= self.nodes.keys() and held.isdisjoint(others), (self.job, self.mesh)
+        lost = {name for name, state in others.items() if state == "lost"}
+        of_the_living: tuple[dict[str, Any], ...] = (self.awaiting, self.inventory, self.strikes, self.convicted)
+        for known in (*of_the_living, self.probation, self.leaving):
+            assert known.keys().isdisjoint(lost), known.keys() & lost
         assert self.limits is None or self.n_in_quarantine <= self.limits.quarantined_at_most, self.counts

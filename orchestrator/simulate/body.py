@@ -49,6 +49,8 @@ class Scenario:
     seed: int
     strikes: Mapping[int, tuple[Strike, ...]] = field(default_factory=dict)
     """By generation, beside those that are drawn."""
+    paces_us: Mapping[int, int] = field(default_factory=dict)
+    """Generation to one step of it on the mesh that it has, stalls apart, where that is known; else by `step_us`."""
     writes_us: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """Generation and step to what that save took, where it is known; else the profile's cost."""
     total_steps: int = ENDLESS_STEPS
@@ -456,7 +458,8 @@ class Simulation:
 
     def _unhindered_us(self, running: Running) -> int:
         s = self.scenario
-        return s.step_us * s.microbatches_each(running.layout.dp_replicate) // s.microbatches
+        by_mesh = s.step_us * s.microbatches_each(running.layout.dp_replicate) // s.microbatches
+        return s.paces_us.get(running.order.generation, by_mesh)
 
     def change_pace(self) -> None:
         """A node has become slower; the step under way is as slow as the next ones."""

@@ -7,7 +7,7 @@ run. Durations are microseconds; what a controller that came back is told again 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,16 +39,22 @@ class Mean:
 
 
 @dataclass
+class Steps:
+    """What the steps of one generation took, stalls included."""
+
+    first: Mean = field(default_factory=Mean)
+    """Those of its first report of any."""
+    rest: Mean = field(default_factory=Mean)
+
+
+@dataclass
 class Pace:
     """What steps and saves take on one mesh."""
 
-    steps: Mean = field(default_factory=Mean)
-    """Whole, stalls included, but for each generation's first."""
-    first_steps: Mean = field(default_factory=Mean)
-    """The steps of each generation's first report of any."""
-    first_reports: int = 0
+    generations: dict[int, Steps] = field(default_factory=dict)
+    """Those that have told a step."""
     stalls_us: int = 0
-    """All that `StepsDone` tells of, over both."""
+    """All that `StepsDone` tells of, over all steps."""
     snapshots_us: int = 0
     """The snapshots' part of it."""
     save_stalls: Mean = field(default_factory=Mean)
@@ -57,8 +63,24 @@ class Pace:
     commits: Mean = field(default_factory=Mean)
 
     @property
+    def steps(self) -> Mean:
+        """Whole, stalls included, but for those of each generation's first report."""
+        return _together(steps.rest for steps in self.generations.values())
+
+    @property
+    def first_steps(self) -> Mean:
+        return _together(steps.first for steps in self.generations.values())
+
+    @property
     def all_steps(self) -> int:
         return self.steps.n + self.first_steps.n
+
+
+def _together(means: Iterable[Mean]) -> Mean:
+    whole = Mean()
+    for mean in means:
+        whole.add(mean.total_us, mean.n)
+    return whole
 
 
 @dataclass
@@ -150,8 +172,8 @@ class Figures:
         if event.last <= self._step:
             return
         pace, n = self.pace, event.last - self._step
-        (pace.steps if self._told else pace.first_steps).add(event.at - self._told_at, n)
-        pace.first_reports += not self._told
+        steps = pace.generations.setdefault(event.generation, Steps())
+        (steps.rest if self._told else steps.first).add(event.at - self._told_at, n)
         pace.stalls_us += event.data_wait_us + event.checkpoint_us + event.validation_us
         pace.snapshots_us += event.checkpoint_us - event.save_us
         if event.save_us:

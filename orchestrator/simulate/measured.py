@@ -1,6 +1,10 @@
-"""A real run, read from its journal, as a scenario: its costs as they were on average, its failures as they came.
+"""A real run, read from its journal, as a scenario: its costs as they were, its failures as they came.
 
 What the simulator then says can be compared with what happened: `benchmarks/predicted.py`.
+
+Costs are the run's averages, but for two that are known one by one: what each save took, and the pace of each
+generation. So a machine that was slow for a while is slow there again. What is predicted is what follows: which rungs
+are taken, which steps are done again, and what all of it comes to.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from orchestrator.simulate.profile import (
 
 LONGEST_DAYS = 10.0
 NEVER_US = round(LONGEST_DAYS * DAY_US)
+STEPS_THAT_TELL = 3
+"""A generation with fewer, its first apart, has the run's pace: one step that was late by chance is none of its own."""
 EFFECTS: dict[str, Effect] = {
     "node": "node",
     "hang": "hang",
@@ -104,7 +110,7 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
         raise NotMeasured("no step was told by itself")
     state = core.state
     assert state.layout is not None and state.limits is not None
-    step_us, stall_us, warm_up_us = _pace(figures.pace)
+    pace = _pace(figures.pace)
     assert figures.provision_us is not None
     repair_us = max(0, figures.repairs.us - figures.provision_us) if figures.repairs.n else NEVER_US
     return Measured(
@@ -113,10 +119,11 @@ def measure(records: Sequence[Record], snapshot_interval_steps: int = 1) -> Meas
         scenario=Scenario(
             layout=state.layout,
             limits=state.limits,
-            step_us=step_us,
+            step_us=pace.step_us,
+            paces_us=pace.own_us,
             checkpoint_interval_steps=_interval(notes.saved) or state.high_water,
             snapshot_interval_steps=snapshot_interval_steps,
-            profile=_profile(figures, state, stall_us * snapshot_interval_steps, warm_up_us),
+            profile=_profile(figures, state, pace.stall_us * snapshot_interval_steps, pace.warm_up_us),
             failures=Failures(title="the run's own", exposure=Exposure(node_days=1, source="not used"), causes=()),
             days=LONGEST_DAYS,
             seed=0,
@@ -207,11 +214,27 @@ def _interval(saved: Sequence[int]) -> int:
     return max(gaps, key=lambda gap: (gaps[gap], -gap), default=0)
 
 
-def _pace(pace: Pace) -> tuple[int, int, int]:
-    """Microseconds of a step without its stalls, of its stalls, and that a generation's first step takes longer."""
-    first, stall, whole = pace.first_steps, pace.stalls_us // pace.all_steps, pace.steps.us
-    extra = (first.total_us - first.n * whole) // pace.first_reports
-    return max(1, whole - stall), stall, max(0, extra)
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    step_us: int
+    """Without its stalls."""
+    stall_us: int
+    own_us: dict[int, int]
+    """Generation to a step of it, with the run's stalls taken off, where it has enough of them to tell."""
+    warm_up_us: int
+    """What a generation's first step takes longer than its others."""
+
+
+def _pace(pace: Pace) -> _Pace:
+    stall, whole = pace.stalls_us // pace.all_steps, pace.steps.us
+    own = {g: steps.rest.us for g, steps in pace.generations.items() if steps.rest.n >= STEPS_THAT_TELL}
+    extra = sum(steps.first.total_us - steps.first.n * own.get(g, whole) for g, steps in pace.generations.items())
+    return _Pace(
+        step_us=max(1, whole - stall),
+        stall_us=stall,
+        own_us={g: max(1, us - stall) for g, us in own.items()},
+        warm_up_us=max(0, extra // len(pace.generations)),
+    )
 
 
 def _profile(figures: Figures, state: State, snapshot_stall_us: int, warm_up_us: int) -> Profile:

@@ -60,6 +60,39 @@ def test_what_was_measured_of_a_run_gives_its_goodput_again(seed: int) -> None:
     assert rungs[0] == rungs[1]
 
 
+def slow_in_every_third(made: Scenario) -> Scenario:
+    """Its generations have paces of their own."""
+    return replace(made, paces_us=dict.fromkeys(range(2, 100, 3), 3 * made.step_us))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_generation_that_was_slow_is_slow_again(seed: int) -> None:
+    made = slow_in_every_third(eventful(seed, "node", "worker", "hang"))
+    records, _ = lived(made)
+    measured = measure(records, made.snapshot_interval_steps)
+    known = measured.scenario.paces_us
+    given = {g: made.paces_us.get(g, made.step_us) for g in known}
+    assert set(given.values()) == {made.step_us, 3 * made.step_us}
+    assert known == pytest.approx(given, rel=0.02)
+    one_pace = replace(measured, scenario=replace(measured.scenario, paces_us={}))
+    ledgers = [again(which).state.ledger for which in (measured, one_pace)]
+    second, averaged = (ledger.totals["productive"] / ledger.owed for ledger in ledgers)
+    assert abs(second - measured.goodput) < min(0.01, abs(averaged - measured.goodput))
+
+
+def test_a_generation_of_too_few_steps_has_the_pace_of_the_run() -> None:
+    made = slow_in_every_third(eventful(1, "node", "worker", "hang"))
+    records, _ = lived(made)
+
+    def known_after(reports: int) -> set[int]:
+        """The generations whose pace is known when the second has told so often what it did."""
+        told = [i for i, r in enumerate(records) if isinstance(r.event, ev.StepsDone) and r.event.generation == 2]
+        return set(measure(records[: told[reports - 1] + 1]).scenario.paces_us)
+
+    assert known_after(1) == {1}
+    assert known_after(2) == {1, 2}
+
+
 def test_its_costs_are_what_they_were() -> None:
     records, first = lived(eventful(2, "node", "worker", "hang"))
     costs, given = measure(records, first.scenario.snapshot_interval_steps).scenario.profile.costs, first.scenario
