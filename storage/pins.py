@@ -17,13 +17,14 @@ def pin_name(step: int) -> str:
     return f"{PIN_DIR}/step-{step:08d}.json"
 
 
-def pin(url: str, step: int, why: str) -> None:
-    """Keep the checkpoint of `step` until it is unpinned. Idempotent; another reason than the first is not recorded.
+def pin(url: str, step: int, why: str) -> bool:
+    """Keep the checkpoint of `step` until it is unpinned. False when it was pinned for another reason: that one stands.
 
     Raises:
-        StoreError: the store failed; the pin is not there.
+        StoreError: the store failed; it is not pinned.
     """
-    write_exclusive(url, pin_name(step), json.dumps({"step": step, "why": why}, indent=1).encode() + b"\n")
+    record = {"step": step, "why": why}
+    return write_exclusive(url, pin_name(step), json.dumps(record, sort_keys=True).encode() + b"\n")
 
 
 def unpin(url: str, step: int) -> None:

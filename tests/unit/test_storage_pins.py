@@ -29,9 +29,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_a_pin_stays_until_it_is_taken_away(url):
     assert pinned(url) == set()
-    pin(url, 120, "for the paper")
-    pin(url, 100_000_000, "nine digits")
-    pin(url, 120, "a second reason")
+    assert pin(url, 120, "for the paper")
+    assert pin(url, 100_000_000, "nine digits")
+    assert pin(url, 120, "for the paper")
+    assert not pin(url, 120, "a second reason")
     assert pinned(url) == {120, 100_000_000}
     assert why_pinned(url, 120) == "for the paper"
     unpin(url, 120)
