@@ -104,4 +104,3 @@ def _pairs(a: Saved, ours: SavedTensor, b: Saved, theirs: SavedTensor) -> Iterat
         if not same_content(chunk, other):
             read = chunk_windows(a.store, index, chunk), chunk_windows(b.store, other_index, other)
             yield from zip(*read, strict=True)
-

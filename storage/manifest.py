@@ -25,6 +25,8 @@ FORMAT_VERSION = 1
 DATA_DIR = "checkpoints/data"
 COMMIT_DIR = "checkpoints/commits"
 TRUST_DIR = "checkpoints/trust"
+IMPORT_EPOCH = 0
+"""Of checkpoints that no controller's ranks have written, but an import. Controllers count from 1."""
 WRITE_DEADLINE_S = 600.0
 """For one rank's part on the store; then the save has failed. A part of 15 GB (70B with AdamW on 64 ranks) takes 150 s
 at the 100 MB/s of a slow object store; a store that takes four times as long hangs."""
@@ -88,7 +90,8 @@ class Commit:
     """Of the writers' assignment, which names their folder; a later controller may be the one that commits."""
     generation: int
     mesh: dict[str, int]
-    """Degrees of (pp, dp_replicate, dp_shard, tp) at the time of writing; a restore may use any other."""
+    """Degrees of (pp, dp_replicate, dp_shard, tp) at the time of writing; a restore may use any other. Empty for an
+    import."""
     parts: tuple[RankPart, ...]
     versions: dict[str, str]
     """Library versions and the numeric class of the writers."""

@@ -131,7 +131,10 @@ def _read_rows(store: Store, tensor: SavedTensor, shape: Sequence[int], first: i
             continue
         row_bytes = _row_bytes(chunk)
         raw = _read(store, index, chunk, (begin - offsets[0]) * row_bytes, (end - offsets[0]) * row_bytes)
-        box = (slice(begin - first, end - first), *(slice(o, o + n) for o, n in zip(offsets[1:], sizes[1:], strict=True)))
+        box = (
+            slice(begin - first, end - first),
+            *(slice(o, o + n) for o, n in zip(offsets[1:], sizes[1:], strict=True)),
+        )
         window[box] = _elements(raw, tensor.dtype).reshape(end - begin, *sizes[1:])
     return window
 
