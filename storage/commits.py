@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 
 import xxhash
 
@@ -137,8 +138,11 @@ def read_indices(url: str, commit: Commit) -> list[Index]:
     return indices
 
 
-def verify(url: str, commit: Commit) -> list[str]:
-    """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match."""
+def verify(url: str, commit: Commit, progress: Callable[[int], None] = lambda n_bytes: None) -> list[str]:
+    """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match.
+
+    `progress` is called with the bytes that were read since the call before.
+    """
     store = locate(url)
     problems: list[str] = []
     indices: list[Index] = []
@@ -148,7 +152,7 @@ def verify(url: str, commit: Commit) -> list[str]:
         except ManifestError as e:
             problems.append(str(e))
     for index in indices:
-        problems += _check_data(store, index)
+        problems += _check_data(store, index, progress)
     if len(indices) == len(commit.parts):
         try:
             check_tensors(chunk for index in indices for chunk in index.chunks)
@@ -157,7 +161,7 @@ def verify(url: str, commit: Commit) -> list[str]:
     return problems
 
 
-def _check_data(store: Store, index: Index) -> list[str]:
+def _check_data(store: Store, index: Index, progress: Callable[[int], None]) -> list[str]:
     """One pass over a data file: its damaged blocks, or else the chunks that are not what the rank meant to write.
 
     Chunk digests were taken before the write, so a mismatch under good block digests is a fault of the rank's memory.
@@ -167,6 +171,7 @@ def _check_data(store: Store, index: Index) -> list[str]:
     hashing, first = xxhash.xxh3_128(), 0
     for begin in range(0, len(index.blocks), READ_BLOCKS):
         results = read_blocks(store, index, begin, min(begin + READ_BLOCKS, len(index.blocks)))
+        progress(min(READ_BLOCKS * index.block_bytes, index.data_bytes - begin * index.block_bytes))
         for number, block in enumerate(results, start=begin):
             if isinstance(block, ManifestError):
                 problems.append(str(block))

@@ -139,7 +139,7 @@ def read_config(raw: bytes) -> tuple[LlamaShape, bool]:
             vocab_size=_integer(config, "vocab_size"),
             # Where the field is left out: Hugging Face's defaults.
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            norm_eps=float(config["rms_norm_eps"] if "rms_norm_eps" in config else 1e-6),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         )
     except (TypeError, ValueError) as e:
         raise e if isinstance(e, FormatError) else FormatError(f"{CONFIG_FILE}: {e}") from e

@@ -87,8 +87,7 @@ def import_model(source: Source, url: str, step: int, run: str, progress: Progre
         FormatError: a file is not what its digest in the index says, or is cut off.
         StoreError: there are checkpoints under `url` already.
     """
-    if list_commits(url) or list_folders(url, DATA_DIR):
-        raise StoreError(f"{url}: there are checkpoints already; import into a run directory of its own")
+    check_unused(url)
     try:
         parts = tuple(_write_parts(url, step, _parameters(source, progress)))
         commit = Commit(
@@ -106,6 +105,12 @@ def import_model(source: Source, url: str, step: int, run: str, progress: Progre
             remove(url, generation_dir(step, IMPORT_EPOCH, GENERATION))
         raise
     return commit
+
+
+def check_unused(url: str) -> None:
+    """Raises StoreError when there are checkpoints under `url`, or what an import that was killed has left."""
+    if list_commits(url) or list_folders(url, DATA_DIR):
+        raise StoreError(f"{url}: there are checkpoints already; import into a run directory of its own")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -179,7 +184,7 @@ def _check_names(
 
 
 _Tensor = tuple[str, tuple[int, ...], Iterator[bytes | memoryview]]
-"""A name, the shape, and float32 bytes in row-major order, which are to be taken before the next tensor is asked for."""
+"""A name, the shape, and float32 bytes in row-major order, to be taken before the next tensor is asked for."""
 
 
 def _parameters(source: Source, progress: Progress) -> Iterator[_Tensor]:
