@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -125,12 +124,9 @@ def import_(
     from orchestrator import checkpoints_content as content
 
     with _refusals():
-        commit, table = content.import_model(source, to, step)
-    print(
-        redacted(f"{to}: step {commit.step} is committed. `shepherd train` starts from it, with run.url and"),
-        end="\n\n",
-    )
-    print(table, end="")
+        commit, tables = content.import_model(source, to, step)
+    print(redacted(f"{to}: step {commit.step} is committed. `shepherd train` starts from it with a job that says:"))
+    print(redacted(f"\n{tables}"), end="")
 
 
 @checkpoints_app.command("rm")
@@ -199,7 +195,7 @@ def unpin(url: RunUrl, step: Step) -> None:
 def _confirmed(question: str) -> bool:
     try:
         return typer.confirm(question)
-    except click.Abort:  # there is nobody to ask
+    except typer.Abort:  # there is nobody to ask
         return False
 
 

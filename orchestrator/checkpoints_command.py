@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from orchestrator import identity
+from orchestrator.core import events as ev
 from orchestrator.need import size
 from orchestrator.observe.report_words import duration
 from orchestrator.runtime import journal
@@ -370,7 +371,7 @@ def life(url: str, address: str | None) -> Life:
     ended = last is not None and any(action["type"] == "EndRun" for action in last.actions)
     if ended and last is not None and last.epoch == int(epochs[-1].removesuffix(".json")):
         return Life(state="over", why="its journal tells its end")
-    names = [record.event.run for record in records if hasattr(record.event, "run")]
+    names = [record.event.run for record in records if isinstance(record.event, ev.RunDeclared)]
     return _life_on_ray(names[-1], address) if names else _unknown("no record of it says its name")
 
 

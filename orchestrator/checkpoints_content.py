@@ -225,7 +225,7 @@ def export_model(
 
 
 def import_model(source_url: str, to: str, step: int) -> tuple[Commit, str]:
-    """Commit a Hugging Face model as the checkpoint of `step` under `to`; the [model] table that a job needs for it."""
+    """Commit a Hugging Face model as the checkpoint of `step` under `to`; with what a job says to start from it."""
     check_protocol(source_url)
     check_protocol(to)
     with store_errors(source_url):
@@ -245,7 +245,7 @@ def import_model(source_url: str, to: str, step: int) -> tuple[Commit, str]:
             with contextlib.suppress(Exception):
                 remove(to, identity.IMPORT_RECORD)
             raise
-    return commit, tomli_w.dumps({"model": model})
+    return commit, tomli_w.dumps({"run": {"url": to}, "model": model})
 
 
 def _recorded(url: str) -> dict[str, Any]:
