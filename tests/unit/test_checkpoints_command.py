@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,10 +77,10 @@ def without_ray(monkeypatch):
     )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three checkpoints, of which the second cannot be read, one uncommitted folder, and the job on record."""
-    url = tmp_path / "run"
+    url = tmp_path_factory.mktemp("template") / "run"
     save(str(url), make_state(10))
     save(str(url), make_state(20, seed=1), 2)
     save(str(url), make_state(30, seed=1), 2)
@@ -85,6 +88,12 @@ def run(tmp_path: Path) -> Path:
     (url / commit_name(20)).write_text("{}")
     identity.declare(job_of(url))
     return url
+
+
+@pytest.fixture
+def run(template: Path, tmp_path: Path) -> Path:
+    shutil.copytree(template, tmp_path / "run")
+    return tmp_path / "run"
 
 
 def began(url: Path, tmp_path: Path, *actions: ac.Action) -> None:
@@ -170,7 +179,8 @@ def test_a_model_goes_out_and_in_and_a_job_of_another_shape_does_not_start_from_
     assert printed("export", run, "--to", out, "--dtype", "bfloat16").startswith(f"{out}: step 30, 30 tensors, 158,496")
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 96
     text = printed("import", out, "--to", new, "--step", 5)
-    assert text.startswith(f"{new}: step 5 is committed.") and "[model]\ndim = 48\n" in text
+    assert text.startswith(f"{new}: step 5 is committed.")
+    assert tomllib.loads(text.partition("\n")[2]) == {"run": {"url": str(new)}, "model": FIELDS}
     assert [(row["step"], row["mesh"]) for row in document("ls", new)["checkpoints"]] == [(5, {})]
     assert "imported" in printed("ls", new)
     assert printed("verify", new) == "step 5: whole\n"
@@ -250,9 +260,7 @@ def test_leftovers_go_when_they_are_old_and_only_they(run):
 
 def test_nothing_is_removed_under_a_live_run(run, tmp_path, without_ray):
     began(run, tmp_path)
-    (line,) = refused(checkpoints("rm", run, 10, "--yes", "--force")) if False else refused(
-        checkpoints("rm", run, 10, "--yes")
-    )  # fmt: skip
+    (line,) = refused(checkpoints("rm", run, 10, "--yes"))
     assert line.startswith(
         "whether a run is live cannot be known: its journal tells no end, and no Ray cluster answers"
     )
@@ -333,22 +341,10 @@ def test_credentials_in_a_url_are_not_printed(command):
     assert result.exit_code == 2 and "sesame" not in result.output and "ftp://***@localhost:1/run" in result.stderr
 
 
-def test_the_command_lists_without_torch(run: Path, stops_torch: Callable[[str], int]) -> None:
-    assert stops_torch(f"['checkpoints', 'ls', {str(run)!r}]") == 0
-
-
-@pytest.fixture
-def stops_torch() -> Callable[[str], int]:
-    """Runs the command with these arguments in a process of its own; 1 when it has imported torch."""
-    import subprocess
-    import sys
-
-    def run(arguments: str) -> int:
-        code = (
-            "import sys\nfrom orchestrator.cli import app\n"
-            f"try:\n    app({arguments})\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
-            "import orchestrator.checkpoints_content\nsys.exit('torch' in sys.modules)"
-        )
-        return subprocess.run([sys.executable, "-c", code], timeout=120).returncode
-
-    return run
+def test_the_command_needs_no_torch(run: Path) -> None:
+    code = (
+        "import sys\nfrom orchestrator.cli import app\nimport orchestrator.checkpoints_content\n"
+        f"try:\n    app(['checkpoints', 'ls', {str(run)!r}])\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
