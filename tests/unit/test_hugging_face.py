@@ -339,8 +339,10 @@ def test_a_file_that_changed_since_its_export_is_not_imported(home):
 
 def test_an_export_that_fails_leaves_nothing(home):
     commit = save(f"{home}/run", make_state(7))
-    flip(f"{home}/run/{commit.parts[0].data}", 300_000)
-    with pytest.raises(ManifestError, match="block 0 is damaged"):
+    saved = open_checkpoint(f"{home}/run", commit)
+    ((index, chunk),) = saved.tensors["model/layers.2.feed_forward.w1.weight"].parts
+    flip(f"{home}/run/{index.data}", chunk.file_offset)
+    with pytest.raises(ManifestError, match="is damaged"):
         exported(f"{home}/run", f"{home}/out", max_shard_bytes=100_000)
     assert names(f"{home}/out") == []
 
