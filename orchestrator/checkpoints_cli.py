@@ -144,28 +144,18 @@ def rm(
     address: Annotated[str | None, typer.Option(help="Ray cluster on which the run may be live.")] = None,
 ) -> None:
     """Remove checkpoints: commit record first, then data."""
-    from orchestrator import checkpoints_command as command
+    from orchestrator import checkpoints_removal as removals
+    from orchestrator.checkpoints_command import CheckpointsError
 
     with _refusals():
-        removal = command.plan_removal(url, steps or [], leftovers, force, address)
-        unknown = removal.life.why if removal.life.state == "unknown" else ""
-        if unknown and yes and not force:
-            raise command.CheckpointsError(f"{unknown}; make sure that none is, and give --force")
-        lines = removal.words()
-        for line in lines:
+        removal = removals.plan_removal(url, steps or [], leftovers, force, asks=not yes, address=address)
+        for line in removal.words():
             print(redacted(line))
-        if removal.n_young:
-            print(
-                f"{removal.n_young} uncommitted were written in the last two hours, and stay: a save may be under way"
-            )
-        if not lines:
-            print("nothing to remove")
-            return
-        question = redacted(f"{unknown}. Remove all the same?" if unknown else "Remove?")
-        if not yes and not _confirmed(question):
-            raise command.CheckpointsError("not confirmed, nothing was removed; --yes does not ask")
-        command.perform_removal(removal)
-    print("removed")
+        if not removal.is_empty:
+            if not yes and not _confirmed(redacted(removal.question)):
+                raise CheckpointsError("not confirmed, nothing was removed; --yes does not ask")
+            removals.perform_removal(removal)
+            print("removed")
 
 
 @checkpoints_app.command("pin")
@@ -175,20 +165,20 @@ def pin(
     why: Annotated[str, typer.Option(help="For what it is kept.")],
 ) -> None:
     """Keep a checkpoint from being deleted, by hand or by retention."""
-    from orchestrator import checkpoints_command as command
+    from orchestrator import checkpoints_removal as removals
 
     with _refusals():
-        command.pin(url, step, why)
+        removals.pin(url, step, why)
     print(f"step {step} is pinned")
 
 
 @checkpoints_app.command("unpin")
 def unpin(url: RunUrl, step: Step) -> None:
     """Take a pin away."""
-    from orchestrator import checkpoints_command as command
+    from orchestrator import checkpoints_removal as removals
 
     with _refusals():
-        command.unpin(url, step)
+        removals.unpin(url, step)
     print(f"step {step} is not pinned any more")
 
 

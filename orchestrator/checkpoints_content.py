@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import tomli_w
@@ -25,7 +26,7 @@ from orchestrator.need import size
 from orchestrator.runtime import journal
 from storage import diff, export, imports, reshard
 from storage.hugging_face import MODEL_PREFIX, LlamaShape
-from storage.manifest import Commit
+from storage.manifest import Commit, ManifestError
 from storage.urls import locate, remove
 from storage.windows import Saved, open_checkpoint
 
@@ -41,8 +42,17 @@ DIFFERENCES_SHOWN = 100
 def opened(url: str, step: int | None) -> Saved:
     """A checkpoint, its indices read and checked: `step`, or the newest."""
     commit = find_commit(url, step)
-    with store_errors(url):
+    with store_errors(url), _damage_in(url):
         return open_checkpoint(url, commit)
+
+
+@contextlib.contextmanager
+def _damage_in(*urls: str) -> Iterator[None]:
+    """Damage that is met, with the URL under which it lies."""
+    try:
+        yield
+    except ManifestError as e:
+        raise CheckpointsError(f"{' or '.join(urls)}: {e}; `shepherd checkpoints verify` names all") from e
 
 
 # --- diff ------------------------------------------------------------------------------------------------------------
@@ -74,7 +84,7 @@ def compare(first: str, second: str) -> Comparison:
     a, b = opened(*split_step(first)), opened(*split_step(second))
     total = sum(tensor.n_bytes for tensor in a.tensors.values())
     found = []
-    with store_errors(first), progress_bar("compared", total) as progress:
+    with store_errors(f"{first}, {second}"), _damage_in(first, second), progress_bar("compared", total) as progress:
         for difference in diff.compare(a, b):
             found.append(difference)
             if difference.fqn in a.tensors:
@@ -211,7 +221,7 @@ def export_model(
         for fqn, tensor in saved.tensors.items()
         if fqn.startswith(MODEL_PREFIX)
     )
-    with store_errors(to, "--to"), progress_bar("exported", total) as progress:
+    with store_errors(to, "--to"), _damage_in(url), progress_bar("exported", total) as progress:
         done = export.export(
             saved,
             shape,

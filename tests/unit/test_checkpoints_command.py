@@ -25,7 +25,7 @@ from test_cli import refused
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from orchestrator import checkpoints_command, identity
+from orchestrator import checkpoints_removal, identity
 from orchestrator.cli import app
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
@@ -275,11 +275,13 @@ def test_rm_asks_removes_record_and_data_and_keeps_what_is_pinned(run):
 def test_leftovers_go_when_they_are_old_and_only_they(run):
     left = run / generation_dir(35, 1, 3)
     write_exclusive(str(run), f"{DATA_DIR}/notes/readme.txt", b"somebody's own")
-    assert printed("rm", run, "--leftovers", "--yes").endswith("nothing to remove\n") and left.exists()
-    old = time.time() - checkpoints_command.LEFTOVER_GRACE_S - 60
+    told = "1 uncommitted, of the last two hours, stay: a save may be under way\n"
+    assert printed("rm", run, "--leftovers", "--yes") == told and left.exists()
+    old = time.time() - checkpoints_removal.LEFTOVER_GRACE_S - 60
     for path in left.iterdir():
         os.utime(path, (old, old))
     assert printed("rm", run, "--leftovers", "--yes") == f"uncommitted {generation_dir(35, 1, 3)}: 1.1 MiB\nremoved\n"
+    assert printed("rm", run, "--leftovers", "--yes") == "nothing to remove\n"
     # What the record of step 20 names cannot be known.
     kept = [generation_dir(10, 1, 1), generation_dir(20, 1, 2), generation_dir(30, 1, 2), f"{DATA_DIR}/notes"]
     assert [f"{DATA_DIR}/{name}" for name in list_folders(str(run), DATA_DIR)] == sorted(kept)
