@@ -21,7 +21,7 @@ checkpoints_app = typer.Typer(
 RunUrl = Annotated[str, typer.Argument(help="A run directory: a path or any fsspec URL.", metavar="URL")]
 Step = Annotated[int, typer.Argument(help="The checkpoint's step.", metavar="STEP", min=0)]
 MaybeStep = Annotated[
-    int | None, typer.Argument(help="The checkpoint's step; default: the newest.", metavar="[STEP]", min=0)
+    int | None, typer.Argument(help="The checkpoint's step; default: the newest.", metavar="STEP", min=0)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
