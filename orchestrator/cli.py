@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tomli_w
 import typer
@@ -15,6 +15,8 @@ from rich.console import Console
 
 from orchestrator import spec as specs
 from orchestrator.chaos.orders import PATTERNS, SCENARIOS, TENSORS, Order
+from orchestrator.checkpoints_cli import checkpoints_app
+from orchestrator.refusals import EXIT_REFUSED, refuse
 from orchestrator.spec import JobSpec, SpecError
 from storage.redact import redact_logging, redacted
 
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(help="Look at a job before it runs.", no_args_is_help=True)
 app.add_typer(spec_app, name="spec")
+app.add_typer(checkpoints_app, name="checkpoints")
 
 SpecFile = Annotated[str, typer.Argument(help="The job: a TOML file or its fsspec URL.", metavar="SPEC")]
 Overrides = Annotated[
@@ -39,9 +42,6 @@ Gpus = Annotated[int | None, typer.Option(help="Scale parallel.dp_replicate to a
 Costs = Annotated[str, typer.Option("--profile", help="What things cost: a name or a TOML file.")]
 Failures = Annotated[str, typer.Option(help="What fails how often: a name or a TOML file.")]
 RunName = Annotated[str, typer.Argument(help="The run's name (run.name).", metavar="RUN")]
-
-EXIT_REFUSED = 2
-"""The document, the machine or the cluster is not as it must be; nothing was started."""
 
 
 @spec_app.command("check")
@@ -360,16 +360,9 @@ def _refusals(*also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except refusals as e:
-        _refuse(str(e), e)
+        refuse(str(e), e)
     except (RayActorError, GetTimeoutError) as e:
-        _refuse("the run's controller does not answer: it is busy, or was killed and comes back; try again", e)
-
-
-def _refuse(why: str, error: Exception) -> NoReturn:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for line in redacted(why).splitlines():
-        console.print("error:", line, style="red", markup=False)
-    raise typer.Exit(EXIT_REFUSED) from error
+        refuse("the run's controller does not answer: it is busy, or was killed and comes back; try again", e)
 
 
 def main() -> None:
@@ -377,6 +370,8 @@ def main() -> None:
     redact_logging()
     sys.exit(app())
 
+
+__all__ = ["EXIT_REFUSED", "app", "main"]
 
 if __name__ == "__main__":
     main()

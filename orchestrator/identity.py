@@ -2,7 +2,7 @@
 
 ``run.json`` is created exclusively by the run's first controller and never changes. A resume is compared with it before
 anything is taken. The corpus is known by its content, not by its name: the data digest in the commit records stands
-for it.
+for it. Where a model was imported, ``import.json`` is on record instead until then, with the model alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from storage.redact import redacted
 from storage.urls import read_bytes, write_exclusive
 
 RECORD = "run.json"
+IMPORT_RECORD = "import.json"
 FORMAT_VERSION = 1
 
 FIXED: dict[str, tuple[str, ...]] = {
@@ -49,10 +50,30 @@ def declare(spec: JobSpec) -> None:
     Raises:
         storage.urls.StoreError: the store failed.
     """
-    document: dict[str, Any] = {"format_version": FORMAT_VERSION, "spec": _without_secrets(spec.document())}
-    document["digest"] = _digest(document)
-    raw = json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
-    write_exclusive(spec.run.url, RECORD, raw)
+    write_exclusive(spec.run.url, RECORD, _record(_without_secrets(spec.document())))
+
+
+def declare_import(url: str, model: dict[str, Any]) -> bool:
+    """Put the fields of an imported model on record under `url`. False when another one's are.
+
+    Raises:
+        storage.urls.StoreError: the store failed.
+    """
+    return write_exclusive(url, IMPORT_RECORD, _record({"model": model}))
+
+
+def recorded(url: str) -> dict[str, Any]:
+    """The document of the run's first start, or an imported model alone; empty when nothing is on record.
+
+    Raises:
+        RecordError: the record is damaged or of another format.
+    """
+    for name in (RECORD, IMPORT_RECORD):
+        try:
+            return _read(name, read_bytes(url, name))
+        except FileNotFoundError:
+            continue
+    return {}
 
 
 def changes(spec: JobSpec) -> list[str]:
@@ -61,18 +82,14 @@ def changes(spec: JobSpec) -> list[str]:
     Raises:
         RecordError: the record is damaged or of another format.
     """
-    try:
-        raw = read_bytes(spec.run.url, RECORD)
-    except FileNotFoundError:
-        return []
-    recorded, now = _read(raw), spec.document()
+    before, now = recorded(spec.run.url), spec.document()
     return [
-        f"{section}.{field} = {now[section][field]!r}: the run was started with {recorded[section][field]!r}; set "
+        f"{section}.{field} = {now[section][field]!r}: the run was started with {before[section][field]!r}; set "
         "that, or start a run of its own under another run.url"
         for section, fields in FIXED.items()
         for field in fields
-        # A field that the record does not have is younger than the run.
-        if field in recorded.get(section, {}) and recorded[section][field] != now[section][field]
+        # A field that the record does not have is younger than the run, or an import has left it to the job.
+        if field in before.get(section, {}) and before[section][field] != now[section][field]
     ]
 
 
@@ -89,18 +106,24 @@ def data_digest(url: str, steps: list[int]) -> str:
     return ""
 
 
-def _read(raw: bytes) -> dict[str, Any]:
+def _record(spec: dict[str, Any]) -> bytes:
+    document: dict[str, Any] = {"format_version": FORMAT_VERSION, "spec": spec}
+    document["digest"] = _digest(document)
+    return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _read(name: str, raw: bytes) -> dict[str, Any]:
     """The document on record."""
     mend = "restore it, or remove it: then the job is not compared with the one that the run was started with"
     try:
         document: dict[str, Any] = json.loads(raw)
         version, digest, spec = document["format_version"], document.pop("digest"), document["spec"]
     except (ValueError, KeyError, TypeError) as e:
-        raise RecordError(f"{RECORD} under run.url is no record of a run ({e!r}): {mend}") from e
+        raise RecordError(f"{name} under run.url is no record of a run ({e!r}): {mend}") from e
     if version != FORMAT_VERSION:
-        raise RecordError(f"{RECORD} under run.url has format_version {version}, this Shepherd reads {FORMAT_VERSION}")
+        raise RecordError(f"{name} under run.url has format_version {version}, this Shepherd reads {FORMAT_VERSION}")
     if digest != _digest(document):
-        raise RecordError(f"{RECORD} under run.url is damaged, its SHA-256 does not match its content: {mend}")
+        raise RecordError(f"{name} under run.url is damaged, its SHA-256 does not match its content: {mend}")
     assert isinstance(spec, dict)
     return spec
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 
 import xxhash
 
 from storage.blocks import READ_BLOCKS, Copy, StoreSource, read_blocks
 from storage.index import Index, check_tensors
 from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, ManifestError, RankPart, commit_name
+from storage.statements import forget
 from storage.urls import Store, list_folders, list_names, locate, read_bytes, remove, write_exclusive
 
 _COMMIT_FILE = re.compile(r"step-(\d{8,})\.json")
@@ -55,12 +57,14 @@ def list_commits(url: str) -> list[int]:
 
 
 def delete_checkpoint(url: str, step: int) -> None:
-    """Delete the checkpoint of `step`: first the commit record, so that no reader finds half of it, then its data.
+    """Delete the checkpoint of `step`: first the commit record, so that no reader finds half of it, then what was said
+    of it, and its data.
 
     Idempotent. What a deletion that was cut off has left, or one whose record could not be read, is `prune`'s.
     """
     folders = _data_of(url, step) or set()
     remove(url, commit_name(step))
+    forget(url, step)
     for folder in sorted(folders):
         remove(url, folder)
 
@@ -134,8 +138,11 @@ def read_indices(url: str, commit: Commit) -> list[Index]:
     return indices
 
 
-def verify(url: str, commit: Commit) -> list[str]:
-    """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match."""
+def verify(url: str, commit: Commit, progress: Callable[[int], None] = lambda n_bytes: None) -> list[str]:
+    """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match.
+
+    `progress` is called with the bytes that were read since the call before.
+    """
     store = locate(url)
     problems: list[str] = []
     indices: list[Index] = []
@@ -145,7 +152,7 @@ def verify(url: str, commit: Commit) -> list[str]:
         except ManifestError as e:
             problems.append(str(e))
     for index in indices:
-        problems += _check_data(store, index)
+        problems += _check_data(store, index, progress)
     if len(indices) == len(commit.parts):
         try:
             check_tensors(chunk for index in indices for chunk in index.chunks)
@@ -154,7 +161,7 @@ def verify(url: str, commit: Commit) -> list[str]:
     return problems
 
 
-def _check_data(store: Store, index: Index) -> list[str]:
+def _check_data(store: Store, index: Index, progress: Callable[[int], None]) -> list[str]:
     """One pass over a data file: its damaged blocks, and padding that is not zero."""
     source, problems = StoreSource(store), []
     copy, buffer = Copy(index, source), memoryview(bytearray(READ_BLOCKS * index.block_bytes))
@@ -167,6 +174,7 @@ def _check_data(store: Store, index: Index) -> list[str]:
             last = min(begin + READ_BLOCKS, len(chunk.blocks))
             n_bytes = min(last * index.block_bytes, chunk.n_bytes) - begin * index.block_bytes
             problems += map(str, read_blocks(copy, chunk, begin, last, buffer[:n_bytes]))
+            progress(n_bytes)
         end = chunk.file_offset + chunk.n_bytes
     return problems
 

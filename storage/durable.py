@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage.durable_read import LoadPlanner, Reader
 from storage.durable_write import SavePlanner, Writer
-from storage.manifest import Commit, ManifestError, RankPart, StateMismatch
+from storage.manifest import IMPORT_EPOCH, Commit, ManifestError, RankPart, StateMismatch
 from storage.state import TrainState
 
 RANK_PREFIX = "rank/"
@@ -71,7 +71,7 @@ def load(url: str, commit: Commit, state: TrainState) -> None:
     """Fill `state` in place from a checkpoint written on any mesh. Collective over the default process group.
 
     Every rank first reads and checks all that it needs; tensors change only after all ranks have. Per-rank tensors are
-    restored when the world size is the one that saved them, and left alone otherwise.
+    restored when the world size is the one that saved them, and left alone otherwise. An import has none.
 
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
@@ -80,7 +80,7 @@ def load(url: str, commit: Commit, state: TrainState) -> None:
         CheckpointFailed: a rank could not read. No tensor has changed.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    same_world = len(commit.parts) == world_size
+    same_world = commit.epoch != IMPORT_EPOCH and len(commit.parts) == world_size
     reader = Reader(url, commit, skip_prefix="" if same_world else RANK_PREFIX)
     with _dcp_errors():
         dcp_load(_named(state, _rank(), per_rank=same_world), storage_reader=reader, planner=LoadPlanner())

@@ -79,7 +79,7 @@ class Index:
             document: dict[str, Any] = json.loads(raw)
             version = document["format_version"]
             if version != FORMAT_VERSION:
-                raise ManifestError(f"index {wrong_version(version)}")
+                raise ManifestError(f"index {wrong_version(version, FORMAT_VERSION)}")
             chunks = tuple(_chunk(entry) for entry in document.pop("chunks"))
             index = Index(chunks=chunks, **document)
         except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_exporter import ENDED, spec
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from orchestrator import cli
@@ -87,8 +88,22 @@ def test_the_readme_has_every_command() -> None:
     for words in re.findall(r"shepherd ([a-z][^`\n#]*)", README):
         name, *arguments = words.split()
         if name in group.commands:
-            options = {option for p in group.commands[name].params for option in p.opts}
+            command = group.commands[name]
+            if isinstance(command, TyperGroup) and arguments:
+                command = command.commands[arguments.pop(0)]
+            options = {option for p in command.params for option in p.opts}
             assert {a for a in arguments if a.startswith("--")} <= options, f"shepherd {words}"
+
+
+def test_the_page_on_checkpoints_has_every_command_on_them() -> None:
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    group = get_command(cli.app).commands["checkpoints"]
+    rows = re.findall(r"^\| (`.*?) \| ", page.partition("## The command")[2], re.M)
+    told = {word for row in rows for word in re.findall(r"`(\w[\w-]*) URL", row)}
+    assert told == set(group.commands)
+    for row in rows:
+        command = group.commands[re.findall(r"`(\w[\w-]*)", row)[0]]
+        assert set(re.findall(r"--[\w-]+", row)) <= {option for p in command.params for option in p.opts}, row
 
 
 def test_the_example_is_a_job_that_can_run() -> None:

@@ -1,0 +1,219 @@
+"""What a restore on another mesh would read of a checkpoint: arithmetic on its indices, no data is read. No torch.
+
+How a mesh cuts the state is assumed, for the names that Shepherd's trainer gives (trainer/parallel.py; a test holds
+this against what its ranks save): `tp` cuts the rows of wq, wk, wv, w1, w3, the embedding and the output head, and the
+columns of wo and w2; `dp_shard` cuts the rows of what is left of each tensor; `pp` cuts the layers, as evenly as
+possible, the embedding goes with the first stage, the final norm and the head with the last; replicas hold the same.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from storage.index import ITEM_BYTES
+from storage.windows import PER_RANK, Saved, SavedTensor
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes."""
+
+_CUT_ROWS = re.compile(r"(attention\.w[qkv]|feed_forward\.w[13]|tok_embeddings|output)\.weight$")
+_CUT_COLUMNS = re.compile(r"(attention\.wo|feed_forward\.w2)\.weight$")
+_LAYER = re.compile(r"(?:^|/)layers\.(\d+)\.")
+_FIRST_STAGE = re.compile(r"(?:^|/)tok_embeddings\.")
+_LAST_STAGE = re.compile(r"(?:^|/)(norm|output)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Degrees of a mesh; ranks are numbered row-major over them."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.tp
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReads:
+    """What one rank of the new mesh would read."""
+
+    rank: int
+    state_bytes: int
+    """Of the state that it holds afterwards."""
+    read_bytes: int
+    """Of whole rows of chunks; each range is read in whole blocks of 1 MiB, whose rest comes on top."""
+    files: dict[str, int]
+    """Bytes by data file, relative to ``run.url``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardPlan:
+    mesh: Mesh
+    state_bytes: int
+    """Of the state without what is one rank's own."""
+    problems: tuple[str, ...]
+    """Why the mesh cannot hold the state; empty when it can."""
+    ranks: tuple[RankReads, ...]
+    per_rank_restored: bool
+    """Whether the ranks' own tensors, as random states, are restored: only with as many ranks as have saved them."""
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(rank.read_bytes for rank in self.ranks)
+
+
+def plan(saved: Saved, mesh: Mesh) -> ReshardPlan:
+    """What each rank of `mesh` would read."""
+    tensors = {fqn: tensor for fqn, tensor in saved.tensors.items() if not fqn.startswith(PER_RANK)}
+    own = {fqn: tensor for fqn, tensor in saved.tensors.items() if fqn.startswith(PER_RANK)}
+    problems = _problems(tensors, mesh)
+    same_world = bool(own) and mesh.world_size == len(saved.commit.parts)
+    return ReshardPlan(
+        mesh=mesh,
+        state_bytes=sum(tensor.n_bytes for tensor in tensors.values()),
+        problems=problems,
+        ranks=() if problems else tuple(_ranks(tensors, own if same_world else {}, mesh)),
+        per_rank_restored=same_world,
+    )
+
+
+def boxes(tensors: dict[str, SavedTensor], mesh: Mesh, stage: int, shard: int, tp: int) -> dict[str, Box]:
+    """What the rank at these coordinates holds, of every replica alike; boxes may be empty."""
+    n_layers = _n_layers(tensors)
+    return {
+        fqn: _box(fqn, tensor.shape, mesh, shard, tp)
+        for fqn, tensor in tensors.items()
+        if stage in _stages(fqn, n_layers, mesh.pp)
+    }
+
+
+def _problems(tensors: dict[str, SavedTensor], mesh: Mesh) -> tuple[str, ...]:
+    found = []
+    n_layers = _n_layers(tensors)
+    if mesh.pp > max(n_layers, 1):
+        found.append(f"pp = {mesh.pp}: each stage needs a layer; at most {max(n_layers, 1)}")
+    for fqn, tensor in tensors.items():
+        dim = _tp_dim(fqn, tensor.shape)
+        if dim is not None and tensor.shape[dim] % mesh.tp:
+            found.append(f"tp = {mesh.tp}: must divide dimension {dim} of {fqn}, which is {tensor.shape[dim]}")
+            break  # the moments and the other layers say the same
+    return tuple(found)
+
+
+def _ranks(tensors: dict[str, SavedTensor], own: dict[str, SavedTensor], mesh: Mesh) -> Iterator[RankReads]:
+    rows = {fqn: _by_row(tensor) for fqn, tensor in (tensors | own).items()}
+    rank = 0
+    for stage in range(mesh.pp):
+        replica = [
+            _reads(tensors, rows, boxes(tensors, mesh, stage, shard, tp))
+            for shard in range(mesh.dp_shard)
+            for tp in range(mesh.tp)
+        ]
+        for _ in range(mesh.dp_replicate):
+            for state_bytes, files in replica:
+                files = dict(files)
+                mine = [tensor for fqn, tensor in own.items() if fqn.startswith(f"{PER_RANK}{rank:05d}/")]
+                for tensor in mine:
+                    for index, chunk in tensor.parts:
+                        files[index.data] = files.get(index.data, 0) + chunk.n_bytes
+                yield RankReads(
+                    rank=rank,
+                    state_bytes=state_bytes + sum(tensor.n_bytes for tensor in mine),
+                    read_bytes=sum(files.values()),
+                    files=dict(sorted(files.items())),
+                )
+                rank += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """A tensor's chunks in the order of their first rows."""
+
+    starts: list[int]
+    tallest: int
+    """Rows of the chunk that has most: how far before a row a chunk may begin that holds it."""
+
+
+def _by_row(tensor: SavedTensor) -> _Rows:
+    chunks = [chunk for _, chunk in tensor.parts]
+    return _Rows(
+        starts=[(chunk.offsets or (0,))[0] for chunk in chunks],
+        tallest=max(((chunk.sizes or (1,))[0] for chunk in chunks), default=0),
+    )
+
+
+def _reads(
+    tensors: dict[str, SavedTensor], rows: dict[str, _Rows], wanted: dict[str, Box]
+) -> tuple[int, dict[str, int]]:
+    """Bytes of the boxes, and the bytes of each data file that are read for them: rows of chunks are read whole."""
+    state_bytes, files = 0, dict[str, int]()
+    for fqn, (offsets, sizes) in wanted.items():
+        tensor, item = tensors[fqn], ITEM_BYTES[tensors[fqn].dtype]
+        state_bytes += math.prod(sizes) * item
+        if not math.prod(sizes):
+            continue
+        offsets, sizes = offsets or (0,), sizes or (1,)
+        at = rows[fqn]
+        first = bisect_left(at.starts, offsets[0] - at.tallest + 1)
+        for index, chunk in tensor.parts[first : bisect_left(at.starts, offsets[0] + sizes[0])]:
+            held = _overlap((offsets, sizes), (chunk.offsets or (0,), chunk.sizes or (1,)))
+            if held:
+                read = held * math.prod(chunk.sizes[1:]) * item
+                files[index.data] = files.get(index.data, 0) + read
+    return state_bytes, files
+
+
+def _overlap(a: Box, b: Box) -> int:
+    """Rows that two boxes have in common; 0 when they do not meet."""
+    common = [min(o + s, p + t) - max(o, p) for o, s, p, t in zip(*a, *b, strict=True)]
+    return common[0] if min(common) > 0 else 0
+
+
+def _box(fqn: str, shape: tuple[int, ...], mesh: Mesh, shard: int, tp: int) -> Box:
+    offsets, sizes = [0] * len(shape), list(shape)
+    dim = _tp_dim(fqn, shape)
+    if dim is not None:
+        offsets[dim], sizes[dim] = _piece(shape[dim], mesh.tp, tp)
+    if shape:
+        start, size = _piece(sizes[0], mesh.dp_shard, shard)
+        offsets[0], sizes[0] = offsets[0] + start, size
+    return tuple(offsets), tuple(sizes)
+
+
+def _piece(n: int, pieces: int, number: int) -> tuple[int, int]:
+    """Start and length of a piece as torch.chunk cuts: all alike but the last ones."""
+    each = -(-n // pieces)
+    start = min(number * each, n)
+    return start, min(each, n - start)
+
+
+def _tp_dim(fqn: str, shape: tuple[int, ...]) -> int | None:
+    if len(shape) != 2:
+        return None
+    return 0 if _CUT_ROWS.search(fqn) else 1 if _CUT_COLUMNS.search(fqn) else None
+
+
+def _n_layers(tensors: dict[str, SavedTensor]) -> int:
+    return max((int(match.group(1)) + 1 for fqn in tensors if (match := _LAYER.search(fqn))), default=0)
+
+
+def _stages(fqn: str, n_layers: int, pp: int) -> range:
+    """The pipeline stages that hold a tensor: one, or all for a name that says nothing."""
+    if match := _LAYER.search(fqn):
+        each, over = divmod(n_layers, pp)
+        number = int(match.group(1))
+        stage = number // (each + 1) if number < over * (each + 1) else over + (number - over * (each + 1)) // each
+        return range(stage, stage + 1)
+    if _FIRST_STAGE.search(fqn):
+        return range(1)
+    if _LAST_STAGE.search(fqn):
+        return range(pp - 1, pp)
+    return range(pp)
