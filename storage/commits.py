@@ -11,6 +11,7 @@ import xxhash
 from storage.blocks import READ_BLOCKS, read_blocks
 from storage.index import Index, check_tensors
 from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, ManifestError, RankPart, commit_name
+from storage.statements import forget
 from storage.urls import Store, list_folders, list_names, locate, read_bytes, remove, write_exclusive
 
 _COMMIT_FILE = re.compile(r"step-(\d{8,})\.json")
@@ -55,12 +56,14 @@ def list_commits(url: str) -> list[int]:
 
 
 def delete_checkpoint(url: str, step: int) -> None:
-    """Delete the checkpoint of `step`: first the commit record, so that no reader finds half of it, then its data.
+    """Delete the checkpoint of `step`: first the commit record, so that no reader finds half of it, then what was said
+    of it, and its data.
 
     Idempotent. What a deletion that was cut off has left, or one whose record could not be read, is `prune`'s.
     """
     folders = _data_of(url, step) or set()
     remove(url, commit_name(step))
+    forget(url, step)
     for folder in sorted(folders):
         remove(url, folder)
 

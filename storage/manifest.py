@@ -5,6 +5,7 @@ Pure: standard library only. Layout under ``run.url``::
     checkpoints/data/step-00000120-e1-g3/rank-00000.bin        raw tensor bytes, each chunk 4 KiB aligned
     checkpoints/data/step-00000120-e1-g3/rank-00000.json       index of that file: chunks, block digests
     checkpoints/commits/step-00000120.json                     the commit record, created last and exclusively
+    checkpoints/trust/step-00000120-g3-verified.json           a statement on it: see statements.py
 
 A checkpoint exists only when its commit record does. Nothing is ever overwritten: the folder's name carries epoch and
 generation, so a writer that was cut off and comes back cannot touch what a newer generation writes.
@@ -23,6 +24,7 @@ FORMAT_VERSION = 1
 
 DATA_DIR = "checkpoints/data"
 COMMIT_DIR = "checkpoints/commits"
+TRUST_DIR = "checkpoints/trust"
 WRITE_DEADLINE_S = 600.0
 """For one rank's part on the store; then the save has failed. A part of 15 GB (70B with AdamW on 64 ranks) takes 150 s
 at the 100 MB/s of a slow object store; a store that takes four times as long hangs."""
@@ -94,9 +96,7 @@ class Commit:
 
     def to_json(self) -> bytes:
         """The record's bytes, with a SHA-256 over everything else under ``"digest"``."""
-        document = asdict(self)
-        document["digest"] = _digest(document)
-        return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+        return sealed(asdict(self))
 
     @staticmethod
     def from_json(raw: bytes) -> Commit:
@@ -105,21 +105,31 @@ class Commit:
         Raises:
             ManifestError: not a record, damaged, or of a format that this version cannot read.
         """
-        try:
-            document: dict[str, Any] = json.loads(raw)
-            version = document["format_version"]
-            digest = document.pop("digest")
-        except (ValueError, KeyError, TypeError) as e:
-            raise ManifestError(f"not a commit record: {e!r}") from e
-        if version != FORMAT_VERSION:
-            raise ManifestError(
-                f"commit record has format_version {version}, this Shepherd reads {FORMAT_VERSION}: "
-                "use the Shepherd version that wrote it, or a newer one"
-            )
-        if digest != _digest(document):
-            raise ManifestError("commit record is damaged: its SHA-256 does not match its content")
+        document = unsealed(raw, "commit record", FORMAT_VERSION)
         parts = tuple(RankPart(**part) for part in document.pop("parts"))
         return Commit(parts=parts, **document)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What speaks for the state in a checkpoint having been computed rightly, from the audits that came after it.
+
+    A statement, not a judgement: whoever rewinds holds the rate against that of the fault that was proven.
+    """
+
+    step: int
+    generation: int
+    """The generation that wrote the checkpoint."""
+    checks: tuple[str, ...]
+    """Names of the checks that were active from the checkpoint on until it was issued."""
+    audits_passed: int
+    """Since the checkpoint, by each rank that contributed to it; of the rank with the fewest."""
+    fault_rate_per_billion: int
+    """Wrong ones in 10^9 computations of a rank: a rank as bad as this, or worse, would have failed an audit..."""
+    confidence_per_million: int
+    """...with this probability, in millionths."""
+    epoch: int
+    """Of the controller that issued it."""
 
 
 class StateMismatch(ValueError):
@@ -128,6 +138,33 @@ class StateMismatch(ValueError):
 
 class ManifestError(ValueError):
     """A commit record, an index or a block is not what it must be."""
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """A record's bytes: the document, with a SHA-256 over everything else under ``"digest"``."""
+    return json.dumps({**document, "digest": _digest(document)}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def unsealed(raw: bytes, what: str, format_version: int) -> dict[str, Any]:
+    """The document of a record's bytes.
+
+    Raises:
+        ManifestError: not a `what`, damaged, or of a format that this version cannot read.
+    """
+    try:
+        document: dict[str, Any] = json.loads(raw)
+        version = document["format_version"]
+        digest = document.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ManifestError(f"not a {what}: {e!r}") from e
+    if version != format_version:
+        raise ManifestError(
+            f"{what} has format_version {version}, this Shepherd reads {format_version}: "
+            "use the Shepherd version that wrote it, or a newer one"
+        )
+    if digest != _digest(document):
+        raise ManifestError(f"{what} is damaged: its SHA-256 does not match its content")
+    return document
 
 
 def _digest(document: dict[str, Any]) -> str:
