@@ -207,6 +207,30 @@ def examine(body: Body, order: ac.ProbeNode | ac.AskThird) -> None:
     body.send(name, ev.AuditSettled(at=0, number=order.number, wrong=wrong, detail="the other two agree"))
 
 
+def read_back(body: Body, order: ac.VerifyCheckpoint) -> None:
+    """A node reads a checkpoint, rightly or wrongly, or comes to nothing."""
+    node = body.nodes.get(order.node)
+    if node is None or not node.alive or node.mute:
+        return
+    luck = body.tape.below(8)
+    stands = order.step in body.store
+    bad = order.step in body.bad_steps or not stands
+    another = stands and order.generation not in (0, body.store.get(order.step))
+    body.send(
+        node.name,
+        ev.CheckpointVerified(
+            at=0,
+            step=order.step,
+            generation=order.generation,
+            node=node.name,
+            bytes=1,
+            read_us=1,
+            problems=("block 7",) if not another and luck < 7 and (bad or luck == 6) else (),
+            unread="another stands there" if another else "no answer" if luck == 7 else "",
+        ),
+    )
+
+
 def order_fault(body: Body) -> None:
     """Somebody with the run's token asks for harm, to a slot, to a node, or to neither."""
     slot = (None, body.tape.below(body.mesh.slots))[body.tape.below(2)]

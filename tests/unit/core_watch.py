@@ -48,6 +48,11 @@ class Watch:
         self._replaced: set[str] = set()
         """Convicted nodes without which a generation was opened."""
         self.books = Books(LIMITS.keep_checkpoints)
+        self._verifying: ac.VerifyCheckpoint | None = None
+        self._was_starting = 0
+        """The generation that was ordered and not ready yet, as of the event before; 0: none was."""
+        self._able: set[str] = set()
+        """Nodes whose word on a checkpoint counts, as of the event before."""
         self._first_generation = 1
         self._layout, self._capabilities, self._steps, self._stops = None, ("",), 0, 0
         self._errors: dict[tuple[str, int, str], int] = {}
@@ -74,6 +79,7 @@ class Watch:
         lives = not self._ended or isinstance(event, ev.RunDeclared)
         before = len(self.books.committed)
         if lives:
+            self._learn_of_readings(supervisor, event)
             self._learn(supervisor, event)
         committed_one = isinstance(event, ev.CheckpointCommitted) and len(self.books.committed) > before
         self._ended = supervisor.state.job == "ended"
@@ -99,8 +105,54 @@ class Watch:
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
         assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
         if committed_one and state.incident is None and state.job != "starting":
-            keep = LIMITS.keep_checkpoints + bool(self._asked)
-            assert len(self.books.good(self._steps)) <= keep, "too many checkpoints are kept"
+            keep = LIMITS.keep_checkpoints + bool(self._asked) + 2 * ("verify" in self._capabilities)
+            held_back = self.books.pinned | set(self.books.doubts)
+            assert len(set(self.books.good(self._steps)) - held_back) <= keep, "too many checkpoints are kept"
+        self._check_trust(supervisor)
+
+    def _learn_of_readings(self, supervisor: Supervisor, event: ev.Event) -> None:
+        asked = self._verifying
+        match event:
+            case ev.CheckpointVerified() if asked is not None:
+                if (asked.step, asked.generation, asked.node) != (event.step, event.generation, event.node):
+                    return
+                self._verifying = None
+                known = self.books.committed.get(event.step)
+                if event.unread or event.node not in self._able:
+                    return
+                if known is not None and known != event.generation:
+                    return  # it was committed anew meanwhile
+                if event.problems:
+                    return self.books.find_bad(event.step, event.node)
+                first, by_itself = self.books.doubts.get(event.step, ("", False))
+                if by_itself and first not in self._lost:
+                    struck = supervisor.state.strikes.get(first, [])
+                    assert event.at in struck, "who misreads a checkpoint is not struck"
+                self.books.find_whole(event.step)
+            case ev.TimerFired() if asked is not None and event.timer == f"verify/{asked.number}":
+                self._verifying = None
+            case ev.RunDeclared():
+                self._verifying = None
+            case ev.GenerationReady() if event.generation > self._ready:
+                order = self._opened.get(event.generation)
+                durable = order is not None and order.source == "durable" and order.step == event.step
+                if durable and self._was_starting == event.generation and event.step in self.books.committed:
+                    self.books.find_whole(event.step)
+
+    def _check_trust(self, supervisor: Supervisor) -> None:
+        """What is thought of checkpoints follows from what was read, and not from one node's word alone."""
+        state = supervisor.state
+        able = {n for n, node in state.nodes.items() if node.state in ("active", "spare")} - set(state.convicted)
+        for step, (node, _) in list(self.books.doubts.items()):
+            known = state.checkpoints.get(step)
+            if known is None or known.doubt is None:  # settled with nobody else to ask
+                del self.books.doubts[step]
+                if known is not None and known.trust == "damaged":
+                    assert not able - {node}, "one node's word counts though another could be asked"
+                    self.books.refuse(step)
+        whole = [step for step, c in state.checkpoints.items() if c.trust in ("verified", "certified")]
+        assert set(whole) <= self.books.read, "a checkpoint counts as verified that nobody has read"
+        self._able, self._was_starting = able, state.generation * (state.job == "starting")
 
     def _never_falls(self, name: str, value: int) -> None:
         assert value >= self._lows.get(name, 0), f"{name} fell from {self._lows[name]} to {value}"
@@ -145,7 +197,8 @@ class Watch:
             case ev.WorkerFailed(kind="state") if event.generation == current:
                 order = self._opened[event.generation]
                 if order.source == "durable":
-                    self.books.refuse(order.step)
+                    if self.books.refuse(order.step) and "verify" in self._capabilities:
+                        self.books.doubts[order.step] = (event.node, len(order.nodes) == 1)
                 elif order.source == "ram":
                     self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
             case ev.WorkerFailed(kind="corrupt" | "diverged" | "unclean") if event.generation == current:
@@ -192,6 +245,8 @@ class Watch:
 
     def _lose(self, node: str) -> None:
         self._lost.add(node)
+        if self._verifying is not None and self._verifying.node == node:
+            self._verifying = None
         self._asked = {number: asked for number, asked in self._asked.items() if asked.judge != node}
 
     def _mesh(self, generation: int) -> ev.Layout:
@@ -225,11 +280,23 @@ class Watch:
                 assert action.step != max(before, default=0), (
                     "what a verdict may leave as the only clean one is deleted"
                 )
-                self.books.delete(action.step, self._steps)
+                if action.step in self.books.read and "verify" in self._capabilities:
+                    known = supervisor.state.checkpoints.items()
+                    newer = [s for s, c in known if s > action.step and s in self.books.read and c.doubt is None]
+                    assert len(newer) >= LIMITS.keep_checkpoints, "a verified checkpoint is deleted for others"
+                self.books.delete(action.step, self._steps, "verify" in self._capabilities)
                 self._retired = True
                 newest = self._opened.get(max(self._opened, default=0))
                 if newest and newest.source == "durable" and newest.generation >= self._first_generation:
                     assert self._ready == newest.generation or newest.step != action.step, "it is being restored from"
+            case ac.VerifyCheckpoint():
+                again = isinstance(event, ev.EpochBegan)
+                assert "verify" in self._capabilities, "a body is asked for what it cannot do"
+                assert self._verifying is None or (again and self._verifying == action), "two verifications at once"
+                assert action.step in self.books.committed or action.step in self.books.doubts, "nothing to verify"
+                if not again:
+                    self._check_named(supervisor, (action.node,))
+                self._verifying = action
             case ac.AskThird():
                 self._asked[action.number] = action
             case ac.InjectFault():
