@@ -7,7 +7,7 @@ so that the core and its journal hold no floats.
 Reports may come twice (an agent repeats what was not acknowledged) and late (from an older generation). Both are
 harmless: the supervisor ignores what it already knows and what does not belong to the current generation.
 
-What a body owes: a controller tells EpochBegan, then CheckpointsPinned where anything is pinned, then CheckpointsFound,
+What a body owes: a controller tells EpochBegan, then CheckpointsPinned, then CheckpointsFound,
 before anything else; a run that starts or resumes tells RunDeclared before them. Within a generation, GenerationReady
 comes before its steps, GenerationFinished after what became of its last save, and what a node says when it has halted
 after its workers' last words: what they know of corruption decides what may be restored. A lost node's name is not used
