@@ -151,7 +151,7 @@ class CheckpointConfig:
     """Each kept checkpoint is read anew so long after it was last found whole; 0: never. A disk's latent errors are
     measured in months, and a day bounds for how long a bad copy is counted on."""
     verify_mb_per_s: int = 500
-    """At most so much (10^6 bytes) is read each second to verify a checkpoint, by one node at a time: a twentieth of a
+    """At most so much (10^6 bytes) is read each second to verify a checkpoint, by one node at a time: a 25th of a
     100 Gbit/s link."""
 
 

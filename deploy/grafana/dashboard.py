@@ -281,9 +281,10 @@ def checkpoints() -> list[Any]:
     behind.min(0).decimals(0)
     age = graph(
         "Age of the newest checkpoint",
-        "Since it was committed.",
+        "Since it was committed. 'verified': a node, or a restore, has read it back whole.",
         6,
         query(f"max by (run) (shepherd_checkpoint_age_seconds{RUN})", "age"),
+        query(f"max by (run) (shepherd_checkpoint_verified_age_seconds{RUN})", "of the newest verified"),
     )
     age.unit("s").min(0)
     step = figure(
