@@ -1,4 +1,4 @@
-"""Checkpoints are read back while a run trains: what is whole is verified, and a flipped bit is found before a restore."""
+"""Checkpoints are read back while a run trains: a whole one is verified, and a flipped bit found before a restore."""
 
 from __future__ import annotations
 
