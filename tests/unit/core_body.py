@@ -463,6 +463,7 @@ class Body:
         moves.append((1, self.damage))
         if self.store:
             moves.append((1, self.pin))
+            moves.append((2, lambda: core_harm.certify(self)))
         moves.append((1, self.ask_to_stop))
         return moves
 

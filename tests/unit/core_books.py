@@ -22,6 +22,8 @@ class Books:
         """Commits that were ordered and not answered."""
         self.read: set[int] = set()
         """Steps that were found whole since they were committed: by a node that was asked, or by a restore."""
+        self._certificates: set[int] = set()
+        """Steps whose checkpoint as it stands has a certificate."""
         self.doubts: dict[int, tuple[str, bool]] = {}
         """Steps that one node has found damaged, and whether it has read that itself; another is to say."""
         self.pinned: set[int] = set()
@@ -34,6 +36,10 @@ class Books:
     def good(self, last_step: int) -> list[int]:
         """What the run may restore from, ascending."""
         return sorted(step for step in self.committed if step <= last_step)
+
+    def certified(self) -> list[int]:
+        """Those that were found whole, ascending."""
+        return sorted(self._certificates & self.read & set(self.committed))
 
     def learn(self, event: ev.Event) -> None:
         match event:
@@ -49,6 +55,7 @@ class Books:
                     self._distrusted.pop(event.step, None)
                     self.deleted.discard(event.step)
                     self.read.discard(event.step)
+                    self._certificates.discard(event.step)
                     self._gone.pop(event.step, None)
                     self.committed[event.step] = event.generation
                     self.failing = False
@@ -57,6 +64,8 @@ class Books:
                 self.failed, self.failing = self.failed + 1, True
             case ev.CheckpointsFound():
                 self._find(event.steps)
+            case ev.CheckpointCertified() if self.committed.get(event.step) == event.generation:
+                self._certificates.add(event.step)
             case ev.CheckpointsPinned():
                 self.pinned = set(event.steps)
                 for step in self.pinned & set(self._gone):
@@ -79,6 +88,7 @@ class Books:
         self._ordered = {step: order for step, order in self._ordered.items() if step not in self.committed}
         self.deleted -= set(steps)
         self._gone, self.read = {}, self.read & set(steps)
+        self._certificates &= set(self.committed)
 
     def commit(self, order: ac.CommitCheckpoint) -> None:
         assert order.replaces_damaged == (order.step in self._distrusted), "what stands in its way is not told"

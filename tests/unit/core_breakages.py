@@ -356,6 +356,10 @@ def unread_checkpoints_count_as_verified(patch: Patch) -> None:
     )
 
 
+def a_conviction_asks_for_no_certificate(patch: Patch) -> None:
+    patch.setattr(trust, "rewind", lambda *args: [])
+
+
 def pins_are_not_heard(patch: Patch) -> None:
     patch.setattr(checkpoints, "_kept_besides", lambda *args: ())
 
@@ -403,5 +407,6 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     who_misreads_is_not_struck,
     unread_checkpoints_count_as_verified,
     pins_are_not_heard,
+    a_conviction_asks_for_no_certificate,
 )
 """What a random history shows. Of the others, one shows in its replay, one in tests/golden/retention_while_starting."""

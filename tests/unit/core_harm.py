@@ -15,6 +15,7 @@ from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core import placement
 from orchestrator.core.events import Snapshot
+from storage.manifest import Certificate
 
 if TYPE_CHECKING:
     from core_body import Body
@@ -229,6 +230,22 @@ def read_back(body: Body, order: ac.VerifyCheckpoint) -> None:
             unread="another stands there" if another else "no answer" if luck == 7 else "",
         ),
     )
+
+
+def certify(body: Body) -> None:
+    """Somebody has counted the audits since a checkpoint."""
+    step = sorted(body.store)[body.tape.below(len(body.store))]
+    certificate = Certificate(
+        step=step,
+        generation=body.store[step],
+        checks=("third",),
+        audits_passed=300,
+        fault_rate_per_billion=10_000_000,
+        confidence_per_million=950_000,
+        epoch=body.epoch,
+    )
+    event = ev.CheckpointCertified(at=body.at, step=step, generation=body.store[step], certificate=certificate)
+    body.tell(event)
 
 
 def order_fault(body: Body) -> None:

@@ -49,8 +49,8 @@ class Watch:
         """Convicted nodes without which a generation was opened."""
         self.books = Books(LIMITS.keep_checkpoints)
         self._verifying: ac.VerifyCheckpoint | None = None
-        self._was_starting = 0
-        """The generation that was ordered and not ready yet, as of the event before; 0: none was."""
+        self._job = ""
+        """As of the event before."""
         self._able: set[str] = set()
         """Nodes whose word on a checkpoint counts, as of the event before."""
         self._first_generation = 1
@@ -106,7 +106,7 @@ class Watch:
         assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
         if committed_one and state.incident is None and state.job != "starting":
             keep = LIMITS.keep_checkpoints + bool(self._asked) + 2 * ("verify" in self._capabilities)
-            held_back = self.books.pinned | set(self.books.doubts)
+            held_back = self.books.pinned | set(self.books.doubts) | set(self.books.certified()[-1:])
             assert len(set(self.books.good(self._steps)) - held_back) <= keep, "too many checkpoints are kept"
         self._check_trust(supervisor)
 
@@ -136,7 +136,8 @@ class Watch:
             case ev.GenerationReady() if event.generation > self._ready:
                 order = self._opened.get(event.generation)
                 durable = order is not None and order.source == "durable" and order.step == event.step
-                if durable and self._was_starting == event.generation and event.step in self.books.committed:
+                newest = event.generation == max(self._opened)
+                if durable and newest and self._job == "starting" and event.step in self.books.committed:
                     self.books.find_whole(event.step)
 
     def _check_trust(self, supervisor: Supervisor) -> None:
@@ -151,8 +152,10 @@ class Watch:
                     assert not able - {node}, "one node's word counts though another could be asked"
                     self.books.refuse(step)
         whole = [step for step, c in state.checkpoints.items() if c.trust in ("verified", "certified")]
+        certified = [step for step, c in state.checkpoints.items() if c.trust == "certified"]
+        assert certified == self.books.certified(), "what is certified and what was read do not make it so"
         assert set(whole) <= self.books.read, "a checkpoint counts as verified that nobody has read"
-        self._able, self._was_starting = able, state.generation * (state.job == "starting")
+        self._able, self._job = able, state.job
 
     def _never_falls(self, name: str, value: int) -> None:
         assert value >= self._lows.get(name, 0), f"{name} fell from {self._lows[name]} to {value}"
@@ -189,7 +192,7 @@ class Watch:
             case ev.NodeLeaving():
                 self._leaving.add(event.node)
             case ev.AuditSettled() if event.number in self._asked:
-                self._learn_of_verdict(event, self._asked.pop(event.number))
+                self._learn_of_verdict(supervisor, event, self._asked.pop(event.number))
             case ev.TimerFired() if event.timer.startswith("third/"):
                 self._asked.pop(int(event.timer.removeprefix("third/")), None)
             case ev.GenerationReady():
@@ -222,10 +225,11 @@ class Watch:
             self._convicted.add(event.node)
             self._struck.setdefault((event.step, event.slot), set()).add(event.node)
 
-    def _learn_of_verdict(self, event: ev.AuditSettled, asked: ac.AskThird) -> None:
+    def _learn_of_verdict(self, supervisor: Supervisor, event: ev.AuditSettled, asked: ac.AskThird) -> None:
         if event.wrong not in (asked.auditor, asked.accused):
             return
         self._convicted.add(event.wrong)
+        state, current = supervisor.state, max(self._opened, default=0)
         others = [other for other in self._asked.values() if event.wrong in (other.auditor, other.accused)]
         for each in (asked, *others):
             self._asked.pop(each.number, None)
@@ -233,6 +237,12 @@ class Watch:
             self.books.revoke_if(lambda *made, g=generation, k=step: self._came_of(g, k, *made))
             heirs = [g for g in self._parents if self._came_of(generation, step, g, 10**9)]
             self._corrupt |= {(g, step) for g in heirs}
+        settled = [(a.generation, a.step) for a in (asked, *others)]
+        here = [k for g, k in settled if self._came_of(g, k, current, max(state.step, k))]
+        before = [step for step in self.books.certified() if here and step < min(here)]
+        if before and self._job in ("starting", "training", "halting", "committing"):
+            self.books.revoke_if(lambda writer, step: step > max(before))
+            self._corrupt.add((current, max(before) + 1))
 
     def _came_of(self, generation: int, step: int, newest: int, last: int) -> bool:
         """Whether the state after step `last` of generation `newest` came of what `generation` computed in `step`."""
@@ -280,6 +290,8 @@ class Watch:
                 assert action.step != max(before, default=0), (
                     "what a verdict may leave as the only clean one is deleted"
                 )
+                own = [step for step in self.books.certified() if step <= self._steps]
+                assert action.step not in own[-1:], "the newest certified checkpoint is deleted"
                 if action.step in self.books.read and "verify" in self._capabilities:
                     known = supervisor.state.checkpoints.items()
                     newer = [s for s, c in known if s > action.step and s in self.books.read and c.doubt is None]
