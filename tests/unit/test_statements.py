@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,18 @@ def test_a_flipped_bit_makes_it_no_statement(tmp_path: Path, at: int) -> None:
         assert statements.read(str(tmp_path)) == {}
     else:
         assert held == VERIFIED, "white space may change"
+
+
+def test_a_moved_record_and_one_that_says_nonsense_say_nothing(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    statements.write(url, VERIFIED)
+    (path,) = (tmp_path / "checkpoints/trust").iterdir()
+    path.rename(path.with_name("step-00000040-g3-verified.json"))
+    path.with_name("step-00000040-g1-damaged.json").write_bytes(b"{}")
+    nonsense: Any = "holy"
+    path.with_name("step-00000050-g1-damaged.json").write_bytes(replace(VERIFIED, trust=nonsense).to_json())
+    path.with_name("step-00000060-g1-holy.json").write_bytes(VERIFIED.to_json())
+    assert statements.read(url) == {}
 
 
 def test_with_a_checkpoint_goes_what_was_said_of_it(tmp_path: Path) -> None:
