@@ -45,6 +45,7 @@ class Books:
         match event:
             case ev.RunDeclared():  # whoever resumes has looked at what is damaged: it is tried again
                 kept = {s for s, why in self._distrusted.items() if why == "revoked" or s in self._ordered}
+                self._certificates -= set(self._distrusted) - kept
                 self._distrusted = {step: self._distrusted[step] for step in kept}
                 self.read -= set(self.doubts)
                 self.doubts = {}
