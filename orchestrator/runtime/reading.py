@@ -106,4 +106,5 @@ def read_back(url: str, order: VerifyCheckpoint, pace: Pace) -> Reading:
 
 
 def _be_nice() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    """Of this thread alone, as Linux has it; never less nice than the process was made."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
