@@ -138,10 +138,10 @@ def read_indices(url: str, commit: Commit) -> list[Index]:
     return indices
 
 
-def verify(url: str, commit: Commit, pace: Callable[[int], None] = lambda n_bytes: None) -> list[str]:
+def verify(url: str, commit: Commit, progress: Callable[[int], None] = lambda n_bytes: None) -> list[str]:
     """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match.
 
-    `pace` is called with the bytes of each read before it; it may wait, or end the reading by raising.
+    `progress` is called with the bytes that were read since the call before.
     """
     store = locate(url)
     problems: list[str] = []
@@ -152,7 +152,7 @@ def verify(url: str, commit: Commit, pace: Callable[[int], None] = lambda n_byte
         except ManifestError as e:
             problems.append(str(e))
     for index in indices:
-        problems += _check_data(store, index, pace)
+        problems += _check_data(store, index, progress)
     if len(indices) == len(commit.parts):
         try:
             check_tensors(chunk for index in indices for chunk in index.chunks)
@@ -161,7 +161,7 @@ def verify(url: str, commit: Commit, pace: Callable[[int], None] = lambda n_byte
     return problems
 
 
-def _check_data(store: Store, index: Index, pace: Callable[[int], None]) -> list[str]:
+def _check_data(store: Store, index: Index, progress: Callable[[int], None]) -> list[str]:
     """One pass over a data file: its damaged blocks, or else the chunks that are not what the rank meant to write.
 
     Chunk digests were taken before the write, so a mismatch under good block digests is a fault of the rank's memory.
@@ -170,8 +170,8 @@ def _check_data(store: Store, index: Index, pace: Callable[[int], None]) -> list
     chunks = sorted((chunk for chunk in index.chunks if chunk.n_bytes), key=lambda chunk: chunk.file_offset)
     hashing, first = xxhash.xxh3_128(), 0
     for begin in range(0, len(index.blocks), READ_BLOCKS):
-        pace(min(READ_BLOCKS * index.block_bytes, index.data_bytes - begin * index.block_bytes))
         results = read_blocks(store, index, begin, min(begin + READ_BLOCKS, len(index.blocks)))
+        progress(min(READ_BLOCKS * index.block_bytes, index.data_bytes - begin * index.block_bytes))
         for number, block in enumerate(results, start=begin):
             if isinstance(block, ManifestError):
                 problems.append(str(block))
