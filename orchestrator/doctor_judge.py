@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from orchestrator.doctor_node import MEMORY_FILE_SYSTEMS, Limits, Memory, Place
-from orchestrator.need import LOG_BYTES, Need, need_of, size
+from orchestrator.need import LOG_BYTES, Need, checkpoints_at_once, need_of, size
 from orchestrator.spec import JobSpec
 
 CLOCK_WARNING_S = 1.0
@@ -304,7 +304,12 @@ def _writable(answers: Answers) -> list[Finding]:
 def _disk(spec: JobSpec, need: Need, answers: Mapping[str, Answers], started: bool) -> list[Finding]:
     """A run that was started has some of its checkpoints there: what they take is not wanted again."""
     rooms = [
-        ("run.url", answers.get("run_dir", {}), (spec.checkpoint.keep + 1) * need.checkpoint_bytes, True),
+        (
+            "run.url",
+            answers.get("run_dir", {}),
+            checkpoints_at_once(spec) * need.checkpoint_bytes,
+            True,
+        ),
         ("temporary files", answers.get("temporary", {}), need.part_bytes, True),
         ("cluster.log_dir", answers.get("log_dir", {}), LOG_BYTES, False),
         ("data.cache_dir", answers.get("cache_dir", {}), CACHE_BYTES, False),

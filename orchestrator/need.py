@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from orchestrator.core.checkpoints import UNREAD_KEPT
 from orchestrator.core.placement import slots_of
 from orchestrator.runtime.worker_log import FILE_MAX_BYTES
 from orchestrator.spec import JobSpec
@@ -97,14 +98,19 @@ def need_of(spec: JobSpec) -> Need:
             + ("on the devices" if cuda else f"{TRAINING_BYTES} bytes x {node_parameters:,}, activations not counted")
             + f") + {slots + NODE_PROCESSES} processes x {size(PROCESS_BYTES)} = {size(memory_bytes)} on a node",
             f"checkpoints: {STATE_BYTES} bytes x {parameters:,} = {size(STATE_BYTES * parameters)} each, of which "
-            f"{spec.checkpoint.keep + 1} are there at once (checkpoint.keep = {spec.checkpoint.keep}, and the one "
-            "being written)",
+            f"{checkpoints_at_once(spec)} are there at once (checkpoint.keep = {spec.checkpoint.keep}, "
+            "one that is being verified, one that waits for it, and the one being written)",
             f"open files: {PROCESS_FILES} + {groups} connections to other ranks + 2 x {layout.nodes} nodes + "
             f"{WORKER_FILES} x {slots} workers = {files} in a process",
             f"threads: {NODE_THREADS} + {slots} workers x ({WORKER_THREADS[spec.cluster.device]} + {omp}) = {threads} "
             "on a node",
         ),
     )
+
+
+def checkpoints_at_once(spec: JobSpec) -> int:
+    """Under run.url, those apart that are kept for good."""
+    return spec.checkpoint.keep + UNREAD_KEPT + 1
 
 
 def size(n_bytes: float) -> str:

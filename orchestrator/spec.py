@@ -209,6 +209,9 @@ class JobSpec(_Section):
             probation_us=_us(r.probation_s),
             quarantined_at_most=max(2, math.floor(r.quarantine_share * (self.layout.nodes + self.layout.spares))),
             grow_settle_us=_us(r.grow_settle_s),
+            keep_every_steps=self.checkpoint.keep_every_steps,
+            scrub_us=_us(self.checkpoint.scrub_hours * 3600),
+            verify_bytes_per_s=self.checkpoint.verify_mb_per_s * 1_000_000,
         )
 
     @property
@@ -378,6 +381,9 @@ _AT_LEAST: dict[str, dict[str, float]] = {
         "longest_interval_steps": 1,
         "snapshot_interval_steps": 1,
         "keep": 2,
+        "keep_every_steps": 0,
+        "scrub_hours": 0,
+        "verify_mb_per_s": 1,
     },
 }
 

@@ -66,9 +66,13 @@ class Statement:
         try:
             if certificate is not None:
                 certificate = Certificate(**{**certificate, "checks": tuple(certificate["checks"])})
-            return Statement(certificate=certificate, **document)
+            statement = Statement(certificate=certificate, **document)
         except (TypeError, KeyError) as e:
             raise ManifestError(f"not a statement: {e!r}") from e
+        numbers = (statement.step, statement.generation, statement.epoch, statement.at_unix_s)
+        if statement.trust not in get_args(Trust) or not all(isinstance(number, int) for number in numbers):
+            raise ManifestError(f"not a statement: {statement}")
+        return statement
 
 
 def write(url: str, statement: Statement) -> None:
@@ -103,6 +107,8 @@ def _read(url: str, only: int | None) -> dict[int, tuple[Statement, ...]]:
     for name in _names(url, only):
         try:
             statement = Statement.from_json(read_bytes(url, name))
+            if not name.startswith(statement.name.removesuffix(".json")):
+                raise ManifestError(f"it says what belongs into {statement.name}: the file was moved")
         except FileNotFoundError:
             continue  # its checkpoint is being deleted
         except ManifestError as e:

@@ -144,7 +144,15 @@ class CheckpointConfig:
     snapshot_interval_steps: int = 1
     """Steps between snapshots of each rank's own shard into the node's shared memory."""
     keep: int = 3
-    """Committed checkpoints that are kept, the newest; older ones are deleted. At least 2."""
+    """Verified checkpoints that are kept, the newest; older ones are deleted. At least 2."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of these steps are kept for good; 0: none are. (Pinned ones are, in any case.)"""
+    scrub_hours: float = 24.0
+    """Each kept checkpoint is read anew so long after it was last found whole; 0: never. A disk's latent errors are
+    measured in months, and a day bounds for how long a bad copy is counted on."""
+    verify_mb_per_s: int = 500
+    """At most so much (10^6 bytes) is read each second to verify a checkpoint, by one node at a time: a 25th of a
+    100 Gbit/s link."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,9 +281,10 @@ def checkpoints() -> list[Any]:
     behind.min(0).decimals(0)
     age = graph(
         "Age of the newest checkpoint",
-        "Since it was committed.",
+        "Since it was committed. 'verified': a node, or a restore, has read it back whole.",
         6,
         query(f"max by (run) (shepherd_checkpoint_age_seconds{RUN})", "age"),
+        query(f"max by (run) (shepherd_checkpoint_verified_age_seconds{RUN})", "of the newest verified"),
     )
     age.unit("s").min(0)
     step = figure(
@@ -294,11 +295,13 @@ def checkpoints() -> list[Any]:
     )
     step.height(8).decimals(0).thresholds(thresholds(BLUE))
     failed = graph(
-        "Failed saves",
-        "Since the run was declared. 'failing' is 1 until a save succeeds again.",
+        "Failed saves, damaged checkpoints",
+        "Saves that failed since the run was declared; 'failing' is 1 until one succeeds again. 'damaged' are the "
+        "checkpoints that are so now.",
         6,
         query(f"max by (run) (shepherd_checkpoint_failures_total{RUN})", "failed"),
         query(f"max by (run) (shepherd_checkpoint_failing{RUN})", "failing"),
+        query('max by (run) (shepherd_checkpoints{run="$run",trust="damaged"})', "damaged"),
     )
     failed.min(0).decimals(0)
     return [behind, age, step, failed]

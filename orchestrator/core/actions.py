@@ -7,6 +7,9 @@ each once, by its generation. Only harm (InjectFault) is ordered once and never 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from storage.manifest import Certificate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +93,39 @@ class CommitCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class DeleteCheckpoint:
-    """Delete the checkpoint of `step`, its record first; one that cannot be deleted is found again by a controller."""
+    """Delete the checkpoint of `step`, its record first; one that cannot be deleted is found again by a controller.
+
+    Not one that is pinned: then CheckpointsPinned is the answer.
+    """
 
     step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyCheckpoint:
+    """Have `node` read the checkpoint of `step` back, slowly; answer CheckpointVerified. Nobody waits for it."""
+
+    number: int
+    step: int
+    generation: int
+    """That wrote it; 0: whichever record stands."""
+    node: str
+    bytes_per_s: int
+    """No faster: training and its saves come first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishTrust:
+    """Tell under run.url what is thought of a checkpoint from now on; what cannot be written is told with the next."""
+
+    step: int
+    generation: int
+    epoch: int
+    trust: Literal["verified", "certified", "damaged", "revoked"]
+    by: str
+    """Who has read it, or proven something of it."""
+    detail: str
+    certificate: Certificate | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +194,8 @@ Action = (
     | SaveEvery
     | CommitCheckpoint
     | DeleteCheckpoint
+    | VerifyCheckpoint
+    | PublishTrust
     | InjectFault
     | ReleaseNode
     | ProbeNode

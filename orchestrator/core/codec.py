@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from orchestrator.core.actions import Action
 from orchestrator.core.events import Event
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import NODE_STATES, State
+from orchestrator.core.state import NODE_STATES, VERIFICATIONS, State
 from trainer.contract import build, decode
 
 K = TypeVar("K", bound=str)
@@ -60,13 +60,14 @@ def state_to_json(state: State) -> dict[str, Any]:
 def state_from_json(document: dict[str, Any]) -> State:
     """The state of a JSON object made by `state_to_json`, by this code or by older code.
 
-    What older code did not know has its default: a field with one, and a count of nodes or time under a new name.
+    What older code did not know has its default: a field with one, and a count under a new name.
 
     Raises:
         ValueError: a field without default is missing, or a field, a node's state or a label is unknown.
     """
     state = build(State, document)
     state.counts = _counted(state.counts, NODE_STATES)
+    state.verifications = _counted(state.verifications, VERIFICATIONS)
     state.ledger.totals = _counted(state.ledger.totals, LABELS)
     return state
 

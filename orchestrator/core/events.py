@@ -7,16 +7,18 @@ so that the core and its journal hold no floats.
 Reports may come twice (an agent repeats what was not acknowledged) and late (from an older generation). Both are
 harmless: the supervisor ignores what it already knows and what does not belong to the current generation.
 
-What a body owes: a controller tells EpochBegan, then CheckpointsFound, before anything else; a run that starts or
-resumes tells RunDeclared before both. Within a generation, GenerationReady comes before its steps, GenerationFinished
-after what became of its last save, and what a node says when it has halted after its workers' last words: what they
-know of corruption decides what may be restored. A lost node's name is not used again, and when an agent comes back
-under a new name, the old one's NodeLost comes first.
+What a body owes: a controller tells EpochBegan, then CheckpointsPinned, then CheckpointsFound,
+before anything else; a run that starts or resumes tells RunDeclared before them. Within a generation, GenerationReady
+comes before its steps, GenerationFinished after what became of its last save, and what a node says when it has halted
+after its workers' last words: what they know of corruption decides what may be restored. A lost node's name is not used
+again, and when an agent comes back under a new name, the old one's NodeLost comes first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from storage.manifest import Certificate
 
 FOR_EVER_US = 2**62
 """Longer than any run."""
@@ -68,6 +70,11 @@ class Limits:
     quarantined_at_most: int = 2**31
     """Nodes that may be in quarantine at once; beyond that the fault is not one of nodes, and people must look."""
     grow_settle_us: int = 0
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of these steps are kept for good; 0: none are."""
+    scrub_us: int = 0
+    """A kept checkpoint is read anew this long after it was last found whole; 0: never."""
+    verify_bytes_per_s: int = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +104,8 @@ class RunDeclared:
     - "ram": keep snapshots in shared memory; "peer": copy them between nodes;
     - "buddy": copy each to one other node as soon as it is taken;
     - "park": keep the processes of live workers from one generation to the next;
-    - "probe": check a node with work whose result is known; "third": repeat an audited computation on a third node.
+    - "probe": check a node with work whose result is known; "third": repeat an audited computation on a third node;
+    - "verify": have a node read a checkpoint back, and publish what is thought of checkpoints.
 
     Whether it can train with fewer replicas stands in `Layout.shrinks_to`.
     """
@@ -343,6 +351,41 @@ class CheckpointsFound:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointVerified:
+    """The answer to VerifyCheckpoint: `node` has read the checkpoint, or could not."""
+
+    at: int
+    step: int
+    generation: int
+    """As it was ordered."""
+    node: str
+    bytes: int
+    read_us: int
+    problems: tuple[str, ...]
+    """What does not match its digest, each with its file; the first few. Empty: it is whole."""
+    unread: str = ""
+    """Why it was not read to its end; then there are no problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCertified:
+    """Enough audits were passed since a checkpoint to say how well its computation was watched."""
+
+    at: int
+    step: int
+    generation: int
+    certificate: Certificate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsPinned:
+    """All the steps whose checkpoints somebody wants to keep, as they are now, ascending."""
+
+    at: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class IntervalChosen:
     """How often to save from now on, as computed from what the run has measured, with what it was computed from."""
 
@@ -440,6 +483,9 @@ Event = (
     | CheckpointCommitted
     | CheckpointFailed
     | CheckpointsFound
+    | CheckpointVerified
+    | CheckpointCertified
+    | CheckpointsPinned
     | IntervalChosen
     | GenerationFinished
     | StopRequested

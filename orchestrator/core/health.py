@@ -86,6 +86,7 @@ def forgive(state: State, at: int) -> None:
         state.strikes[name] = [time for time in struck if time > since]
         if not state.strikes[name]:
             del state.strikes[name]
+    state.misread = {name: what for name, what in state.misread.items() if name in state.strikes}
     state.disputes = {name: time for name, time in state.disputes.items() if time > since}
     state.probation = {name: until for name, until in state.probation.items() if until > at}
 

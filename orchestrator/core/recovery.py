@@ -26,8 +26,16 @@ from dataclasses import dataclass
 
 from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
-from orchestrator.core.checkpoints import DISTRUSTED
-from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, IN_QUARANTINE, STANDINGS, Evidence, Incident, State
+from orchestrator.core.state import (
+    DISTRUSTED,
+    EXIT_CRASH_LOOP,
+    EXIT_JOB_FAULT,
+    IN_QUARANTINE,
+    STANDINGS,
+    Evidence,
+    Incident,
+    State,
+)
 from orchestrator.core.state import EXIT_FAILED as RUN_FAILED
 from trainer.contract import EXIT_FAILED
 

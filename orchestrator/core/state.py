@@ -12,6 +12,7 @@ from typing import Any, Literal
 from orchestrator.core.actions import OpenGeneration
 from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot
 from orchestrator.core.goodput import Ledger
+from storage.manifest import Certificate
 
 NodeState = Literal["spare", "active", "quarantined", "probed", "lost"]
 
@@ -43,6 +44,31 @@ JOB_STATES: dict[JobState, str] = {
     "halting": "something failed; the generation's workers are being ended and the nodes report what they hold",
     "committing": "every rank has left in good order; the last checkpoint is not committed yet",
     "ended": "over; nothing more is ordered",
+}
+
+Trust = Literal["written", "committed", "verified", "certified", "damaged", "revoked"]
+
+TRUSTS: dict[Trust, str] = {
+    "written": "every rank's part is on the store; it is no checkpoint yet",
+    "committed": "its record stands: it can be restored from",
+    "verified": "a node has read it back whole, or a restore has: every digest matched",
+    "certified": "verified, and a certificate says what speaks for its state having been computed rightly",
+    "damaged": "found damaged by whoever read it: not restored from, and kept for people to look at",
+    "revoked": "its state of that step was proven corrupt, or may be: not restored from",
+}
+
+USABLE: tuple[Trust, ...] = ("committed", "verified", "certified")
+"""Restored from."""
+VERIFIED: tuple[Trust, ...] = ("verified", "certified")
+DISTRUSTED: tuple[Trust, ...] = ("damaged", "revoked")
+
+Outcome = Literal["whole", "damaged", "misread", "unread"]
+
+VERIFICATIONS: dict[Outcome, str] = {
+    "whole": "every digest matched",
+    "damaged": "found damaged, and no other node found it whole",
+    "misread": "found damaged, and another node found it whole: a strike for the first",
+    "unread": "it came to nothing: the store or the node did not answer, or a generation started",
 }
 
 # Exit codes of a run; the table for people is docs/exit-codes.md.
@@ -99,16 +125,52 @@ class Held:
     snapshots: tuple[Snapshot, ...]
 
 
+@dataclass(kw_only=True)
+class Doubt:
+    """Somebody has found a checkpoint damaged, and another node is to say whether it is."""
+
+    node: str
+    """Who said so."""
+    problem: str
+    by_itself: bool
+    """It has read the damage itself: in a restore by several nodes, each says what any of them has found."""
+
+
 @dataclass
 class Checkpoint:
-    trust: Literal["written", "committed", "damaged", "revoked"]
-    """"written": every rank's part is on the store. "committed": its record is, too. "damaged": a worker refused it.
-    "revoked": its generation's state of that step was found corrupt."""
+    trust: Trust
+    """See TRUSTS."""
     generation: int
-    """The generation that wrote it."""
+    """The generation that wrote it; 0 when it is not known."""
     committed_at: int = 0
     replaces: Literal["", "damaged", "revoked"] = ""
     """What a record of this step is that stands until this one is committed."""
+    bytes: int = 0
+    """0 when it is not known."""
+    read_at: int = 0
+    """When it was last found whole; 0: never."""
+    doubt: Doubt | None = None
+    """Of one that is usable or damaged."""
+    tries: int = 0
+    """Verifications in a row that came to nothing."""
+    not_before: int = 0
+    """When the next one may be ordered."""
+    certificate: Certificate | None = None
+    """It certifies a checkpoint that is verified."""
+    by: str = ""
+    """Who has read it, or proven something of it, so that its trust is what it is."""
+    why: str = ""
+    """What was read, or is wrong with it."""
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """A node has been asked to read a checkpoint back."""
+
+    number: int
+    step: int
+    generation: int
+    node: str
 
 
 @dataclass
@@ -232,7 +294,21 @@ class State:
     """Most steps completed since the floor was last lowered: to pass it is progress, also when much is recomputed."""
 
     checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
-    """By step, ascending. Only committed ones are restored from."""
+    """By step, ascending. Those in USABLE are restored from."""
+    verification: Verification | None = None
+    """The one that is under way; of a node that is not lost."""
+    n_verifications: int = 0
+    """That were ever ordered."""
+    readers: dict[str, int] = field(default_factory=dict)
+    """Node to the number of the newest verification that it was asked for."""
+    verifications: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(VERIFICATIONS, 0))
+    """Outcome to how often it came out so; see VERIFICATIONS."""
+    misread: dict[str, str] = field(default_factory=dict)
+    """Node to what it has last misread, as evidence for its strike."""
+    pinned: dict[int, None] = field(default_factory=dict)
+    """Steps whose checkpoints somebody wants to keep."""
+    retiring: dict[int, Checkpoint] = field(default_factory=dict)
+    """The newest checkpoints whose deletion was ordered: one that turns out to be pinned is still there."""
     retired: int = 0
     """The newest step whose checkpoint was deleted for its age: older than what is kept there is only step 0."""
     interval: IntervalChosen | None = None
@@ -296,8 +372,10 @@ class State:
             if name in self.leaving or name in self.convicted:
                 self.drained[name] = None
             held_against: tuple[dict[str, Any], ...] = (self.strikes, self.convicted, self.disputes, self.slow)
-            for known in (*held_against, self.probation, self.probes, self.leaving):
+            for known in (*held_against, self.probation, self.probes, self.leaving, self.readers, self.misread):
                 known.pop(name, None)
+            if self.verification is not None and self.verification.node == name:
+                self.verification = None
 
     def standing(self, name: str) -> Standing:
         """What is to be thought of a usable node."""
@@ -374,7 +452,7 @@ class State:
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint to restore from; one beyond the last step belongs to a longer run."""
         return max(
-            (step for step, c in self.checkpoints.items() if c.trust == "committed" and step <= self.total_steps),
+            (step for step, c in self.checkpoints.items() if c.trust in USABLE and step <= self.total_steps),
             default=None,
         )
 
@@ -383,6 +461,7 @@ class State:
 
         - while slots are held, as many nodes are active as the mesh has places, and the ledger counts the same nodes;
         - a halt awaits somebody and has an incident to answer;
+        - who verifies a checkpoint is there, and no checkpoint is certified without a certificate;
         - steps completed never pass the high-water mark, and an ended run has a verdict;
         - the ledger adds up.
         """
@@ -400,6 +479,8 @@ class State:
         assert self.restored_step <= self.step <= self.high_water, (self.restored_step, self.step, self.high_water)
         assert self.floor <= self.reached <= self.high_water, (self.floor, self.reached, self.high_water)
         assert (self.job == "ended") == (self.exit_code is not None)
+        assert self.verification is None or self.nodes[self.verification.node].state != "lost", self.verification
+        assert all(c.certificate for c in self.checkpoints.values() if c.trust == "certified"), self.checkpoints
         self.ledger.check()
 
     def check_nodes(self) -> None:

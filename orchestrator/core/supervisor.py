@@ -21,10 +21,10 @@ next rung down is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from orchestrator.core import checkpoints, election, health, interruption, planned, recovery
+from orchestrator.core import checkpoints, election, health, interruption, planned, recovery, trust
 from orchestrator.core import events as ev
 from orchestrator.core.actions import (
     Action,
@@ -38,12 +38,14 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.goodput import Label
 from orchestrator.core.state import (
+    DISTRUSTED,
     EXIT_FAILED,
     EXIT_NO_NODES,
     EXIT_OK,
     EXIT_STOPPED,
     NODE_STATES,
     OWN_PLACE,
+    USABLE,
     Evidence,
     Fault,
     Held,
@@ -74,6 +76,8 @@ class Supervisor:
         actions = _HANDLERS[type(event)](self, event)
         if self.state.job == "training" and self.state.incident is None:
             actions += planned.in_peace(self.state, event.at)
+        if self.state.job == "training" and self.state.incident is None:
+            actions += trust.next_verification(self.state, event.at)
         self._count_nodes()
         self.state.check()
         if before != (self.state.job, self.state.generation) and self.state.job != "training":
@@ -99,8 +103,8 @@ class Supervisor:
         s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
         s.disputes, s.disagreements, s.probes, s.slow, s.lineage = {}, [], {}, {}, {}
         s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
-        # Who resumes has looked: what was found damaged may have been mended, and is tried again.
-        s.checkpoints = {step: c for step, c in s.checkpoints.items() if c.trust != "damaged"}
+        s.verification, s.readers, s.misread = None, {}, {}
+        checkpoints.resumed(s)
         s.ledger.places = event.layout.nodes + event.layout.spares
         s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
         return [SetTimer(timer=f"wait/{s.generation}", at=event.at + event.limits.wait_deadline_us)]
@@ -133,6 +137,7 @@ class Supervisor:
             again += health.probe(s, name, event.at)
         for asked in s.disagreements:
             again += health.ask(s, asked, event.at)
+        again += self._published(s.checkpoints) + trust.order_again(s, event.at)
         return again + self._save_every()
 
     def _on_stop_requested(self, event: ev.StopRequested) -> list[Action]:
@@ -221,8 +226,9 @@ class Supervisor:
         """A third node has convicted one: all that came of the step is not to be trusted, and only that."""
         s = self.state
         settled = health.settled(s, event.number, event.wrong)
+        revoked: list[int] = []
         for asked in settled:
-            checkpoints.revoke_what_came_of(s, asked.generation, asked.step)
+            revoked += checkpoints.revoke_what_came_of(s, asked.generation, asked.step, asked.judge)
             heirs = [g for g in s.lineage if s.is_made_of(asked.generation, asked.step, upto=(g, asked.step))]
             for last in heirs[-1:]:  # what is held of it by those before is not clean, either: see is_unclean
                 s.unclean[last] = min(asked.step, s.unclean.get(last, asked.step))
@@ -230,12 +236,17 @@ class Supervisor:
         here = [d for d in settled if s.is_made_of(d.generation, d.step, upto=(s.generation, max(s.step, d.step)))]
         if here and s.job in (*_HOLDS_SLOTS, "committing"):
             first = min(here, key=lambda asked: asked.step)
+            revoked += trust.rewind(s, first.step, first.judge)
             detail = f"wrong in the audit of step {first.step}, says {first.judge}: {event.detail}"
             evidence = Evidence(
                 at=event.at, node=event.wrong, slot=None, kind="corrupt", detail=detail, step=first.step
             )
-            return interruption.fault(s, evidence)
-        return (health.convict(s, event.wrong, event.at) if settled else []) + self._finish_if_saved()
+            return self._published(revoked) + interruption.fault(s, evidence)
+        told = self._published(revoked)
+        return told + (health.convict(s, event.wrong, event.at) if settled else []) + self._finish_if_saved()
+
+    def _published(self, steps: Iterable[int]) -> list[Action]:
+        return [action for step in steps for action in trust.publish(self.state, step)]
 
     # --- a generation -----------------------------------------------------------------------------------------------
 
@@ -255,7 +266,9 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-        return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
+        assert s.order is not None
+        whole = trust.restored(s, s.order, event.at)
+        return whole + self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
         s = self.state
@@ -293,7 +306,7 @@ class Supervisor:
         if event.step > s.step:  # the last report of steps was lost with the controller before
             self._complete(event.at, event.step, {})
         last = s.checkpoints.get(s.step)
-        if last is None or last.trust in checkpoints.DISTRUSTED:
+        if last is None or last.trust in DISTRUSTED:
             unsaved = "the last checkpoint could not be written"
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", unsaved))
         s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
@@ -324,6 +337,16 @@ class Supervisor:
         checkpoints.found(self.state, event)
         return checkpoints.retire(self.state) + self._finish_if_saved()
 
+    def _on_checkpoint_verified(self, event: ev.CheckpointVerified) -> list[Action]:
+        return trust.answered(self.state, event) + checkpoints.retire(self.state)
+
+    def _on_checkpoint_certified(self, event: ev.CheckpointCertified) -> list[Action]:
+        return trust.certified(self.state, event) + checkpoints.retire(self.state)
+
+    def _on_checkpoints_pinned(self, event: ev.CheckpointsPinned) -> list[Action]:
+        checkpoints.pinned(self.state, event)
+        return checkpoints.retire(self.state)
+
     def _on_interval_chosen(self, event: ev.IntervalChosen) -> list[Action]:
         assert event.every_steps >= 1, event
         self.state.interval = event
@@ -342,13 +365,14 @@ class Supervisor:
         s = self.state
         if event.generation != s.generation or s.order is None:
             return []
+        told: list[Action] = []
         if event.kind == "state":
-            self._distrust(s.order, event.error)
+            told = self._distrust(s.order, event.node, event.error)
         if event.kind in recovery.UNCLEAN:
-            self._mark_unclean(s.order, event.step)
+            told = self._published(self._mark_unclean(s.order, event.node, event.step))
         if s.job not in _HOLDS_SLOTS:
-            return []
-        return interruption.fault(
+            return told
+        return told + interruption.fault(
             self.state,
             Evidence(
                 at=event.at, node=event.node, slot=event.slot, kind=event.kind, detail=event.error, step=event.step
@@ -410,6 +434,8 @@ class Supervisor:
         name, _, about = event.timer.partition("/")
         if name == "probe":
             return self._probed(event.at, int(about), passed=False)
+        if name == "verify":
+            return trust.unanswered(s, int(about), event.at)
         if name == "third":
             health.settled(s, int(about), wrong="")
             return self._finish_if_saved()
@@ -475,30 +501,33 @@ class Supervisor:
 
     # --- small parts ------------------------------------------------------------------------------------------------
 
-    def _distrust(self, order: OpenGeneration, error: str) -> None:
-        """A worker refused the state that it was given: never give it again."""
+    def _distrust(self, order: OpenGeneration, node: str, error: str) -> list[Action]:
+        """A worker refused the state that it was given: do not give it again."""
         s = self.state
         if order.source == "durable":
-            checkpoints.refuse(s, order)
-        elif order.source == "ram":
+            return trust.refuse(s, order, node, error)
+        if order.source == "ram":
             s.bad_snapshots[ev.Snapshot(generation=order.snapshot_generation, step=order.step).name] = error
+        return []
 
-    def _mark_unclean(self, order: OpenGeneration, step: int) -> None:
+    def _mark_unclean(self, order: OpenGeneration, by: str, step: int) -> list[int]:
         """State was found corrupt after `step`: what holds that state, or what came of it, is not restored from.
 
         The check before was passed, so a snapshot of the step before is clean. When that state was restored, not
         computed, it is its writer's checkpoint that may hold it; a durable one was whole when it was read.
+
+        Returns:
+            The steps of checkpoints that are revoked.
         """
         s = self.state
         s.unclean[s.generation] = min(step, s.unclean.get(s.generation, step))
         if step > order.step:
-            checkpoints.revoke(s, s.generation, step)
-        elif order.source == "ram":
-            checkpoints.revoke(s, order.snapshot_generation, step)
+            return checkpoints.revoke(s, s.generation, step, by)
+        return checkpoints.revoke(s, order.snapshot_generation, step, by) if order.source == "ram" else []
 
     def _finish_if_saved(self) -> list[Action]:
         s = self.state
-        saved = s.step in s.checkpoints and s.checkpoints[s.step].trust == "committed"
+        saved = s.step in s.checkpoints and s.checkpoints[s.step].trust in USABLE
         # A third that is still asked may find that what was saved is wrong; the commit's timer bounds the wait.
         return self._finish() if s.job == "committing" and saved and not s.disagreements else []
 
@@ -537,6 +566,9 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.CheckpointCommitted: Supervisor._on_checkpoint_committed,
     ev.CheckpointFailed: Supervisor._on_checkpoint_failed,
     ev.CheckpointsFound: Supervisor._on_checkpoints_found,
+    ev.CheckpointVerified: Supervisor._on_checkpoint_verified,
+    ev.CheckpointCertified: Supervisor._on_checkpoint_certified,
+    ev.CheckpointsPinned: Supervisor._on_checkpoints_pinned,
     ev.IntervalChosen: Supervisor._on_interval_chosen,
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import JOB_STATES, NODE_STATES, STANDINGS
+from orchestrator.core.state import JOB_STATES, NODE_STATES, STANDINGS, TRUSTS, VERIFICATIONS
 
 
 def page() -> str:
@@ -28,6 +28,14 @@ def page() -> str:
             "## A node that may hold a slot is",
             "",
             *_table("standing", STANDINGS),
+            "",
+            "## A checkpoint is",
+            "",
+            *_table("trust", TRUSTS),
+            "",
+            "## A verification of a checkpoint comes out",
+            "",
+            *_table("outcome", VERIFICATIONS),
             "",
             "## A microsecond of a node counts as",
             "",

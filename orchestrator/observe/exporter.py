@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from orchestrator.chaos.orders import NOT_DONE, SCENARIOS
-from orchestrator.core.state import IN_QUARANTINE, JOB_STATES
+from orchestrator.core.state import IN_QUARANTINE, JOB_STATES, TRUSTS
 from orchestrator.observe.status import Status, nodes_by_state
 from orchestrator.spec import JobSpec
 
@@ -136,6 +136,16 @@ def _checkpoints(s: Status, spec: JobSpec) -> Iterable[Family]:
     yield _gauge(run, "checkpoint_step", "Step of the newest committed checkpoint.", newest)
     yield _gauge(run, "checkpoint_age_seconds", "Seconds since the newest committed checkpoint was committed.", age)
     yield _gauge(run, "checkpoint_interval_steps", "Steps between checkpoints, as it is in force.", s.save_every_steps)
+    text = "Step of the newest verified checkpoint."
+    yield _gauge(run, "checkpoint_verified_step", text, s.newest_verified)
+    text = "Seconds since the newest verified checkpoint was committed; while none is verified, the oldest one."
+    yield _gauge(run, "checkpoint_verified_age_seconds", text, s.newest_verified_age_s)
+    trusts = Counter(c.trust for c in s.trust)
+    standing: dict[tuple[str, ...], float] = {(trust,): trusts[trust] for trust in TRUSTS}
+    yield _labelled(run, GaugeMetricFamily, "checkpoints", "Checkpoints by trust.", ("trust",), standing)
+    read: dict[tuple[str, ...], float] = {(outcome,): n for outcome, n in s.verifications.items()}
+    text = "Checkpoints that nodes were asked to read back, by what came of it."
+    yield _labelled(run, CounterMetricFamily, "checkpoint_verifications", text, ("outcome",), read)
     failing = "1 while the newest save or commit of a checkpoint has failed and none has succeeded since."
     yield _gauge(run, "checkpoint_failing", failing, float(bool(s.save_error)))
     text = "Saves and commits of checkpoints that failed."

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import EXIT_STOPPED
+from orchestrator.core.state import DISTRUSTED, EXIT_STOPPED
 from orchestrator.observe.status import Status
 from orchestrator.spec import JobSpec
 from storage.redact import redacted
@@ -23,6 +23,7 @@ PLAIN_INTERVAL_S = 10.0
 
 NODES_SHOWN = 16
 """Of one state, by name: two lines of a terminal."""
+CHECKPOINTS_SHOWN = 8
 
 Show = Callable[[Status, list[str]], None]
 
@@ -94,6 +95,8 @@ def print_status(status: Status) -> None:
     )
     for line in _nodes(status):
         console.print(line, markup=False)
+    for line in _checkpoints(status):
+        console.print(line, markup=False)
     because = f": {status.save_every_why}" if status.save_every_why else ", as the job says"
     console.print(f"a checkpoint each {status.save_every_steps} steps{because}", markup=False)
     if status.hold:
@@ -112,6 +115,20 @@ def _nodes(status: Status) -> list[str]:
             names.setdefault(status.nodes[name], []).append(name + standing)
     more = {state: f" and {len(of) - NODES_SHOWN} more" if len(of) > NODES_SHOWN else "" for state, of in names.items()}
     return [f"{state}: {', '.join(of[:NODES_SHOWN])}{more[state]}" for state, of in names.items()]
+
+
+def _checkpoints(status: Status) -> list[str]:
+    """What is thought of each checkpoint; of many the newest, and of each that is not to be trusted why."""
+    if not status.trust:
+        return []
+    words = [f"{c.step} {c.trust}{' (pinned)' * c.pinned}{' in doubt' * bool(c.doubt)}" for c in status.trust]
+    more = f"{len(words) - CHECKPOINTS_SHOWN} older and " if len(words) > CHECKPOINTS_SHOWN else ""
+    reading = f"; {status.verifying} is being read back" if status.verifying is not None else ""
+    lines = [f"checkpoints: {more}{', '.join(words[-CHECKPOINTS_SHOWN:])}{reading}"]
+    bad = [c for c in status.trust if c.trust in DISTRUSTED]
+    lines += [f"checkpoint {c.step} is {c.trust}, says {c.by or 'an older controller'}: {c.why}" for c in bad]
+    lines += [f"checkpoint {c.step} is in doubt, says {c.doubt}" for c in status.trust if c.doubt]
+    return lines + [f"node {node} has misread {what}" for node, what in status.misread.items()]
 
 
 def print_end(status: Status, log_dir: str) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import textwrap
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import Action, EndRun, HaltGeneration, InjectFault, OpenGeneration, ReleaseNode
+from orchestrator.core.actions import (
+    Action,
+    EndRun,
+    HaltGeneration,
+    InjectFault,
+    OpenGeneration,
+    PublishTrust,
+    ReleaseNode,
+)
 from orchestrator.core.events import Event
 from orchestrator.core.state import State
 
@@ -25,6 +33,10 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                     f"generation {action.generation} opens at step {action.step} from {source} "
                     f"[{rung}: {action.reason}]"
                 )
+            case PublishTrust():
+                why = f": {textwrap.shorten(action.detail, 160)}" if action.trust in ("damaged", "revoked") else ""
+                by = f", says {action.by}" if action.by else ""
+                lines.append(f"checkpoint of step {action.step} is {action.trust}{by}{why}")
             case ReleaseNode() if action.for_good:
                 lines.append(f"node {action.node} is let go: {action.reason}")
             case InjectFault():
@@ -65,6 +77,8 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"validation loss {event.loss_millionths / 1e6:.4f} at step {event.step}"]
         case ev.CheckpointCommitted():
             return [f"checkpoint of step {event.step} is committed"]
+        case ev.CheckpointVerified() if event.problems:
+            return [f"{event.node} finds the checkpoint of step {event.step} damaged: {event.problems[0]}"]
         case ev.IntervalChosen():
             return [f"a checkpoint each {event.every_steps} steps from here on: {event.why}"]
         case ev.CheckpointFailed():

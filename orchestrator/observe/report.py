@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from orchestrator.chaos.scorecard import Score, score
 from orchestrator.core import events as ev
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import EXIT_OK, EXIT_STOPPED, NODE_STATES
+from orchestrator.core.state import EXIT_OK, EXIT_STOPPED, NODE_STATES, USABLE
 from orchestrator.observe import report_charts as charts
 from orchestrator.observe import report_words as words
 from orchestrator.observe.report_checkpoints import FATES
@@ -177,6 +177,7 @@ def _view(
         "rows_shown": ROWS_SHOWN,
         "scores": scores,
         "fates": FATES,
+        "usable": USABLE,
         "node_states": NODE_STATES,
         "began": _date(began_unix_us),
         "data": _redacted(document(history, scores)),

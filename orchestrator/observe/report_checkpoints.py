@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core.actions import Action
-from orchestrator.core.state import State
+from orchestrator.core.state import DISTRUSTED, USABLE, VERIFIED, State
 
 FATES = {
     "committed": "its record stands: it can be restored from",
+    "verified": "it was read back whole, and can be restored from",
+    "certified": "verified, and a certificate speaks for its computation; it can be restored from",
     "written": "every rank's part is on the store, its record was not seen yet",
-    "damaged": "a worker refused it: kept for people to look at, not restored from",
-    "revoked": "its generation's state of that step was found corrupt: not restored from",
+    "damaged": "found damaged by those who read it: kept for people to look at, not restored from",
+    "revoked": "its state of that step was proven corrupt, or may be: not restored from",
     "replaced": "its step was saved again",
     "deleted": "by retention: newer ones are kept",
     "not committed": "its record could not be created",
@@ -34,9 +36,13 @@ class CheckpointRow:
     write_us: int | None = None
     committed_at: int | None = None
     """When a controller knew that its record stands."""
+    verified_at: int | None = None
+    """When it was first found whole, by a node that read it back or by a restore."""
     deleted_at: int | None = None
     fate: str = ""
     """A key of FATES."""
+    why: str = ""
+    """Of one that is distrusted: who says so, and what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,12 @@ class CheckpointLog:
             case ev.CheckpointsFound():
                 for step in event.steps:
                     self._committed(step, event.at, state)
+            case ev.CheckpointsPinned():
+                self._not_deleted(state)
+            case ev.CheckpointVerified():
+                self._read(event.step, event.at, state)
+            case ev.GenerationReady() if state.order is not None and state.order.source == "durable":
+                self._read(state.order.step, event.at, state)
             case ev.IntervalChosen():
                 self.intervals.append(event)
             case ev.CheckpointFailed() if failed:
@@ -85,6 +97,8 @@ class CheckpointLog:
                 row.fate = "deleted"
             elif current is not None and current.generation == row.generation:
                 row.fate = current.trust
+                if current.trust in DISTRUSTED:
+                    row.why = f"{current.by}: {current.why}"
             elif row.committed_at is None:
                 row.fate = "not committed"
             else:
@@ -92,9 +106,25 @@ class CheckpointLog:
 
     def _committed(self, step: int, at: int, state: State) -> None:
         current = state.checkpoints.get(step)
-        if current is not None and current.trust == "committed":
+        if current is not None and current.trust in USABLE:
             row = self._row(step, current.generation)
             row.committed_at = at if row.committed_at is None else row.committed_at
+
+    def _not_deleted(self, state: State) -> None:
+        """Those that turned out to be pinned when they were to be deleted."""
+        standing = {(row.step, row.generation) for row in self.rows if row.deleted_at is None}
+        for row in reversed(self.rows):
+            known = state.checkpoints.get(row.step)
+            own = (row.step, row.generation)
+            if known is not None and known.generation == row.generation and own not in standing:
+                row.deleted_at = None
+                standing.add(own)
+
+    def _read(self, step: int, at: int, state: State) -> None:
+        current = state.checkpoints.get(step)
+        if current is not None and current.trust in VERIFIED:
+            row = self._row(step, current.generation)
+            row.verified_at = at if row.verified_at is None else row.verified_at
 
     def _standing(self, step: int) -> CheckpointRow:
         """The row of what retention deletes; one that is deleted as it is found has none yet."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.core.goodput import Ledger
-from orchestrator.core.state import NODE_STATES, Fault, Incident, State
+from orchestrator.core.state import NODE_STATES, USABLE, VERIFIED, Checkpoint, Fault, Incident, State
 
 
 class NewestStep(Protocol):
@@ -49,6 +49,23 @@ class IncidentStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointStatus:
+    """What is thought of one checkpoint; see docs/states.md."""
+
+    step: int
+    generation: int
+    """That wrote it; 0 when it is not known."""
+    trust: str
+    doubt: str
+    """Who has found it damaged, and what, while another is to say; else empty."""
+    by: str
+    """Who has read it, or proven something of it."""
+    why: str
+    """What was read, or is wrong with it."""
+    pinned: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Status:
     run: str
     job: str
@@ -83,10 +100,21 @@ class Status:
     """Of those that may hold a slot and are not in good standing; see docs/states.md."""
     strikes: dict[str, int]
     """Failures charged to each node that is not lost and has any."""
+    misread: dict[str, str]
+    """Node to the checkpoint that it has found damaged and another found whole, as evidence for a strike."""
     mesh: tuple[str, ...]
     """Nodes of the current generation in mesh order."""
     checkpoints: tuple[int, ...]
-    """Committed, ascending."""
+    """Those that can be restored from, ascending."""
+    trust: tuple[CheckpointStatus, ...]
+    """All that are known, ascending."""
+    verifying: int | None
+    """The checkpoint that a node reads back now."""
+    verifications: dict[str, int]
+    """Outcome to how often it came out so; see docs/states.md."""
+    newest_verified: int | None
+    newest_verified_age_s: float | None
+    """Since it was committed; while none is verified, since the oldest that can be restored from was."""
     newest_checkpoint: int | None
     """The step that a restore from durable storage would take; one beyond the last step belongs to a longer run."""
     newest_checkpoint_age_s: float | None
@@ -129,6 +157,9 @@ def status_of(
     settled = sum(ledger.totals.values())
     incidents = [*state.incidents, *([state.incident] if state.incident else [])]
     newest_step = state.newest_checkpoint()
+    usable = [step for step, c in state.checkpoints.items() if c.trust in USABLE and step <= state.total_steps]
+    verified = [step for step in usable if state.checkpoints[step].trust in VERIFIED]
+    since = state.checkpoints[(verified[-1:] or usable[:1])[0]].committed_at if usable else at
     committed_at = state.checkpoints[newest_step].committed_at if newest_step is not None else 0
     return Status(
         run=state.run,
@@ -161,7 +192,13 @@ def status_of(
             if node.state in ("active", "spare") and (standing := state.standing(name)) != "good"
         },
         strikes=_strikes(state, at),
-        checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust == "committed"),
+        misread=dict(state.misread),
+        checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust in USABLE),
+        trust=tuple(_checkpoint(step, c, step in state.pinned) for step, c in state.checkpoints.items()),
+        verifying=state.verification.step if state.verification is not None else None,
+        verifications={str(outcome): n for outcome, n in state.verifications.items()},
+        newest_verified=max(verified, default=None),
+        newest_verified_age_s=(at - since) / 1e6 if usable else None,
         newest_checkpoint=newest_step,
         newest_checkpoint_age_s=(at - committed_at) / 1e6 if newest_step is not None else None,
         save_every_steps=save_every_steps,
@@ -176,6 +213,18 @@ def status_of(
         metrics_address=metrics_address,
         controller_pid=os.getpid(),
         tracebacks=tracebacks,
+    )
+
+
+def _checkpoint(step: int, c: Checkpoint, pinned: bool) -> CheckpointStatus:
+    return CheckpointStatus(
+        step=step,
+        generation=c.generation,
+        trust=c.trust,
+        doubt=f"{c.doubt.node}: {c.doubt.problem}" if c.doubt is not None else "",
+        by=c.by,
+        why=c.why,
+        pinned=pinned,
     )
 
 

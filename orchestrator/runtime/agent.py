@@ -25,12 +25,13 @@ from typing import Any
 import ray
 
 from orchestrator.chaos import node as chaos
-from orchestrator.core.actions import InjectFault, Transfer
+from orchestrator.core.actions import InjectFault, Transfer, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
 from orchestrator.runtime import fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary
+from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
     KEPT_STEPS,
@@ -135,6 +136,7 @@ class Agent:
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
         )
+        self._reader = Reader(self._spec.run.url)
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- orders ---------------------------------------------------------------------------------------------------
@@ -245,6 +247,7 @@ class Agent:
         self._facts.clear()
         self._kept.clear()
         self._held.clear()
+        self._reader.interrupt(f"generation {plan.generation} starts")
         await self._end_copies()
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
@@ -311,6 +314,11 @@ class Agent:
         self._loop.call_later(LAST_ANSWER_S, chaos.kill_node, os.getpid(), self._ram_dir, self._run, self._ray_node)
         return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
 
+    async def verify(self, epoch: int, order: VerifyCheckpoint) -> Reading:
+        """Read a checkpoint back, however long that takes at the ordered pace."""
+        self._accept(epoch)
+        return await self._reader.read(order)
+
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
         return self._workers.pids()
@@ -320,6 +328,7 @@ class Agent:
         self._accept(epoch)
         for task in self._tasks:
             task.cancel()
+        self._reader.interrupt("the agent ends")
         await self._end_copies()
         try:
             await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)

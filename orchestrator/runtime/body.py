@@ -32,10 +32,12 @@ from orchestrator.core.actions import (
     InjectFault,
     OpenGeneration,
     ProbeNode,
+    PublishTrust,
     ReleaseNode,
     SaveEvery,
     SetTimer,
     Transfer,
+    VerifyCheckpoint,
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import nodes
@@ -45,12 +47,14 @@ from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
 from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
+from orchestrator.runtime.reading import Reading
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec
-from storage import peer
+from storage import peer, pins, statements
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
 from storage.manifest import Commit, ManifestError, RankPart, commit_name, writers_epoch
 from storage.redact import redacted
+from storage.statements import Statement
 from storage.urls import write_exclusive
 from trainer import contract
 
@@ -69,6 +73,11 @@ COMMIT_RETRIES_S = (1.0, 5.0, 15.0)
 fails now is likely to be back; beyond that, the next save serves."""
 DELETE_DEADLINE_S = 600.0
 """For the files of one old checkpoint; a store deletes some thousand objects a minute."""
+VERIFY_DEADLINE_S = 7 * 24 * 3600.0
+"""For a node to read a checkpoint back. The supervisor's own patience, which goes by the checkpoint's size, is over
+long before; this one ends what nobody waits for any more."""
+PUBLISH_DEADLINE_S = 60.0
+"""For one statement on a checkpoint; a record of a kilobyte."""
 START_TRIES = 3
 """Agents that may fail on one Ray node before that node is left alone."""
 REST_S = 30.0
@@ -147,6 +156,9 @@ class Body:
         self._save_every_steps = spec.checkpoint.interval_steps
         self._retired: dict[int, None] = {}
         """Steps of checkpoints that are to be deleted, and are not yet."""
+        self._unsaid: dict[tuple[int, int], Statement] = {}
+        """By step and generation: what is to be said of checkpoints under run.url, and is not yet."""
+        self._saying: asyncio.Task[Any] | None = None
         self._joins: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -258,6 +270,10 @@ class Body:
                 self._spawn(self._commit(action))
             case DeleteCheckpoint():
                 self._spawn(self._delete(action.step))
+            case VerifyCheckpoint():
+                self._spawn(self._verify(action))
+            case PublishTrust():
+                self._publish(action)
             case InjectFault():
                 self._spawn(self._inject(action))
             case ReleaseNode():
@@ -421,13 +437,65 @@ class Body:
         """One that cannot be deleted costs space, no more; the next order and the next controller try it again."""
         self._retired[step] = None
         steps = tuple(self._retired)
+        for key in [key for key in self._unsaid if key[0] in steps]:
+            del self._unsaid[key]
         try:
-            await asyncio.wait_for(asyncio.to_thread(_delete_all, self._spec.run.url, steps), DELETE_DEADLINE_S)
+            work = asyncio.to_thread(_delete_all, self._spec.run.url, steps)
+            pinned = await asyncio.wait_for(work, DELETE_DEADLINE_S)
         except Exception as e:
             logger.warning("checkpoints of steps %s were not all deleted: %r", steps, e)
-        else:
-            for step in steps:
-                self._retired.pop(step, None)
+            return
+        for step in steps:
+            self._retired.pop(step, None)
+        if not pinned.isdisjoint(steps):
+            self._post(ev.CheckpointsPinned(at=0, steps=tuple(sorted(pinned))))
+
+    async def _verify(self, action: VerifyCheckpoint) -> None:
+        """Have a node read a checkpoint back. A node that dies over it is told of by its line."""
+        try:
+            reading = await call(self._agent(action.node).actor.verify.remote(self._epoch, action), VERIFY_DEADLINE_S)
+        except Exception as e:
+            logger.warning("%s does not read the checkpoint of step %d: %r", action.node, action.step, e)
+            reading = Reading(unread=type(e).__name__)
+        self._post(
+            ev.CheckpointVerified(
+                at=0,
+                step=action.step,
+                generation=action.generation,
+                node=action.node,
+                bytes=reading.bytes,
+                read_us=reading.read_us,
+                problems=reading.problems,
+                unread=reading.unread,
+            )
+        )
+
+    def _publish(self, action: PublishTrust) -> None:
+        self._unsaid[action.step, action.generation] = Statement(
+            step=action.step,
+            generation=action.generation,
+            epoch=action.epoch,
+            trust=action.trust,
+            at_unix_s=int(time.time()),
+            by=action.by,
+            detail=action.detail,
+            certificate=action.certificate,
+        )
+        if self._saying is None or self._saying.done():
+            self._saying = self._spawn(self._say())
+
+    async def _say(self) -> None:
+        """What cannot be written now is with the next."""
+        while self._unsaid:
+            key, statement = next(iter(self._unsaid.items()))
+            try:
+                work = asyncio.to_thread(statements.write, self._spec.run.url, statement)
+                await asyncio.wait_for(work, PUBLISH_DEADLINE_S)
+            except Exception as e:
+                logger.warning("%s is not published yet: %r", statement.name, e)
+                return
+            if self._unsaid.get(key) is statement:
+                del self._unsaid[key]
 
     async def _release(self, action: ReleaseNode) -> None:
         handle = self.agents.pop(action.node, None)
@@ -679,11 +747,15 @@ def _create(url: str, commit: Commit, epoch: int, replaces_damaged: bool) -> int
     return commit.generation
 
 
-def _delete_all(url: str, steps: Sequence[int]) -> None:
-    """Delete checkpoints, and what saves up to their steps have left: those under way are of later steps. Blocks."""
+def _delete_all(url: str, steps: Sequence[int]) -> set[int]:
+    """Delete checkpoints that are not pinned, and what saves up to their steps have left: those under way are of later
+    steps. The steps that are pinned. Blocks."""
+    pinned = pins.pinned(url)
     for step in steps:
-        delete_checkpoint(url, step)
+        if step not in pinned:
+            delete_checkpoint(url, step)
     prune(url, max(steps))
+    return pinned
 
 
 def _remove_damaged(url: str, step: int, generation: int) -> None:

@@ -47,6 +47,7 @@ from orchestrator.runtime.reports import Report
 from orchestrator.runtime.retune import Retuner, in_force
 from orchestrator.runtime.snapshot_writer import SnapshotWriter
 from orchestrator.spec import JobSpec, parse
+from storage import pins
 from storage.commits import list_commits
 from storage.redact import redact_logging, redacted
 
@@ -262,6 +263,7 @@ class Controller:
         self._clock = (time.monotonic(), max(self._last_at, time.time_ns() // 1000 - claim.began_unix_us))
         self._metrics_port = self._serve_metrics(restarted)
         found = await self._until_stored(lambda: list_commits(url))
+        pinned = await self._until_stored(lambda: sorted(pins.pinned(url)))
         data = await self._until_stored(lambda: identity.data_digest(url, found))
         self._body = Body(
             spec,
@@ -292,10 +294,11 @@ class Controller:
                 layout=spec.layout,
                 limits=spec.limits,
                 total_steps=spec.run.steps,
-                capabilities=("ram", "peer"),
+                capabilities=("ram", "peer", "verify"),
             )
             again = await self._decide([declared, began])
-        again += await self._decide([ev.CheckpointsFound(at=0, steps=tuple(found))])
+        pins_found = ev.CheckpointsPinned(at=0, steps=tuple(pinned))
+        again += await self._decide([pins_found, ev.CheckpointsFound(at=0, steps=tuple(found))])
         for at, action in again:
             self._perform(at, action)
         self._body.start()

@@ -165,6 +165,8 @@ class Simulation:
         self.dead: dict[str, None] = {}
         """Nodes that are dead and not let go yet."""
         self.store_away_until = 0
+        self.rotten: dict[int, None] = {}
+        """Steps whose checkpoints are damaged."""
         self.weights = [round(cause.count * 1_000_000) for cause in scenario.failures.causes]
         self._record = record
         self._end = round(scenario.days * DAY_US)
@@ -193,6 +195,7 @@ class Simulation:
             "buddy": profile.buddies,
             "park": profile.costs.resume is not None,
             "probe": profile.probes is not None,
+            "verify": profile.read_back is not None,
         }
         self._tell(
             ev.RunDeclared(
@@ -244,20 +247,21 @@ class Simulation:
         self._arrivals[sender] = arrives
         self.at(arrives, lambda: self._tell(replace(event, at=self.now)))
         once = isinstance(event, ev.CheckpointFailed)  # the controller counts them, and has them told once
-        if not once and self._happens(delivery.repeated):
+        if not once and self.happens(delivery.repeated):
             self.at(arrives + self._delay_us(), lambda: self._tell(replace(event, at=self.now)))
+
+    def happens(self, share: float) -> bool:
+        """A draw."""
+        return self.chance.below(1_000_000) < round(share * 1_000_000)
 
     def _delay_us(self) -> int:
         delivery = self.scenario.profile.delivery
         if delivery is None:
             return 0
         delay_us = self.chance.exponential(delivery.mean_delay.us)
-        while self._happens(delivery.lost):
+        while self.happens(delivery.lost):
             delay_us += delivery.retry.us + self.chance.exponential(delivery.mean_delay.us)
         return delay_us
-
-    def _happens(self, share: float) -> bool:
-        return self.chance.below(1_000_000) < round(share * 1_000_000)
 
     def _tell(self, event: ev.Event) -> None:
         planned = isinstance(event, (ev.NodeLeaving, ev.NodeSlow)) or self.state.leaving or self.state.growing
@@ -292,7 +296,9 @@ class Simulation:
                     self._free(node.machine)
             case ac.ProbeNode():
                 self.later(costs.provision.us, lambda: self._probe(action))
-            case ac.DeleteCheckpoint() | ac.EndRun():
+            case ac.VerifyCheckpoint():
+                harm.read_back(self, action)
+            case ac.DeleteCheckpoint() | ac.PublishTrust() | ac.EndRun():
                 pass
             case _:
                 raise AssertionError(f"a simulated body was never asked for {action}")
@@ -341,7 +347,7 @@ class Simulation:
         name, passes = order.node, self.scenario.profile.probes
         node = self.nodes.get(name)
         if node is not None and node.alive and passes is not None:
-            passed = self._happens(passes)
+            passed = self.happens(passes)
             self.send(name, ev.NodeProbed(at=self.now, node=name, number=order.number, passed=passed, detail="drawn"))
 
     def a_spare(self) -> Node | None:
@@ -426,6 +432,8 @@ class Simulation:
             return
         if order.source == "durable" and self.store_away_until > self.now:
             return self.later(harm.STORE_PATIENCE_US, lambda: harm.refuse_the_store(self, order))
+        if order.source == "durable" and order.step in self.rotten:
+            return harm.refuse_the_checkpoint(self, order)
         running.phase, running.since, running.step_us = "training", self.now, self._pace(running)
         ready = ev.GenerationReady(
             at=self.now,
@@ -527,12 +535,15 @@ class Simulation:
         if self.store_away_until > self.now:
             return self.send("mesh", ev.CheckpointFailed(at=self.now, step=step, error="the store does not answer"))
         generation = running.order.generation
-        written = ev.CheckpointWritten(at=self.now, generation=generation, step=step, bytes=0, write_us=write_us)
+        back = self.scenario.profile.read_back
+        n_bytes = back.read.us * self.scenario.limits.verify_bytes_per_s // 1_000_000 if back is not None else 0
+        written = ev.CheckpointWritten(at=self.now, generation=generation, step=step, bytes=n_bytes, write_us=write_us)
         self.send("mesh", written)
 
     def _commit(self, order: ac.CommitCheckpoint) -> None:
         if self.store_away_until > self.now:
             return self._tell(ev.CheckpointFailed(at=self.now, step=order.step, error="the store does not answer"))
+        self.rotten.pop(order.step, None)
         self._tell(ev.CheckpointCommitted(at=self.now, step=order.step, epoch=order.epoch, generation=order.generation))
 
     @property

@@ -164,18 +164,51 @@ def _words(sim: Simulation, effect: Effect, name: str, node: Node, generation: i
 
 def refuse_the_store(sim: Simulation, order: ac.OpenGeneration) -> None:
     """A generation cannot read its checkpoint."""
+    _refuse(sim, order, "store", f"the store does not answer, event {sim.events}")
+
+
+def refuse_the_checkpoint(sim: Simulation, order: ac.OpenGeneration) -> None:
+    """A generation finds the checkpoint damaged that it was to restore."""
+    _refuse(sim, order, "state", "a block does not match its digest")
+
+
+def _refuse(sim: Simulation, order: ac.OpenGeneration, kind: str, error: str) -> None:
     sim.stick()
-    node = order.nodes[0]
+    node, step = order.nodes[0], order.step
     failed = ev.WorkerFailed(
-        at=sim.now,
-        node=node,
-        generation=order.generation,
-        slot=0,
-        step=order.step,
-        kind="store",
-        error=f"the store does not answer, event {sim.events}",
+        at=sim.now, node=node, generation=order.generation, slot=0, step=step, kind=kind, error=error
     )
     sim.send(node, failed)
+
+
+def read_back(sim: Simulation, order: ac.VerifyCheckpoint) -> None:
+    """A node reads a checkpoint, if it lives so long; when a generation starts there meanwhile, not to its end."""
+    back, node, running = sim.scenario.profile.read_back, sim.nodes.get(order.node), sim.running
+    assert back is not None, "a body that does not read back was asked to"
+
+    def tell() -> None:
+        if node is None or not node.alive:
+            return
+        started = sim.running is not running and sim.fills_a_slot(node)
+        unread = "a generation started" if started else ""
+        if sim.store_away_until > sim.now:
+            unread = "the store does not answer"
+        if not unread and sim.happens(back.rotten):
+            sim.rotten[order.step] = None
+        bad = not unread and (order.step in sim.rotten or sim.happens(back.misread))
+        answer = ev.CheckpointVerified(
+            at=sim.now,
+            step=order.step,
+            generation=order.generation,
+            node=node.name,
+            bytes=0,
+            read_us=back.read.us,
+            problems=("a block does not match its digest",) if bad else (),
+            unread=unread,
+        )
+        sim.send(node.name, answer)
+
+    sim.later(back.read.us, tell)
 
 
 def _slow_down(sim: Simulation, node: Node, cause: Cause, detect_us: int) -> bool:

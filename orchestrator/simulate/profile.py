@@ -103,6 +103,16 @@ class Delivery(_Table):
     """The share of messages that arrive a second time, later."""
 
 
+class ReadBack(_Table):
+    """What it takes a node to read a checkpoint back, and what it finds."""
+
+    read: Seconds
+    rotten: float = Field(default=0, ge=0, le=1)
+    """Of the checkpoints that are read back, the share that is damaged from then on."""
+    misread: float = Field(default=0, ge=0, le=1)
+    """Of the readings of whole checkpoints, the share in which a node finds damage that is not there."""
+
+
 class Profile(_Table):
     title: str
     memory: bool
@@ -113,6 +123,8 @@ class Profile(_Table):
     """Whether the mesh can go on with fewer replicas, which then accumulate more microbatches each."""
     probes: float | None = Field(default=None, ge=0, le=1)
     """Of quarantined nodes, the share that passes a probe and comes back; left out: none is probed."""
+    read_back: ReadBack | None = None
+    """Left out: nobody reads checkpoints back but restores."""
     tflops_per_gpu: Figure
     """Floating-point operations of training that a GPU does in a second, in millions of millions: gives the step."""
     costs: Costs

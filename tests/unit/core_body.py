@@ -43,6 +43,7 @@ class Body:
         self.store: dict[int, int] = {}
         """Step to the generation whose checkpoint of it is committed."""
         self.bad_steps: set[int] = set()
+        self.pinned: set[int] = set()
         self.bad_snapshots: set[Snapshot] = set()
         self.truth = core_harm.Corruption()
         self.queues: dict[str, list[ev.Event]] = {}
@@ -102,6 +103,8 @@ class Body:
         self.queues.pop("store", None)
         self.epoch += 1
         self.tell(ev.EpochBegan(at=self.at, epoch=self.epoch, version="test"))
+        if self.pinned:
+            self.tell(ev.CheckpointsPinned(at=self.at, steps=tuple(sorted(self.pinned))))
         self.tell(ev.CheckpointsFound(at=self.at, steps=tuple(sorted(self.store))))
 
     @property
@@ -129,9 +132,13 @@ class Body:
                     self.running.stop = True
             case ac.CommitCheckpoint():
                 self._commit(action)
+            case ac.DeleteCheckpoint() if action.step in self.pinned:
+                self.send("store", ev.CheckpointsPinned(at=0, steps=tuple(sorted(self.pinned))))
             case ac.DeleteCheckpoint():
                 self.store.pop(action.step, None)
                 self.bad_steps.discard(action.step)
+            case ac.VerifyCheckpoint():
+                core_harm.read_back(self, action)
             case ac.InjectFault():
                 core_harm.inject(self, action)
             case ac.ProbeNode() | ac.AskThird():
@@ -384,6 +391,10 @@ class Body:
             if held:
                 self.bad_snapshots.add(max(held, key=lambda s: (s.step, s.generation)))
 
+    def pin(self) -> None:
+        """Somebody pins a checkpoint, or lets it go; a controller hears of it when it begins, or wants to delete it."""
+        self.pinned ^= {sorted(self.store)[self.tape.below(len(self.store))]}
+
     # --- one move ---
 
     def kind_moves(self) -> list[tuple[int, Callable[[], None]]]:
@@ -450,6 +461,9 @@ class Body:
         moves += core_harm.moves(self)
         moves.append((2, self.begin_epoch))
         moves.append((1, self.damage))
+        if self.store:
+            moves.append((1, self.pin))
+            moves.append((2, lambda: core_harm.certify(self)))
         moves.append((1, self.ask_to_stop))
         return moves
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core import checkpoints, election, health, interruption, placement, recovery, supervisor
+from orchestrator.core import checkpoints, election, health, interruption, placement, recovery, supervisor, trust
 from orchestrator.core import events as ev
 from orchestrator.core.actions import InjectFault
 from orchestrator.core.goodput import Ledger
-from orchestrator.core.state import Checkpoint, State
+from orchestrator.core.state import Checkpoint, Doubt, State
 from orchestrator.core.supervisor import Supervisor
 
 Patch = pytest.MonkeyPatch
@@ -70,7 +70,7 @@ def incomplete_snapshots_are_restored(patch: Patch) -> None:
 
 
 def refused_state_is_offered_again(patch: Patch) -> None:
-    patch.setattr(Supervisor, "_distrust", lambda *args: None)
+    patch.setattr(Supervisor, "_distrust", lambda *args: [])
 
 
 def uncommitted_checkpoints_are_restored(patch: Patch) -> None:
@@ -137,7 +137,7 @@ def decisions_depend_on_more_than_events(patch: Patch) -> None:
 
 
 def corruption_is_forgotten(patch: Patch) -> None:
-    patch.setattr(Supervisor, "_mark_unclean", lambda *args: None)
+    patch.setattr(Supervisor, "_mark_unclean", lambda *args: [])
 
 
 def corruption_is_forgotten_with_its_incident(patch: Patch) -> None:
@@ -151,7 +151,7 @@ def corruption_is_forgotten_with_its_incident(patch: Patch) -> None:
 
 
 def checkpoints_of_corrupt_state_are_trusted(patch: Patch) -> None:
-    patch.setattr(checkpoints, "revoke", lambda *args: None)
+    patch.setattr(checkpoints, "revoke", lambda *args: [])
 
 
 def corrupt_state_is_committed(patch: Patch) -> None:
@@ -315,6 +315,55 @@ def failed_saves_are_forgotten(patch: Patch) -> None:
     patch.setattr(checkpoints, "failed", broken)
 
 
+# --- trust ---
+
+
+def one_nodes_word_makes_a_checkpoint_damaged(patch: Patch) -> None:
+    reader = trust._reader
+    patch.setattr(trust, "_reader", lambda state, c: None if c.doubt is not None else reader(state, c))
+
+
+def two_verifications_are_under_way(patch: Patch) -> None:
+    following = trust.next_verification
+    patch.setattr(trust, "next_verification", lambda state, at: following(_without_verification(state), at))
+
+
+def _without_verification(state: State) -> State:
+    state.verification = None
+    return state
+
+
+def anybody_is_asked_to_verify(patch: Patch) -> None:
+    patch.setattr(trust, "may_judge", lambda state, name: name in state.nodes)
+
+
+def damage_that_two_have_found_is_forgotten(patch: Patch) -> None:
+    patch.setattr(trust, "_damaged", lambda *args: [])
+
+
+def what_was_not_read_counts_as_whole(patch: Patch) -> None:
+    answered = trust.answered
+    patch.setattr(trust, "answered", lambda state, event: answered(state, replace(event, unread="")))
+
+
+def who_misreads_is_not_struck(patch: Patch) -> None:
+    patch.setattr(trust, "Doubt", lambda **doubt: Doubt(**{**doubt, "by_itself": False}))
+
+
+def unread_checkpoints_count_as_verified(patch: Patch) -> None:
+    patch.setattr(
+        checkpoints, "_counted", lambda state, usable: usable[-max(2, state.declared_limits.keep_checkpoints) :]
+    )
+
+
+def a_conviction_asks_for_no_certificate(patch: Patch) -> None:
+    patch.setattr(trust, "rewind", lambda *args: [])
+
+
+def pins_are_not_heard(patch: Patch) -> None:
+    patch.setattr(checkpoints, "_kept_besides", lambda *args: ())
+
+
 SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     lost_nodes_are_used,
     a_node_fills_two_places,
@@ -350,5 +399,14 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     nothing_is_ever_deleted,
     a_commit_that_is_told_again_revives_what_is_deleted,
     failed_saves_are_forgotten,
+    one_nodes_word_makes_a_checkpoint_damaged,
+    two_verifications_are_under_way,
+    anybody_is_asked_to_verify,
+    damage_that_two_have_found_is_forgotten,
+    what_was_not_read_counts_as_whole,
+    who_misreads_is_not_struck,
+    unread_checkpoints_count_as_verified,
+    pins_are_not_heard,
+    a_conviction_asks_for_no_certificate,
 )
 """What a random history shows. Of the others, one shows in its replay, one in tests/golden/retention_while_starting."""

@@ -15,6 +15,7 @@ from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core import placement
 from orchestrator.core.events import Snapshot
+from storage.manifest import Certificate
 
 if TYPE_CHECKING:
     from core_body import Body
@@ -205,6 +206,46 @@ def examine(body: Body, order: ac.ProbeNode | ac.AskThird) -> None:
         return body.send(name, ev.NodeProbed(at=0, node=name, number=order.number, passed=passed, detail="known work"))
     wrong = (order.auditor, order.accused, "")[body.tape.below(3)]
     body.send(name, ev.AuditSettled(at=0, number=order.number, wrong=wrong, detail="the other two agree"))
+
+
+def read_back(body: Body, order: ac.VerifyCheckpoint) -> None:
+    """A node reads a checkpoint, rightly or wrongly, or comes to nothing."""
+    node = body.nodes.get(order.node)
+    if node is None or not node.alive or node.mute:
+        return
+    luck = body.tape.below(8)
+    stands = order.step in body.store
+    bad = order.step in body.bad_steps or not stands
+    another = stands and order.generation not in (0, body.store.get(order.step))
+    body.send(
+        node.name,
+        ev.CheckpointVerified(
+            at=0,
+            step=order.step,
+            generation=order.generation,
+            node=node.name,
+            bytes=1,
+            read_us=1,
+            problems=("block 7",) if not another and luck < 7 and (bad or luck == 6) else (),
+            unread="another stands there" if another else "no answer" if luck == 7 else "",
+        ),
+    )
+
+
+def certify(body: Body) -> None:
+    """Somebody has counted the audits since a checkpoint."""
+    step = sorted(body.store)[body.tape.below(len(body.store))]
+    certificate = Certificate(
+        step=step,
+        generation=body.store[step],
+        checks=("third",),
+        audits_passed=300,
+        fault_rate_per_billion=10_000_000,
+        confidence_per_million=950_000,
+        epoch=body.epoch,
+    )
+    event = ev.CheckpointCertified(at=body.at, step=step, generation=body.store[step], certificate=certificate)
+    body.tell(event)
 
 
 def order_fault(body: Body) -> None:

@@ -48,6 +48,11 @@ class Watch:
         self._replaced: set[str] = set()
         """Convicted nodes without which a generation was opened."""
         self.books = Books(LIMITS.keep_checkpoints)
+        self._verifying: ac.VerifyCheckpoint | None = None
+        self._job = ""
+        """As of the event before."""
+        self._able: set[str] = set()
+        """Nodes whose word on a checkpoint counts, as of the event before."""
         self._first_generation = 1
         self._layout, self._capabilities, self._steps, self._stops = None, ("",), 0, 0
         self._errors: dict[tuple[str, int, str], int] = {}
@@ -74,6 +79,7 @@ class Watch:
         lives = not self._ended or isinstance(event, ev.RunDeclared)
         before = len(self.books.committed)
         if lives:
+            self._learn_of_readings(supervisor, event)
             self._learn(supervisor, event)
         committed_one = isinstance(event, ev.CheckpointCommitted) and len(self.books.committed) > before
         self._ended = supervisor.state.job == "ended"
@@ -99,8 +105,57 @@ class Watch:
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
         assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
         if committed_one and state.incident is None and state.job != "starting":
-            keep = LIMITS.keep_checkpoints + bool(self._asked)
-            assert len(self.books.good(self._steps)) <= keep, "too many checkpoints are kept"
+            keep = LIMITS.keep_checkpoints + bool(self._asked) + 2 * ("verify" in self._capabilities)
+            held_back = self.books.pinned | set(self.books.doubts) | set(self.books.certified()[-1:])
+            assert len(set(self.books.good(self._steps)) - held_back) <= keep, "too many checkpoints are kept"
+        self._check_trust(supervisor)
+
+    def _learn_of_readings(self, supervisor: Supervisor, event: ev.Event) -> None:
+        asked = self._verifying
+        match event:
+            case ev.CheckpointVerified() if asked is not None:
+                if (asked.step, asked.generation, asked.node) != (event.step, event.generation, event.node):
+                    return
+                self._verifying = None
+                known = self.books.committed.get(event.step)
+                if event.unread or event.node not in self._able:
+                    return
+                if known is not None and known != event.generation:
+                    return  # it was committed anew meanwhile
+                if event.problems:
+                    return self.books.find_bad(event.step, event.node)
+                first, by_itself = self.books.doubts.get(event.step, ("", False))
+                if by_itself and first not in self._lost:
+                    struck = supervisor.state.strikes.get(first, [])
+                    assert event.at in struck, "who misreads a checkpoint is not struck"
+                self.books.find_whole(event.step)
+            case ev.TimerFired() if asked is not None and event.timer == f"verify/{asked.number}":
+                self._verifying = None
+            case ev.RunDeclared():
+                self._verifying = None
+            case ev.GenerationReady() if event.generation > self._ready:
+                order = self._opened.get(event.generation)
+                durable = order is not None and order.source == "durable" and order.step == event.step
+                newest = event.generation == max(self._opened)
+                if durable and newest and self._job == "starting" and event.step in self.books.committed:
+                    self.books.find_whole(event.step)
+
+    def _check_trust(self, supervisor: Supervisor) -> None:
+        """What is thought of checkpoints follows from what was read, and not from one node's word alone."""
+        state = supervisor.state
+        able = {n for n, node in state.nodes.items() if node.state in ("active", "spare")} - set(state.convicted)
+        for step, (node, _) in list(self.books.doubts.items()):
+            known = state.checkpoints.get(step)
+            if known is None or known.doubt is None:  # settled with nobody else to ask
+                del self.books.doubts[step]
+                if known is not None and known.trust == "damaged":
+                    assert not able - {node}, "one node's word counts though another could be asked"
+                    self.books.refuse(step)
+        whole = [step for step, c in state.checkpoints.items() if c.trust in ("verified", "certified")]
+        certified = [step for step, c in state.checkpoints.items() if c.trust == "certified"]
+        assert certified == self.books.certified(), "what is certified and what was read do not make it so"
+        assert set(whole) <= self.books.read, "a checkpoint counts as verified that nobody has read"
+        self._able, self._job = able, state.job
 
     def _never_falls(self, name: str, value: int) -> None:
         assert value >= self._lows.get(name, 0), f"{name} fell from {self._lows[name]} to {value}"
@@ -137,7 +192,7 @@ class Watch:
             case ev.NodeLeaving():
                 self._leaving.add(event.node)
             case ev.AuditSettled() if event.number in self._asked:
-                self._learn_of_verdict(event, self._asked.pop(event.number))
+                self._learn_of_verdict(supervisor, event, self._asked.pop(event.number))
             case ev.TimerFired() if event.timer.startswith("third/"):
                 self._asked.pop(int(event.timer.removeprefix("third/")), None)
             case ev.GenerationReady():
@@ -145,7 +200,8 @@ class Watch:
             case ev.WorkerFailed(kind="state") if event.generation == current:
                 order = self._opened[event.generation]
                 if order.source == "durable":
-                    self.books.refuse(order.step)
+                    if self.books.refuse(order.step) and "verify" in self._capabilities:
+                        self.books.doubts[order.step] = (event.node, len(order.nodes) == 1)
                 elif order.source == "ram":
                     self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
             case ev.WorkerFailed(kind="corrupt" | "diverged" | "unclean") if event.generation == current:
@@ -169,10 +225,11 @@ class Watch:
             self._convicted.add(event.node)
             self._struck.setdefault((event.step, event.slot), set()).add(event.node)
 
-    def _learn_of_verdict(self, event: ev.AuditSettled, asked: ac.AskThird) -> None:
+    def _learn_of_verdict(self, supervisor: Supervisor, event: ev.AuditSettled, asked: ac.AskThird) -> None:
         if event.wrong not in (asked.auditor, asked.accused):
             return
         self._convicted.add(event.wrong)
+        state, current = supervisor.state, max(self._opened, default=0)
         others = [other for other in self._asked.values() if event.wrong in (other.auditor, other.accused)]
         for each in (asked, *others):
             self._asked.pop(each.number, None)
@@ -180,6 +237,12 @@ class Watch:
             self.books.revoke_if(lambda *made, g=generation, k=step: self._came_of(g, k, *made))
             heirs = [g for g in self._parents if self._came_of(generation, step, g, 10**9)]
             self._corrupt |= {(g, step) for g in heirs}
+        settled = [(a.generation, a.step) for a in (asked, *others)]
+        here = [k for g, k in settled if self._came_of(g, k, current, max(state.step, k))]
+        before = [step for step in self.books.certified() if here and step < min(here)]
+        if before and self._job in ("starting", "training", "halting", "committing"):
+            self.books.revoke_if(lambda writer, step: step > max(before))
+            self._corrupt.add((current, max(before) + 1))
 
     def _came_of(self, generation: int, step: int, newest: int, last: int) -> bool:
         """Whether the state after step `last` of generation `newest` came of what `generation` computed in `step`."""
@@ -192,6 +255,8 @@ class Watch:
 
     def _lose(self, node: str) -> None:
         self._lost.add(node)
+        if self._verifying is not None and self._verifying.node == node:
+            self._verifying = None
         self._asked = {number: asked for number, asked in self._asked.items() if asked.judge != node}
 
     def _mesh(self, generation: int) -> ev.Layout:
@@ -225,11 +290,25 @@ class Watch:
                 assert action.step != max(before, default=0), (
                     "what a verdict may leave as the only clean one is deleted"
                 )
-                self.books.delete(action.step, self._steps)
+                own = [step for step in self.books.certified() if step <= self._steps]
+                assert action.step not in own[-1:], "the newest certified checkpoint is deleted"
+                if action.step in self.books.read and "verify" in self._capabilities:
+                    known = supervisor.state.checkpoints.items()
+                    newer = [s for s, c in known if s > action.step and s in self.books.read and c.doubt is None]
+                    assert len(newer) >= LIMITS.keep_checkpoints, "a verified checkpoint is deleted for others"
+                self.books.delete(action.step, self._steps, "verify" in self._capabilities)
                 self._retired = True
                 newest = self._opened.get(max(self._opened, default=0))
                 if newest and newest.source == "durable" and newest.generation >= self._first_generation:
                     assert self._ready == newest.generation or newest.step != action.step, "it is being restored from"
+            case ac.VerifyCheckpoint():
+                again = isinstance(event, ev.EpochBegan)
+                assert "verify" in self._capabilities, "a body is asked for what it cannot do"
+                assert self._verifying is None or (again and self._verifying == action), "two verifications at once"
+                assert action.step in self.books.committed or action.step in self.books.doubts, "nothing to verify"
+                if not again:
+                    self._check_named(supervisor, (action.node,))
+                self._verifying = action
             case ac.AskThird():
                 self._asked[action.number] = action
             case ac.InjectFault():

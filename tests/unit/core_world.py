@@ -40,7 +40,14 @@ LAYOUTS = (
     layout(1, 3, 1, 1, 1, 0, shrinks_to=(2, 1)),
     layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,)),
 )
-CAPABILITIES = (("ram", "peer"), ("ram", "peer", "buddy", "park", "probe", "third"), ("ram",), ())
+CAPABILITIES = (
+    ("ram", "peer", "verify"),
+    ("ram", "peer", "buddy", "park", "probe", "third", "verify"),
+    ("ram", "peer"),
+    ("ram",),
+    ("verify",),
+    (),
+)
 
 
 class Tape:

@@ -21,6 +21,7 @@ import pytest
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core.supervisor import Supervisor
+from storage.manifest import Certificate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TRACES = sorted(GOLDEN.glob("*.trace"))
@@ -58,6 +59,9 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             probation_us=int(options.pop("probation", "86400")) * SECOND,
             quarantined_at_most=int(options.pop("cap", "3")),
             grow_settle_us=60 * SECOND,
+            keep_every_steps=int(options.pop("every", "0")),
+            scrub_us=int(options.pop("scrub", "0")) * SECOND,
+            verify_bytes_per_s=100,
         ),
         total_steps=int(options.pop("steps")),
         capabilities=tuple(filter(None, options.pop("can", "ram,peer").split(","))),
@@ -140,13 +144,41 @@ def _steps(at: int, w: list[str]) -> ev.StepsDone:
     )
 
 
+def _read(at: int, w: list[str]) -> ev.CheckpointVerified:
+    word, words = w[3], " ".join(w[4:])
+    return ev.CheckpointVerified(
+        at=at,
+        step=int(w[0]),
+        generation=_g(w[1]),
+        node=w[2],
+        bytes=100,
+        read_us=SECOND,
+        problems=(words,) if word == "damaged" else (),
+        unread=words if word == "not" else "",
+    )
+
+
+def _certified(at: int, w: list[str]) -> ev.CheckpointCertified:
+    step, generation = int(w[0]), _g(w[1])
+    certificate = Certificate(
+        step=step,
+        generation=generation,
+        checks=("third",),
+        audits_passed=300,
+        fault_rate_per_billion=10_000_000,
+        confidence_per_million=950_000,
+        epoch=1,
+    )
+    return ev.CheckpointCertified(at=at, step=step, generation=generation, certificate=certificate)
+
+
 def _g(word: str) -> int:
     return int(word.removeprefix("g"))
 
 
 _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     # run mesh=PPxREPLICATExSHARDxTP [per-node=N] [spares=N] [shrinks=N,...] steps=N [can=ram,peer] [recoveries=N]
-    #     [keep=N] [strikes=N] [expiry=SECONDS] [probation=SECONDS] [cap=N]
+    #     [keep=N] [strikes=N] [expiry=SECONDS] [probation=SECONDS] [cap=N] [every=STEPS] [scrub=SECONDS]
     "run": _run,
     # epoch N
     "epoch": lambda at, w: ev.EpochBegan(at=at, epoch=int(w[0]), version="test"),
@@ -191,12 +223,20 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     # halted|parked gN NODE [SLOT:SNAPSHOTS ...]
     "halted": lambda at, w: _halted(at, w, parked=False),
     "parked": lambda at, w: _halted(at, w, parked=True),
-    # written gN STEP
-    "written": lambda at, w: ev.CheckpointWritten(at=at, generation=_g(w[0]), step=int(w[1]), bytes=0, write_us=0),
+    # written gN STEP [BYTES]
+    "written": lambda at, w: ev.CheckpointWritten(
+        at=at, generation=_g(w[0]), step=int(w[1]), bytes=int(w[2]) if w[2:] else 0, write_us=0
+    ),
     # committed gN STEP
     "committed": lambda at, w: ev.CheckpointCommitted(at=at, step=int(w[1]), epoch=1, generation=_g(w[0])),
     # unsaved STEP ERROR
     "unsaved": lambda at, w: ev.CheckpointFailed(at=at, step=int(w[0]), error=" ".join(w[1:])),
+    # read STEP gN NODE whole|damaged|not [WHY]
+    "read": _read,
+    # certified STEP gN
+    "certified": _certified,
+    # pinned STEP ...
+    "pinned": lambda at, w: ev.CheckpointsPinned(at=at, steps=tuple(int(step) for step in w)),
     # interval STEPS WHY
     "interval": lambda at, w: ev.IntervalChosen(
         at=at,
@@ -247,6 +287,11 @@ def _told(action: ac.Action, now: int) -> str:
             return f"commit step {action.step} of g{action.generation} in epoch {action.epoch}{damaged}"
         case ac.DeleteCheckpoint():
             return f"delete checkpoint {action.step}"
+        case ac.VerifyCheckpoint():
+            return f"verify {action.number}: {action.node} reads checkpoint {action.step} of g{action.generation}"
+        case ac.PublishTrust():
+            words = f"publish that checkpoint {action.step} of g{action.generation} is {action.trust}"
+            return f"{words}, says {action.by}\n    {action.detail}"
         case ac.InjectFault():
             slot = "" if action.slot is None else f":{action.slot}"
             words = "".join(f" {name}={value}" for name, value in action.parameters.items())
@@ -276,7 +321,9 @@ def _standing(supervisor: Supervisor) -> str:
     failing = f"; saving fails: {s.save_error}" if s.save_error else ""
     every = f"; a save each {s.interval.every_steps} steps" if s.interval is not None else ""
     rungs = f" ({', then '.join(s.incident.rungs)})" if s.incident is not None and s.incident.rungs else ""
-    return f"= {s.job}{rungs}, step {s.step}; {nodes or 'no nodes'}{failing}{every}"
+    trusts = ", ".join(f"{step} {c.trust}{' in doubt' * bool(c.doubt)}" for step, c in s.checkpoints.items())
+    known = f"\n  checkpoints: {trusts}" if "verify" in s.capabilities and trusts else ""
+    return f"= {s.job}{rungs}, step {s.step}; {nodes or 'no nodes'}{failing}{every}{known}"
 
 
 def play(text: str) -> str:

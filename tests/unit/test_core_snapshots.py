@@ -321,7 +321,7 @@ def as_other_code(patch: pytest.MonkeyPatch, url: str, tail: Path) -> Journal:
 )
 def test_a_state_that_this_version_does_not_read_is_named_and_the_one_before_serves(tmp_path, change, why):
     """As after a return to an older version, whose own snapshot may be there still."""
-    url, log = str(tmp_path / "run"), recorded(18)
+    url, log = str(tmp_path / "run"), recorded(23)
     one = begin(url, tmp_path / "tail")
     append(one, log[:20])
     snapshot(one, folded(log[:20]).state)
@@ -338,14 +338,14 @@ def test_a_state_that_this_version_does_not_read_is_named_and_the_one_before_ser
 
 
 def test_what_older_code_did_not_know_has_its_default():
-    document = state_to_json(folded(recorded(18)[:49]).state)
+    document = state_to_json(folded(recorded(23)[:49]).state)
     before = state_from_json(document)
     del document["retired"], document["strikes"]
-    del document["ledger"]["totals"]["paused"], document["counts"]["lost"]
+    del document["ledger"]["totals"]["paused"], document["counts"]["lost"], document["verifications"]["misread"]
     state = state_from_json(document)
     assert (state.retired, state.strikes) == (0, {})
     assert list(state.ledger.totals) == list(LABELS) and state.ledger.totals["paused"] == 0
-    assert list(state.counts) == list(before.counts)
+    assert list(state.counts) == list(before.counts) and state.verifications == before.verifications
 
 
 def test_a_record_that_other_code_wrote_and_this_one_decides_differently_names_both_and_the_way_out(

@@ -202,7 +202,7 @@ def test_a_store_that_refuses_is_named_with_its_own_words():
 
 
 def test_space_for_the_checkpoints():
-    keep = spec().checkpoint.keep + 1
+    keep = spec().checkpoint.keep + 3
     place = dataclasses.replace(PLACE, device="b", free_bytes=keep * NEED.checkpoint_bytes - 1)
     finding = sick("run_dir", place)
     assert (finding.check, finding.level) == ("disk", "problem") and "checkpoint.keep" in finding.advice

@@ -22,12 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from orchestrator.chaos.orders import SCENARIOS
 from orchestrator.core import recovery
 from orchestrator.core.goodput import LABELS
-from orchestrator.core.state import JOB_STATES, NODE_STATES, Fault, State
+from orchestrator.core.state import JOB_STATES, NODE_STATES, TRUSTS, USABLE, Fault, State
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe import exporter
 from orchestrator.observe.exporter import CAUSES, RUNGS, families, serve_metrics
 from orchestrator.observe.notices import notices
-from orchestrator.observe.status import IncidentStatus, Status, status_of
+from orchestrator.observe.status import CheckpointStatus, IncidentStatus, Status, status_of
 from orchestrator.spec import JobSpec, parse
 
 INCIDENT = IncidentStatus(
@@ -48,6 +48,7 @@ INCIDENT = IncidentStatus(
     total_s=3.0,
     cost_node_s=9.0,
 )
+WHOLE = CheckpointStatus(step=20, generation=2, trust="verified", doubt="", by="n3", why="9 bytes read", pinned=True)
 PICTURE = Status(
     run="llama",
     job="training",
@@ -83,8 +84,18 @@ PICTURE = Status(
     nodes={"n1": "active", "n2": "active", "n3": "spare", "n4": "lost", "n5": "quarantined"},
     standings={"n2": "suspect"},
     strikes={"n2": 2, "n5": 3},
+    misread={"n2": "checkpoint 20, which n1 found whole afterwards: block 7"},
     mesh=("n1", "n2"),
     checkpoints=(20, 40),
+    trust=(
+        replace(WHOLE, step=10, trust="damaged", by="n1 and n3", why="rank-00000.bin: block 3", pinned=False),
+        WHOLE,
+        replace(WHOLE, step=40, trust="committed", doubt="n1: block 9", by="", why="", pinned=False),
+    ),
+    verifying=40,
+    verifications={"whole": 5, "damaged": 1, "misread": 1, "unread": 0},
+    newest_verified=20,
+    newest_verified_age_s=72.0,
     newest_checkpoint=40,
     newest_checkpoint_age_s=12.0,
     save_every_steps=20,
@@ -107,6 +118,8 @@ NOTHING_YET = replace(
 NOTHING_YET = replace(
     NOTHING_YET, newest_checkpoint=None, newest_checkpoint_age_s=None, hold="disk full", job="waiting", nodes={}
 )
+UNREAD = dict.fromkeys(PICTURE.verifications, 0)
+NOTHING_YET = replace(NOTHING_YET, trust=(), newest_verified=None, newest_verified_age_s=None, verifications=UNREAD)
 NOTHING_YET = replace(NOTHING_YET, run="", step_s=None, strikes={}, faults=(), saves_failed=0, save_error="")
 
 
@@ -160,6 +173,8 @@ def test_a_scrape_shows_the_whole_picture(loop):
         "shepherd_hold": 0,
         "shepherd_checkpoint_age_seconds": 12,
         "shepherd_checkpoint_step": 40,
+        "shepherd_checkpoint_verified_step": 20,
+        "shepherd_checkpoint_verified_age_seconds": 72,
         "shepherd_checkpoint_interval_steps": 20,
         "shepherd_checkpoint_failing": 1,
         "shepherd_checkpoint_failures_total": 4,
@@ -177,6 +192,9 @@ def test_a_scrape_shows_the_whole_picture(loop):
         ("lost",): 1,
     }
     assert set(NODE_STATES) == {state for (state,) in found["shepherd_nodes"]}
+    trusts = {("damaged",): 1, ("verified",): 1, ("committed",): 1}
+    assert found["shepherd_checkpoints"] == {(trust,): trusts.get((trust,), 0) for trust in TRUSTS}
+    assert found["shepherd_checkpoint_verifications_total"] == {(o,): n for o, n in PICTURE.verifications.items()}
     assert found["shepherd_node_strikes"] == {("n2",): 2, ("n5",): 3}
     assert found["shepherd_node_quarantined"] == {("n5",): 1}
     assert found["shepherd_job_state"] == {(state,): float(state == "training") for state in JOB_STATES}
@@ -203,7 +221,8 @@ def test_what_is_not_known_yet_is_left_out(loop):
     found = samples(scrape(serve_metrics(spec(), lambda: NOTHING_YET, loop)))
     absent = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "goodput_ratio", "checkpoint_step")
     more = ("exit_code", "checkpoint_age_seconds", "step_seconds", "node_strikes", "node_quarantined")
-    assert not {f"shepherd_{name}" for name in (*absent, *more)} & set(found)
+    verified = ("checkpoint_verified_step", "checkpoint_verified_age_seconds")
+    assert not {f"shepherd_{name}" for name in (*absent, *more, *verified)} & set(found)
     assert found["shepherd_checkpoint_failing"] == {(): 0}
     assert found["shepherd_hold"] == {(): 1}
     assert found["shepherd_steps_lost_total"] == {(): 0}
@@ -350,7 +369,7 @@ def test_every_picture_is_true_and_can_be_sent(seed):
     for state, status, lines in pictures(seed):
         assert json.loads(json.dumps(status.document()))["step"] == status.step
         assert sum(status.ledger_us.values()) + status.pending_us == status.owed_us
-        trusted = [step for step, checkpoint in sorted(state.checkpoints.items()) if checkpoint.trust == "committed"]
+        trusted = [step for step, checkpoint in sorted(state.checkpoints.items()) if checkpoint.trust in USABLE]
         assert list(status.checkpoints) == trusted
         known = len(state.incidents) + (state.incident is not None)
         assert [i.number for i in status.incidents] == list(range(1, known + 1))

@@ -38,6 +38,12 @@ def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):
     assert "3 of 5 places filled, newest checkpoint 40, metrics http://127.0.0.1:1/metrics" in text
     assert "HOLD: nothing is decided until the journal can be written: disk full" in text
     assert "\nactive: n1, n2 (suspect)\nspare: n3\nquarantined: n5\n" in text
+    assert (
+        "checkpoints: 10 damaged, 20 verified (pinned), 40 committed in doubt; 40 is being read back\n"
+        "checkpoint 10 is damaged, says n1 and n3: rank-00000.bin: block 3\n"
+        "checkpoint 40 is in doubt, says n1: block 9\n"
+        "node n2 has misread checkpoint 20, which n1 found whole afterwards: block 7\n"
+    ) in text
     (row,) = [line for line in text.splitlines() if line.startswith("│ 1")]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:5] == ["1", "100.0 s", "signal: signal 9", "n2", "replace"]

@@ -13,6 +13,7 @@ from report_pages import SECOND, as_records, hostile, long_run, records_of, trac
 
 from orchestrator.core import events as ev
 from orchestrator.core.goodput import LABELS
+from orchestrator.core.state import TRUSTS
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe.report_curves import curves
 from orchestrator.observe.report_fold import fold
@@ -48,9 +49,8 @@ def test_the_fold_of_any_history_tells_what_the_supervisor_knows(choices: bytes)
     lost = ("detection", "recovery", "waiting_for_nodes", "recomputed")
     assert sum(story.cost_us for story in history.stories) <= sum(spent[label] for label in lost)
     assert [g.order.generation for g in history.generations] == list(range(1, final.generation + 1))
-    assert {row.step for row in history.checkpoints.rows if row.fate == "committed"} == {
-        step for step, c in final.checkpoints.items() if c.trust == "committed"
-    }
+    told = {row.step: (row.generation, row.fate) for row in history.checkpoints.rows if row.fate in TRUSTS}
+    assert told == {step: (c.generation, c.trust) for step, c in final.checkpoints.items()}
     assert len(history.checkpoints.failures) == final.saves_failed
 
 

@@ -11,10 +11,19 @@ from core_watch import LIMITS, Watch
 from core_world import layout
 from test_simulate import PATIENCE, watched
 
-from orchestrator.core.state import State
+from orchestrator.core.state import VERIFICATIONS, State
 from orchestrator.simulate.body import Scenario, Simulation
 from orchestrator.simulate.harm import DAY_US
-from orchestrator.simulate.profile import Cause, Delivery, Failures, Profile, Seconds, load_failures, load_profile
+from orchestrator.simulate.profile import (
+    Cause,
+    Delivery,
+    Failures,
+    Profile,
+    ReadBack,
+    Seconds,
+    load_failures,
+    load_profile,
+)
 
 STEP_US = 2_000_000
 MESHES = (
@@ -101,6 +110,19 @@ def test_every_rung_is_taken(lived: list[Simulation]) -> None:
     assert rungs == {"resume", "replace", "spare", "shrink", "grow", "durable"}
     causes = {incident.cause for simulation in lived for incident in simulation.state.incidents}
     assert causes >= {"node", "exception", "collective", "hang", "slow", "corrupt", "leave", "grow"}
+
+
+def test_the_rules_hold_while_nodes_read_checkpoints_back_and_some_read_badly() -> None:
+    back = ReadBack(read=Seconds(value=20, source="test"), rotten=0.03, misread=0.05)
+    outcomes = Counter[str]()
+    for seed in range(4):
+        made = made_of(seed, *EVERYTHING, an_hour=60, days=0.2, delivery=POST)
+        profile = made.profile.model_copy(update={"read_back": back})
+        limits = replace(made.limits, scrub_us=120_000_000, strikes=1000)
+        simulation = watched(replace(made, profile=profile, limits=limits), Watch())
+        outcomes.update(simulation.state.verifications)
+    assert set(outcomes) == set(VERIFICATIONS) and all(outcomes.values()), outcomes
+    assert outcomes["whole"] > 5 * outcomes["damaged"], outcomes
 
 
 def test_one_seed_is_one_history_however_messages_travel() -> None:
