@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from storage.blocks import BadBlock, Copy, SourceError, block_digests, read_blocks
+from storage.blocks import BadBlock, Holder, block_digests, fetch_block
 from storage.index import ALIGN_BYTES, BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.ram import (
@@ -42,14 +42,6 @@ log = logging.getLogger(__name__)
 RANK_PREFIX = "rank/"
 DIGEST_DEADLINE_S = 600.0
 """For the copy from a device and the digests of one snapshot: 100 GB at 0.2 GB/s, a fiftieth of what a core does."""
-
-
-class Holder(Protocol):
-    """Somebody who may hold the same snapshot, or that of a replica."""
-
-    def copy(self) -> Copy:
-        """Raises SourceError or ManifestError when there is none."""
-        ...
 
 
 class RamTier:
@@ -196,9 +188,7 @@ class RamTier:
         wanted = [c for c in self._layout_of(state).chunks if own or not c.fqn.startswith(RANK_PREFIX)]
         chunks = [c for c in index.chunks if own or not c.fqn.startswith(RANK_PREFIX)]
         if [(c.key, c.shape, c.dtype) for c in chunks] != [(c.key, c.shape, c.dtype) for c in wanted]:
-            raise ManifestError(
-                f"{index.data}: the snapshot holds other tensors, shapes or shards than this rank has"
-            )
+            raise ManifestError(f"{index.data}: the snapshot holds other tensors, shapes or shards than this rank has")
         return chunks
 
     def _layout_of(self, state: TrainState) -> _Layout:
@@ -230,31 +220,11 @@ def _check(
             problem="is damaged (its xxh3_128 does not match)",
         )
         bad.append(mine)
-        problems = _mend(chunk, block, data, holders, bad)
-        if problems:
-            raise ManifestError("; ".join([str(mine), *problems]))
-        log.error("%s; mended from another copy", mine)
-
-
-def _mend(chunk: Chunk, block: int, data: memoryview, holders: Sequence[Holder], bad: list[BadBlock]) -> list[str]:
-    """Fill `data` with a block from the first of `holders` that has it whole; else what is wrong with each of them."""
-    problems = []
-    for holder in holders:
         try:
-            copy = holder.copy()
-            same = next((c for c in copy.index.chunks if (c.key, c.blocks) == (chunk.key, chunk.blocks)), None)
-            if same is None:
-                problems.append(f"{copy.source.name} holds no copy of it")
-                continue
-            found = read_blocks(copy, same, block, block + 1, data)
-        except (SourceError, ManifestError) as error:
-            problems.append(str(error))
-            continue
-        if not found:
-            return []
-        bad += found
-        problems += [str(other) for other in found]
-    return problems or ["nobody else holds it"]
+            fetch_block(chunk, block, data, holders, bad)
+        except ManifestError as error:
+            raise ManifestError(f"{mine}; {error}") from error
+        log.error("%s; mended from another copy", mine)
 
 
 class _Layout:
@@ -336,7 +306,8 @@ class _Device:
         self._stream = torch.cuda.Stream(devices[0])  # type: ignore[no-untyped-call]
         for file in files:
             memory = file.payload(file.room)
-            error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            error = cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
             if int(error):
                 log.warning("%s is not pinned (CUDA error %s): snapshots block training for longer", file.path, error)
             else:
@@ -345,7 +316,7 @@ class _Device:
     def forget(self) -> None:
         """Before the files' memory is let go of."""
         for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
         self._registered = []
 
     @contextlib.contextmanager
