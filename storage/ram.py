@@ -167,6 +167,15 @@ def drop_newer(ram_dir: str, run: str, node: str, step: int, slot: int | None = 
                 f.write(bytes(HEADER_BYTES))
 
 
+def drop_slots(ram_dir: str, run: str, node: str, kept: Collection[int]) -> None:
+    """Delete the snapshots of all slots but `kept` that lie on a node."""
+    for path in _files(ram_dir, run, node):
+        name = _FILE_NAME.fullmatch(path.name)
+        assert name is not None, path
+        if int(name[1]) not in kept:
+            path.unlink(missing_ok=True)
+
+
 def delete(ram_dir: str, run: str, node: str) -> None:
     """Delete all snapshots of a run on a node."""
     folder = node_folder(ram_dir, run, node)

@@ -67,17 +67,17 @@ class RamTier:
         return newest_step(*self._place)
 
     def pin(self, *steps: int) -> None:
-        """Keep the snapshots of these steps until others are pinned."""
+        """Keep the snapshots of these steps, of which there may be two fewer than files, until others are pinned."""
         assert len(steps) <= self._n_files - 2, steps
         self._pinned = steps
 
-    def snapshot(self, state: TrainState, done: Callable[[], None] = lambda: None) -> None:
+    def snapshot(self, state: TrainState, done: Callable[[Exception | None], None] = lambda error: None) -> None:
         """Copy the state into shared memory. The first call allocates all files, later ones nothing.
 
         On CUDA the copy runs beside what comes next on the device: the live tensors may change after `await_reads`.
 
         Args:
-            done: called once the snapshot is complete, from another thread; not when it fails.
+            done: called from another thread once the snapshot is complete, or with the reason why it is not.
 
         Raises:
             OSError: the memory file system is full; earlier snapshots stay.
@@ -114,7 +114,17 @@ class RamTier:
         if error is not None:
             log.error("a snapshot of slot %d has failed", self._place[3], exc_info=error)
 
-    def _complete(self, file: SnapshotFile, layout: _Layout, step: int, done: Callable[[], None]) -> None:
+    def _complete(
+        self, file: SnapshotFile, layout: _Layout, step: int, done: Callable[[Exception | None], None]
+    ) -> None:
+        try:
+            self._digest(file, layout, step)
+        except Exception as error:
+            done(error)
+            raise
+        done(None)
+
+    def _digest(self, file: SnapshotFile, layout: _Layout, step: int) -> None:
         self._device.synchronize()
         payload = file.payload(layout.n_bytes).data
         chunks = tuple(
@@ -135,7 +145,6 @@ class RamTier:
             index_digest=xxhash.xxh3_128_hexdigest(raw),
         )
         file.finish(header, raw)
-        done()
 
     def restore(
         self, step: int, state: TrainState, holders: Sequence[Holder] = (), bad: list[BadBlock] | None = None

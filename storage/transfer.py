@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import xxhash
@@ -59,6 +60,8 @@ _SEND_BYTES = 16 * 1024 * 1024
 _RECEIVE_BYTES = 1024 * 1024
 # Of a snapshot of 10,000 tensors and 1 TB.
 MAX_INDEX_BYTES = 64 * 1024 * 1024
+# The next snapshot's index may be a few digits longer.
+INDEX_SLACK_BYTES = 64 * 1024
 
 
 class Rate:
@@ -281,6 +284,7 @@ async def fetch_snapshot(
     generation: int | None = None,
     others: Sequence[Holder] = (),
     rate: Rate | None = None,
+    mapped: dict[Path, SnapshotFile] | None = None,
     bad: list[BadBlock] | None = None,
 ) -> None:
     """Copy a peer's snapshot into this node's RAM tier as the snapshot of `slot`; complete and verified on return.
@@ -289,6 +293,7 @@ async def fetch_snapshot(
         files: of the slot, which this may use.
         others: who is asked, in this order, for blocks that are damaged at the peer.
         rate: a cap for copies that can wait.
+        mapped: files of before, to be used again: to allocate and map one takes as long as to fill it.
         bad: what is found damaged where it lies is added here.
 
     Raises:
@@ -304,7 +309,11 @@ async def fetch_snapshot(
             source.copy()
             header, raw = source.described()
             path = places[choose_file([read_header(p) for p in places])]
-            file = SnapshotFile(path, header.n_bytes)
+            file = None if mapped is None else mapped.get(path)
+            if file is None or file.room < header.n_bytes:
+                file = SnapshotFile(path, header.n_bytes + INDEX_SLACK_BYTES)
+                if mapped is not None:
+                    mapped[path] = file
             file.begin()
             payload = file.payload(header.payload_bytes).data
             for chunk, block in _receive_payload(source, payload, rate):
@@ -406,16 +415,31 @@ def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
 
 
 def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int], None]) -> None:
+    """Fill `into`; each wait for more ends after STALL_S.
+
+    The kernel does the waiting, for a whole piece at a time: Python's own timeouts return with each packet's worth,
+    and each return costs a turn at the interpreter, which the check of what has come wants, too.
+    """
     deadline = time.monotonic() + wires.STALL_S + len(into) / MIN_BYTES_PER_S
-    done = 0
-    while done < len(into):
-        n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES])
-        if not n_bytes:
-            raise EOFError(f"after {done} of {len(into)} bytes")
-        done += n_bytes
-        arrived(done)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{done} of {len(into)} bytes in time")
+    seconds = int(wires.STALL_S)
+    stall = struct.pack("@ll", seconds, int((wires.STALL_S - seconds) * 1_000_000))
+    timeout = sock.gettimeout()
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
+    try:
+        done = 0
+        while done < len(into):
+            n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES], 0, socket.MSG_WAITALL)
+            if not n_bytes:
+                raise EOFError(f"after {done} of {len(into)} bytes")
+            done += n_bytes
+            arrived(done)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{done} of {len(into)} bytes in time")
+    except BlockingIOError as e:
+        raise TimeoutError(f"no more for {wires.STALL_S:g} s, after {done} of {len(into)} bytes") from e
+    finally:
+        sock.settimeout(timeout)
 
 
 def shut(sock: socket.socket) -> None:

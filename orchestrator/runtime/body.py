@@ -147,6 +147,8 @@ class Body:
         self._save_every_steps = spec.checkpoint.interval_steps
         self._retired: dict[int, None] = {}
         """Steps of checkpoints that are to be deleted, and are not yet."""
+        self._keepers: dict[int, str] = {}
+        """Slot to the node that keeps copies of its snapshots, in the generation that was opened last."""
         self._joins: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -300,6 +302,7 @@ class Body:
             generation=action.snapshot_generation,
             commit=commit_name(action.step) if action.source == "durable" else "",
         )
+        holders = self._holders(action)
         return [
             (
                 node,
@@ -315,10 +318,44 @@ class Body:
                     restore=restore,
                     config=config,
                     ram_dir="",  # each agent knows its own
+                    keeper=self._address(action.nodes[action.buddies[index]]) if action.buddies else "",
+                    holders={rank: holders[rank] for rank in placement.slots_of(spec.layout, index) if rank in holders},
                 ),
             )
             for index, node in enumerate(action.nodes)
         ]
+
+    def _address(self, node: str) -> str:
+        info = self._agent(node).info
+        assert info is not None
+        return info.address
+
+    def _holders(self, action: OpenGeneration) -> dict[int, tuple[contract.Holder, ...]]:
+        """For each slot who else may hold what it restores from shared memory: one of its replicas' nodes, and who
+        kept copies of it until now. They are asked only for what is damaged, and may not have it."""
+        before, self._keepers = self._keepers, self._kept_by(action)
+        layout = self._spec.layout
+        found: dict[int, tuple[contract.Holder, ...]] = {}
+        for place, node in enumerate(action.nodes):
+            for slot in placement.slots_of(layout, place):
+                at = {c: action.nodes[c // layout.slots_per_node] for c in placement.replicas(layout, slot)}
+                replica = next(((copy, name) for copy, name in at.items() if name != node), None)
+                kept = (slot, before[slot]) if slot in before and before[slot] != node else None
+                asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
+                if action.source == "ram":
+                    found[slot] = tuple(self._holder(name, copy) for copy, name in asked)
+        return {slot: holders for slot, holders in found.items() if holders}
+
+    def _kept_by(self, action: OpenGeneration) -> dict[int, str]:
+        """Slot to the node that keeps copies of its snapshots."""
+        return {
+            slot: action.nodes[keeper]
+            for place, keeper in enumerate(action.buddies)
+            for slot in placement.slots_of(self._spec.layout, place)
+        }
+
+    def _holder(self, node: str, slot: int) -> contract.Holder:
+        return contract.Holder(node=node, address=self._address(node), ray_node=self._agent(node).ray_node, slot=slot)
 
     async def _transfer(self, generation: int, transfer: Transfer, step: int) -> None:
         source, target = self._agent(transfer.from_node), self._agent(transfer.to_node)
@@ -459,6 +496,7 @@ class Body:
                 done=state.step,
                 unclean=state.generation in state.unclean,
             )
+            self._keepers = self._kept_by(state.order)
         alive = [name for name, node in state.nodes.items() if node.state != "lost"]
         await asyncio.gather(*(self._adopt(node, state.step) for node in alive))
 

@@ -292,7 +292,7 @@ class Controller:
                 layout=spec.layout,
                 limits=spec.limits,
                 total_steps=spec.run.steps,
-                capabilities=("ram", "peer"),
+                capabilities=("ram", "peer", "buddy") if spec.checkpoint.copies == "auto" else ("ram", "peer"),
             )
             again = await self._decide([declared, began])
         again += await self._decide([ev.CheckpointsFound(at=0, steps=tuple(found))])

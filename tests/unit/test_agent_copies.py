@@ -16,12 +16,16 @@ DEADLINE_S = 30.0
 COPY = Transfer(slot=1, to_node="a", from_slot=3, from_node="b")
 
 
+async def nothing() -> None:
+    pass
+
+
 def agent() -> Agent:
     """As far as copies need one; it takes a Ray worker to make a whole one."""
     made = Agent.__new__(Agent)
     made.__dict__.update(
         {"_epoch": 1, "_ended_generation": 0, "_fold": None, "_copies": {}, "_token": "t", "_run": "r", "_node": "a"}
-        | {"_ram_dir": "/nowhere", "_ray_node": "x"}
+        | {"_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
     )
     return made
 
