@@ -380,6 +380,8 @@ _AT_LEAST: dict[str, dict[str, float]] = {
         "shortest_interval_steps": 1,
         "longest_interval_steps": 1,
         "snapshot_interval_steps": 1,
+        "copy_interval_steps": 1,
+        "copy_bytes_per_s": 0,
         "keep": 2,
         "keep_every_steps": 0,
         "scrub_hours": 0,

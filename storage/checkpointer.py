@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
 from torch import Tensor, distributed
 
+from storage.blocks import BadBlock, Holder
 from storage.commits import read_commit
 from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
@@ -65,12 +66,14 @@ class Checkpointer:
         generation: int,
         ram_dir: str,
         node: str,
+        copies: bool = False,
     ) -> None:
+        """With `copies`, snapshots are copied to other nodes."""
         assert 0 <= rank < world_size, (rank, world_size)
         self._url, self._run, self._rank = url, run, rank
         self._epoch, self._generation = epoch, generation
         self._ram_dir, self._node = ram_dir, node
-        self._ram = RamTier(ram_dir, run, node, rank, generation=generation)
+        self._ram = RamTier(ram_dir, run, node, rank, generation=generation, copies=copies)
         self._staging = Staging()
         self._saving = threading.Thread()
         self._writer: Writer | None = None
@@ -86,13 +89,27 @@ class Checkpointer:
         """Step of this rank's newest complete snapshot; 0 when there is none."""
         return self._ram.newest
 
-    def snapshot(self, state: TrainState) -> None:
-        """Copy this rank's state into the node's shared memory; blocks for one copy and one digest.
+    def snapshot(self, state: TrainState, done: Callable[[Exception | None], None] = lambda error: None) -> None:
+        """Copy this rank's state into the node's shared memory; blocks for the copy.
+
+        The live tensors must not change before `await_reads`. Before another rank may count on this snapshot,
+        `await_snapshot` must have returned.
+
+        Args:
+            done: see `RamTier.snapshot`.
 
         Raises:
             OSError: the memory file system is full.
         """
-        self._ram.snapshot(state)
+        self._ram.snapshot(state, done)
+
+    def await_snapshot(self) -> None:
+        """Until the last snapshot is complete, or has failed. Raises TimeoutError when it takes far too long."""
+        self._ram.wait()
+
+    def pin_snapshots(self, *steps: int) -> None:
+        """Keep the snapshots of these steps until others are pinned."""
+        self._ram.pin(*steps)
 
     @property
     def busy(self) -> bool:
@@ -150,8 +167,9 @@ class Checkpointer:
         self._saving.start()
 
     def await_reads(self) -> None:
-        """Before the live tensors change: let the copy that was begun read them first."""
+        """Before the live tensors change: let the copies that were begun read them first."""
         self._staging.await_reads()
+        self._ram.await_reads()
 
     def wait(self) -> None:
         """Until the save that was begun last has called `done`.
@@ -187,17 +205,27 @@ class Checkpointer:
     def _make_writer(self, step: int) -> Writer:
         return Writer(self._url, step=step, epoch=self._epoch, generation=self._generation, rank=self._rank)
 
-    def restore(self, state: TrainState, restore: Source) -> None:
+    def restore(
+        self,
+        state: TrainState,
+        restore: Source,
+        holders: Sequence[Holder] = (),
+        bad: list[BadBlock] | None = None,
+    ) -> None:
         """Fill `state` in place and set its step. Collective when the source is ``durable``.
 
         Afterwards the tier holds no snapshot of a later step: it would belong to a history that was given up.
+
+        Args:
+            holders: who may have blocks that are damaged in this node's memory.
+            bad: what is found damaged there, and at them, is added here.
 
         Raises:
             ManifestError: the source is missing, damaged or of another state. No tensor has changed.
             CheckpointFailed, StoreError: a rank could not read the durable checkpoint. No tensor has changed.
         """
         if restore.source == "ram":
-            self._ram.restore(restore.step, state)
+            self._ram.restore(restore.step, state, holders, bad)
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.

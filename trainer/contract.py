@@ -153,6 +153,12 @@ class CheckpointConfig:
     verify_mb_per_s: int = 500
     """At most so much (10^6 bytes) is read each second to verify a checkpoint, by one node at a time: a 25th of a
     100 Gbit/s link."""
+    copies: Literal["auto", "off"] = "auto"
+    """``auto``: snapshots are copied to another node's memory, unless replicas stand in other failure domains."""
+    copy_interval_steps: int = 1
+    """Steps between such copies, at least; the next begins when the last has arrived from every node."""
+    copy_bytes_per_s: int = 0
+    """Cap on what a node takes in of such copies; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +214,18 @@ class Restore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A node that may hold the snapshot that a rank is restored from, too: asked for blocks that are damaged."""
+
+    node: str
+    address: str
+    """Of its peer server."""
+    ray_node: str
+    """As it is called there."""
+    slot: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assign:
     """Fill this slot in this generation. `rank` is the slot's number; the store is the generation's own."""
 
@@ -223,6 +241,14 @@ class Assign:
     config: WorkerConfig
     ram_dir: str
     """Folder of the node's RAM tier; this slot's snapshots are the files that storage.ram names there."""
+    copies: bool = False
+    """Whether snapshots of all ranks are copied to other nodes."""
+    copied_step: int = 0
+    """The newest step of which every rank's copy has arrived, in generations before; 0: none."""
+    holders: tuple[Holder, ...] = ()
+    """Who may hold what this rank restores from shared memory, too."""
+    token: str = field(default="", repr=False)
+    """The job's, to ask them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +261,15 @@ class SaveEvery:
     """To rank 0, which decides for all ranks: from the next step boundary on, save each so many steps."""
 
     steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """What became of the copy that CopyStep asked for."""
+
+    step: int
+    error: str = ""
+    """Empty: it has arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +339,32 @@ class StepDone:
     lr: float | None
     snapshot_step: int
     """Newest step whose RAM snapshot of this rank is complete; 0 when there is none."""
+    copied_step: int = 0
+    """Newest step whose snapshots have all been copied to other nodes; 0 when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyStep:
+    """This rank's snapshot of `step` is complete and stays: have it copied to another node, and answer with Copied."""
+
+    generation: int
+    rank: int
+    step: int
+    complete: int
+    """The newest step of which every rank's copy has arrived; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damaged:
+    """A snapshot was damaged where it lay; it was mended from another copy, or else the restore fails."""
+
+    generation: int
+    rank: int
+    step: int
+    node: str
+    """That held it; empty: this rank's own."""
+    detail: str
+    """Which blocks of which tensors, for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,8 +450,21 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Stop | SaveEvery | Inject
-FromWorker = Phase | Restored | StepDone | Validated | ShardWritten | SaveFailed | Failed | Finished | Pulse | Injected
+ToWorker = Assign | Stop | SaveEvery | Copied | Inject
+FromWorker = (
+    Phase
+    | Restored
+    | StepDone
+    | CopyStep
+    | Damaged
+    | Validated
+    | ShardWritten
+    | SaveFailed
+    | Failed
+    | Finished
+    | Pulse
+    | Injected
+)
 
 # Exit codes of a worker process. A worker that dies of a signal has the signal's number as the kernel reports it.
 EXIT_FINISHED = 0

@@ -3,7 +3,8 @@
 Numbering: a state has `step` completed steps; step k is the k-th, the first is 1.
 
 Once a step, one all-reduce over the world tells every rank what all must agree on before anybody's parameters change:
-the mean loss, the gradient norm, whether to stop, and whether to begin a durable save. A second one follows the audit,
+the mean loss, the gradient norm, whether to stop, and whether to begin a durable save or copies of snapshots. Before it
+comes, a rank's snapshot of the step before is complete. A second one follows the audit,
 which must come as late as it can: whether a rank's state was found corrupt. So either every rank takes the optimizer's
 step or none does, all stop or save at the same boundary, and no rank is ever more than one step ahead of another.
 """
@@ -24,7 +25,8 @@ from torch.optim import AdamW
 
 from trainer import optim
 from trainer.audit import StateAudit, stop_on
-from trainer.contract import Finished, Phase, StepDone, Validated, WorkerConfig
+from trainer.contract import CopyStep, Finished, Phase, StepDone, Validated, WorkerConfig
+from trainer.copies import Copies
 from trainer.parallel import Stage, forward_backward, forward_only
 from trainer.saves import Interval, Saves
 
@@ -59,13 +61,24 @@ class Session:
     """Set when the agent has asked to stop; the loop ends at the next boundary on which all ranks agree."""
     interval: Interval
     """Between durable saves; the agent may change it."""
+    sends_copies: bool = False
+    """Whether snapshots are copied to other nodes, as on all ranks or none."""
+    copied_step: int = 0
+    """The newest step whose copies have all arrived, in generations before; 0: none."""
     at_rest: threading.Lock = field(default_factory=threading.Lock)
     """Who holds it finds the state at rest and as the audit recorded it: the loop keeps it from the audit's check until
     the record that follows the optimizer. Chaos takes it to flip bits at rest only."""
     saves: Saves = field(init=False)
+    copies: Copies = field(init=False)
 
     def __post_init__(self) -> None:
         self.saves = Saves(self.interval)
+        self.copies = Copies(
+            on=self.sends_copies,
+            every_steps=self.config.checkpoint.copy_interval_steps,
+            complete=self.copied_step,
+            pin=self.checkpointer.pin_snapshots,
+        )
 
     def phase(self, name: Literal["rendezvous", "build", "restore", "compute", "checkpoint", "validate"]) -> None:
         self.emit(Phase(generation=self.generation, rank=self.rank, step=self.state.step, phase=name))
@@ -77,8 +90,14 @@ class StepResult:
     grad_norm: float
     lr: float
     data_us: int
+    snapshot_us: int
+    """Waiting for the snapshot of the step before to be complete."""
     stop: bool
     save: bool
+    copying: int
+    """Ranks whose copy to another node is under way."""
+    not_copied: int
+    """Ranks whose last such copy has failed."""
 
 
 def train(session: Session, saved_step: int) -> None:
@@ -98,7 +117,9 @@ def train(session: Session, saved_step: int) -> None:
     boundary_us, save_us, stopped = _now_us(), 0, False
     while state.step < config.steps and not stopped:
         result = train_step(session)
-        snapshot_us = _snapshot(session) if state.step % config.checkpoint.snapshot_interval_steps == 0 else 0
+        taken = state.step % config.checkpoint.snapshot_interval_steps == 0
+        session.copies.agree(state.step, result.copying, result.not_copied, taken)
+        snapshot_us = result.snapshot_us + (_snapshot(session) if taken else 0)
         _report(session, result, step_us=_now_us() - boundary_us, snapshot_us=snapshot_us, save_us=save_us)
         boundary_us, save_us, stopped = _now_us(), 0, result.stop
         if state.step == config.steps or stopped:
@@ -110,6 +131,7 @@ def train(session: Session, saved_step: int) -> None:
             boundary_us = _now_us()
         if result.save:
             save_us = session.saves.begin(session)
+    session.checkpointer.await_snapshot()
     if saved_step != state.step:
         session.saves.save_last(session, check_last_state)
     if state.step == config.steps:
@@ -129,14 +151,20 @@ def train_step(session: Session) -> StepResult:
 
     loss_share = forward_backward(session.stage, inputs_BT, targets_BT)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    waited_from_us = _now_us()
+    session.checkpointer.await_snapshot()
+    snapshot_us = _now_us() - waited_from_us
     wants_save, saves = session.saves.shares(session, step)
-    squared_norm, loss, stops, saves_wanted, savers = _sum_over_ranks(
+    copies, not_copied = session.copies.shares()
+    squared_norm, loss, stops, saves_wanted, savers, copying, copies_failed = _sum_over_ranks(
         session.stage,
         optim.squared_norm_share(parameters),
         loss_share,
         torch.tensor(session.stop.is_set()),
         torch.tensor(wants_save),
         torch.tensor(saves),
+        torch.tensor(copies),
+        torch.tensor(not_copied),
     )
     with session.at_rest:
         # After the wait for the slowest rank, which may be long: what changes in it is found, too.
@@ -154,7 +182,17 @@ def train_step(session: Session) -> StepResult:
         session.audit.record()
     optimizer.zero_grad()
     save = saves_wanted > 0 and savers == 0
-    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, data_us=data_us, stop=stops > 0, save=save)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        data_us=data_us,
+        snapshot_us=snapshot_us,
+        stop=stops > 0,
+        save=save,
+        copying=int(copying),
+        not_copied=int(copies_failed),
+    )
 
 
 def check_last_state(session: Session) -> None:
@@ -232,11 +270,22 @@ def _snapshot(session: Session) -> int:
     """
     started_us = _now_us()
     session.state.per_rank.update(optim.random_state())
+    state, step = session.state, session.state.step
+
+    def done(error: Exception | None) -> None:
+        if not session.copies.wants(step):
+            return
+        if error is not None:
+            session.copies.ended(step, str(error))
+        else:
+            complete = session.copies.complete
+            session.emit(CopyStep(generation=session.generation, rank=session.rank, step=step, complete=complete))
+
     try:
-        state = session.state
-        session.checkpointer.snapshot(replace(state, per_rank=state.per_rank | session.audit.mark()))
+        session.checkpointer.snapshot(replace(state, per_rank=state.per_rank | session.audit.mark()), done)
     except OSError as error:
-        log.error("step %d: no snapshot: %s", session.state.step, error)
+        log.error("step %d: no snapshot: %s", step, error)
+        session.copies.ended(step, str(error))
     return _now_us() - started_us
 
 
@@ -256,6 +305,7 @@ def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int
             grad_norm=result.grad_norm if reports else None,
             lr=result.lr if reports else None,
             snapshot_step=session.checkpointer.newest_snapshot,
+            copied_step=session.copies.complete,
         )
     )
 

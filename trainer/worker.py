@@ -27,10 +27,13 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from storage.blocks import BadBlock
 from storage.checkpointer import Checkpointer
 from storage.durable import CheckpointFailed
 from storage.manifest import ManifestError
 from storage.redact import redacted
+from storage.state import TrainState
+from storage.transfer import PeerSource
 from storage.urls import StoreError
 from trainer import harm, pulse
 from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, replica_group
@@ -39,6 +42,8 @@ from trainer.contract import (
     EXIT_FAILED,
     EXIT_FINISHED,
     Assign,
+    Copied,
+    Damaged,
     Failed,
     Inject,
     Phase,
@@ -83,6 +88,9 @@ LEAVE_LAST_S = 1.0
 ERROR_CHARS = 2_000
 TRACEBACK_CHARS = 8_000
 
+# Damaged blocks of one copy: more of them say no more.
+DAMAGED_TOLD = 4
+
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
 FailureKind = Literal["exception", "collective", "memory", "state", "store", "audit", "corrupt", "diverged", "unclean"]
@@ -98,6 +106,8 @@ class Agent:
         self.stop = threading.Event()
         self.interval = Interval(0)
         """Between durable saves: as assigned, until the agent tells another."""
+        self.on_copied: Callable[[int, str], None] | None = None
+        """Called from the thread that watches the agent."""
         self.on_inject: Callable[[Inject], None] | None = None
         """Called from the thread that watches the agent; None while there is no state to hurt."""
 
@@ -133,6 +143,8 @@ class Agent:
                     self.stop.set()
                 elif isinstance(message, SaveEvery):
                     self.interval.steps = message.steps
+                elif isinstance(message, Copied) and self.on_copied is not None:
+                    self.on_copied(message.step, message.error)
                 elif isinstance(message, Inject) and self.on_inject is not None:
                     self.on_inject(message)
 
@@ -166,6 +178,7 @@ def main(sock: socket.socket) -> int:
     pulse.start(assign.generation, assign.rank, step, agent.emit)
     try:
         session = start(assign, agent)
+        agent.on_copied = session.copies.ended
         agent.on_inject = partial(harm.obey, session=session)
         train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
         # Together: a peer that leaves early resets connections on which the others may still be reading.
@@ -220,11 +233,12 @@ def start(assign: Assign, agent: Agent) -> Session:
         generation=assign.generation,
         ram_dir=assign.ram_dir,
         node=assign.node,
+        copies=assign.copies,
     )
     audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
     mark = audit.blank_mark() if assign.restore.source == "ram" else {}
     copy = replace(state, per_rank=state.per_rank | mark)
-    checkpointer.restore(copy, assign.restore)
+    restore(checkpointer, copy, assign, agent)
     state.step = copy.step
     assert state.step == assign.restore.step, (state.step, assign.restore)
     set_completed_steps(optimizer, state.step)
@@ -255,7 +269,41 @@ def start(assign: Assign, agent: Agent) -> Session:
         emit=agent.emit,
         stop=agent.stop,
         interval=agent.interval,
+        sends_copies=assign.copies,
+        copied_step=assign.copied_step,
     )
+
+
+def restore(checkpointer: Checkpointer, state: TrainState, assign: Assign, agent: Agent) -> None:
+    """Fill `state` as assigned; what was damaged in shared memory is told, whether it could be mended or not.
+
+    Raises:
+        ValueError, storage.manifest.ManifestError, CheckpointFailed, StoreError: see Checkpointer.restore.
+    """
+    step = assign.restore.step
+    holders = [
+        PeerSource(h.address, assign.token, assign.config.run, h.ray_node, h.slot, step, assign.restore.generation)
+        for h in assign.holders
+    ]
+    bad: list[BadBlock] = []
+    try:
+        checkpointer.restore(state, assign.restore, holders, bad)
+    finally:
+        for holder in holders:
+            holder.close()
+        names = {holder.ray_node: holder.node for holder in assign.holders}
+        for source in dict.fromkeys(block.source for block in bad):
+            told = [str(block) for block in bad if block.source == source]
+            more = f" and {len(told) - DAMAGED_TOLD} more" if len(told) > DAMAGED_TOLD else ""
+            agent.emit(
+                Damaged(
+                    generation=assign.generation,
+                    rank=assign.rank,
+                    step=step,
+                    node=names.get(source, ""),
+                    detail="; ".join(told[:DAMAGED_TOLD]) + more,
+                )
+            )
 
 
 def join(assign: Assign) -> None:

@@ -263,6 +263,21 @@ class NodesHalted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyDamaged:
+    """A snapshot that was to be restored was found damaged in a node's memory. Others may have mended it."""
+
+    at: int
+    node: str
+    """That held it."""
+    generation: int
+    """That was being opened."""
+    slot: int
+    step: int
+    detail: str
+    """Which blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationFailed:
     """The body could not bring a generation up (an assignment was refused, a copy from a peer failed)."""
 
@@ -475,6 +490,7 @@ Event = (
     | WorkerHung
     | NodeHalted
     | NodesHalted
+    | CopyDamaged
     | GenerationFailed
     | GenerationReady
     | StepsDone

@@ -180,9 +180,14 @@ def _parent(s: State, decision: recovery.Decision) -> int:
 
 
 def _buddies(s: State) -> tuple[int, ...]:
-    if "buddy" not in s.capabilities:
+    """Who keeps copies; nobody where the replicas of every shard are copies, in more than one failure domain."""
+
+    def domain_of(name: str) -> str:
+        return s.nodes[name].domain
+
+    if "buddy" not in s.capabilities or placement.replicas_apart(s.mesh_layout, s.mesh, domain_of):
         return ()
-    return placement.buddies(s.mesh, lambda name: s.nodes[name].domain)
+    return placement.buddies(s.mesh, domain_of)
 
 
 def suspend(s: State) -> None:

@@ -168,6 +168,16 @@ def buddies(mesh: Sequence[str], domain_of: Callable[[str], str]) -> tuple[int, 
     return tuple(keeper) if half else ()
 
 
+def replicas_apart(layout: Layout, mesh: Sequence[str], domain_of: Callable[[str], str]) -> bool:
+    """Whether of every shard there are replicas in two failure domains; a node of no known domain is one by itself."""
+    width = layout.slots_per_node
+    domains = [domain_of(node) or node for node in mesh]
+    # Where a replica fills whole nodes, all shards of a node have their replicas on the same nodes.
+    inner = layout.dp_shard * layout.tp
+    shards = range(0, layout.pp * inner, width if inner % width == 0 else 1)
+    return all(len({domains[slot // width] for slot in slots_of_shard(layout, shard)}) > 1 for shard in shards)
+
+
 def slots_of(layout: Layout, place_index: int) -> range:
     """The slots that the node at this place of the mesh order fills."""
     return range(place_index * layout.slots_per_node, (place_index + 1) * layout.slots_per_node)

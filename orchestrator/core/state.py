@@ -319,6 +319,8 @@ class State:
     """The newest such failure; empty again once a checkpoint is committed."""
     bad_snapshots: dict[str, str] = field(default_factory=dict)
     """Names of snapshots that a worker refused, with its reason."""
+    damaged_copies: dict[str, str] = field(default_factory=dict)
+    """Copies of snapshots that were found damaged, and the evidence: each is one strike."""
     unclean: dict[int, int] = field(default_factory=dict)
     """Generation to the first step at which its state was found corrupt; outlives the incident, as snapshots do."""
 

@@ -105,6 +105,7 @@ class Supervisor:
         s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
         s.verification, s.readers, s.misread = None, {}, {}
         checkpoints.resumed(s)
+        s.damaged_copies = {}
         s.ledger.places = event.layout.nodes + event.layout.spares
         s.ledger.mesh_label = s.ledger.empty_label = "provisioning"
         return [SetTimer(timer=f"wait/{s.generation}", at=event.at + event.limits.wait_deadline_us)]
@@ -390,6 +391,14 @@ class Supervisor:
         detail = f"exit code {event.exit_code}" if event.signal is None else f"signal {event.signal}"
         return interruption.fault(s, recovery.seen(s, event.at, event.node, event.slot, kind, detail))
 
+    def _on_copy_damaged(self, event: ev.CopyDamaged) -> list[Action]:
+        """A strike for each bad copy, whether it could be mended or not: memory that flips one bit flips others."""
+        copy = f"{event.node}: slot {event.slot}, step {event.step}, found by generation {event.generation}"
+        if event.generation == self.state.generation and copy not in self.state.damaged_copies:
+            self.state.damaged_copies[copy] = event.detail
+            health.strike(self.state, event.node, event.at)
+        return []
+
     def _on_generation_failed(self, event: ev.GenerationFailed) -> list[Action]:
         s = self.state
         if event.generation != s.generation or s.job != "starting":
@@ -573,6 +582,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,
     ev.WorkerHung: Supervisor._on_worker_hung,
+    ev.CopyDamaged: Supervisor._on_copy_damaged,
     ev.GenerationFailed: Supervisor._on_generation_failed,
     ev.NodeHalted: Supervisor._on_node_halted,
     ev.NodesHalted: Supervisor._on_nodes_halted,

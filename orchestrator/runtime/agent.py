@@ -10,6 +10,7 @@ The agent ends itself, and its workers with it, when its raylet is gone, or when
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,7 +28,7 @@ import ray
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, Transfer, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime import fanin
+from orchestrator.runtime import copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary
@@ -45,7 +46,8 @@ from orchestrator.runtime.reports import (
     still_true,
 )
 from orchestrator.spec import JobSpec, parse
-from storage import peer, ram
+from storage import peer, ram, transfer
+from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
 from trainer import contract
@@ -118,7 +120,18 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._parent = os.getppid()
         fan_in = FanIn()
-        services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report}
+        self._buddies = copies.Copies(
+            run=run,
+            node=ray_node,
+            ram_dir=self._ram_dir,
+            token=token,
+            bytes_per_s=self._spec.checkpoint.copy_bytes_per_s,
+        )
+        self._buddies.serve(self._serves)
+        self._keeper = ""
+        """Who keeps copies of this node's snapshots, in the generation that trains."""
+        self._copied_step = self._restored_step = 0
+        services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report, copies.KEEP: self._buddies.keep}
         self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node, services)
         self._token = token
         self._address = self._data_digest = ""
@@ -138,6 +151,8 @@ class Agent:
         )
         self._reader = Reader(self._spec.run.url)
         self._tasks: list[asyncio.Task[None]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+        """Copies that are being sent to the buddy, at most one a rank."""
 
     # --- orders ---------------------------------------------------------------------------------------------------
 
@@ -199,7 +214,7 @@ class Agent:
         return self._store[1]
 
     async def fetch(
-        self, epoch: int, generation: int, transfer: Transfer, step: int, address: str, source_node: str
+        self, epoch: int, generation: int, order: Transfer, step: int, address: str, source_node: str
     ) -> None:
         """Copy a slot's snapshot from the node at `address` into this node's shared memory, before `generation` opens.
 
@@ -209,30 +224,43 @@ class Agent:
         self._refuse_ended(generation)
         if self._fold is not None and generation <= self._fold.generation:
             return
-        copying = self._copies.get((generation, transfer.slot))
+        copying = self._copies.get((generation, order.slot))
         if copying is None or (copying.done() and copying.exception() is not None):
-            copying = self._copies[generation, transfer.slot] = asyncio.create_task(
-                peer.fetch_snapshot(
-                    address,
-                    self._token,
-                    run=self._run,
-                    source_node=source_node,
-                    source_slot=transfer.from_slot,
-                    step=step,
-                    ram_dir=self._ram_dir,
-                    node=self._ray_node,
-                    slot=transfer.slot,
-                )
-            )
+            place = (address, source_node)
+            fetching = self._fetch(generation, order, step, *place)
+            copying = self._copies[generation, order.slot] = asyncio.create_task(fetching)
         # A controller that comes back orders it again: two must not write one file.
         await asyncio.shield(copying)
 
+    async def _fetch(self, generation: int, order: Transfer, step: int, address: str, source_node: str) -> None:
+        bad: list[BadBlock] = []
+        try:
+            await transfer.fetch_snapshot(
+                address,
+                self._token,
+                run=self._run,
+                source_node=source_node,
+                source_slot=order.from_slot,
+                step=step,
+                ram_dir=self._ram_dir,
+                node=self._ray_node,
+                slot=order.slot,
+                bad=bad,
+            )
+        finally:
+            if bad:
+                damaged = contract.Damaged(
+                    generation=generation, rank=order.slot, step=step, node=order.from_node, detail=str(bad[0])
+                )
+                self._outbox.push(damaged)
+
     async def _end_copies(self) -> None:
         """Nothing is written into the tier from outside any more."""
-        copies, self._copies = list(self._copies.values()), {}
-        for copy in copies:
+        fetched, self._copies = list(self._copies.values()), {}
+        for copy in fetched:
             copy.cancel()
-        await asyncio.gather(*copies, return_exceptions=True)
+        await asyncio.gather(*fetched, return_exceptions=True)
+        await self._buddies.end()
 
     async def open(self, epoch: int, plan: NodeAssignment) -> None:
         """Start this generation's workers; an order that comes again changes nothing."""
@@ -252,7 +280,11 @@ class Agent:
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
-        here = dataclasses.replace(plan, ram_dir=self._ram_dir)
+        self._keeper, self._restored_step = plan.keeper, plan.restore.step
+        self._copied_step = min(self._copied_step, plan.restore.step)
+        here = dataclasses.replace(
+            plan, ram_dir=self._ram_dir, copied_step=self._copied_step, token=self._token if plan.holders else ""
+        )
         await asyncio.to_thread(self._workers.assign, here)
 
     async def halt(self, epoch: int, generation: int, hear_out: bool) -> None:
@@ -371,6 +403,27 @@ class Agent:
                 self._held[report.rank] = report  # until its process ends, a second later
             else:
                 self._fact(report)
+
+        if isinstance(message, contract.CopyStep):
+            copying = asyncio.ensure_future(self._copy(message))
+            self._sending.add(copying)
+            copying.add_done_callback(self._sending.discard)
+
+    def _serves(self, generation: int) -> bool:
+        fold = self._fold
+        return fold is not None and fold.generation == generation and generation > self._ended_generation
+
+    async def _copy(self, order: contract.CopyStep) -> None:
+        """Have a rank's snapshot copied to the buddy, and tell the rank."""
+        if order.complete > self._copied_step:
+            self._copied_step = order.complete
+            if order.complete > self._restored_step and self._fold is not None:
+                await self._buddies.drop_others(self._fold.ranks)
+        error = await self._buddies.send(self._keeper, self._address, order.generation, order.rank, order.step)
+        if self._serves(order.generation):
+            with contextlib.suppress(LookupError, OSError):  # it has ended, which is told otherwise
+                copied = contract.Copied(step=order.step, error=error)
+                await asyncio.to_thread(self._workers.send, order.rank, copied)
 
     def _on_exit(self, exit_: WorkerExit) -> None:
         if self._fold is None or exit_.generation != self._fold.generation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer import contract
 
@@ -24,6 +24,13 @@ class NodeAssignment:
     restore: contract.Restore
     config: contract.WorkerConfig
     ram_dir: str
+    keeper: str = ""
+    """Address of the agent that keeps copies of this node's snapshots; empty: nobody's are kept."""
+    copied_step: int = 0
+    """See contract.Assign, as the two that follow."""
+    holders: dict[int, tuple[contract.Holder, ...]] = field(default_factory=dict)
+    """By rank."""
+    token: str = field(default="", repr=False)
 
     def check(self, slots: int) -> None:
         """Raises ValueError when this cannot be an assignment of a node with so many slots."""

@@ -50,7 +50,7 @@ from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, r
 from orchestrator.runtime.reading import Reading
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec
-from storage import peer, pins, statements
+from storage import pins, statements, wires
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
 from storage.manifest import Commit, ManifestError, RankPart, commit_name, writers_epoch
 from storage.redact import redacted
@@ -159,6 +159,8 @@ class Body:
         self._unsaid: dict[tuple[int, int], Statement] = {}
         """By step and generation: what is to be said of checkpoints under run.url, and is not yet."""
         self._saying: asyncio.Task[Any] | None = None
+        self._keepers: dict[int, str] = {}
+        """Slot to the node that keeps copies of its snapshots, in the generation that was opened last."""
         self._joins: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -316,6 +318,7 @@ class Body:
             generation=action.snapshot_generation,
             commit=commit_name(action.step) if action.source == "durable" else "",
         )
+        holders = self._holders(action)
         return [
             (
                 node,
@@ -331,17 +334,51 @@ class Body:
                     restore=restore,
                     config=config,
                     ram_dir="",  # each agent knows its own
+                    keeper=self._address(action.nodes[action.buddies[index]]) if action.buddies else "",
+                    holders={rank: holders[rank] for rank in placement.slots_of(spec.layout, index) if rank in holders},
                 ),
             )
             for index, node in enumerate(action.nodes)
         ]
+
+    def _address(self, node: str) -> str:
+        info = self._agent(node).info
+        assert info is not None
+        return info.address
+
+    def _holders(self, action: OpenGeneration) -> dict[int, tuple[contract.Holder, ...]]:
+        """For each slot who else may hold what it restores from shared memory: one of its replicas' nodes, and who
+        kept copies of it until now. They are asked only for what is damaged, and may not have it."""
+        before, self._keepers = self._keepers, self._kept_by(action)
+        layout = self._spec.layout
+        found: dict[int, tuple[contract.Holder, ...]] = {}
+        for place, node in enumerate(action.nodes):
+            for slot in placement.slots_of(layout, place):
+                at = {c: action.nodes[c // layout.slots_per_node] for c in placement.replicas(layout, slot)}
+                replica = next(((copy, name) for copy, name in at.items() if name != node), None)
+                kept = (slot, before[slot]) if slot in before and before[slot] != node else None
+                asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
+                if action.source == "ram":
+                    found[slot] = tuple(self._holder(name, copy) for copy, name in asked)
+        return {slot: holders for slot, holders in found.items() if holders}
+
+    def _kept_by(self, action: OpenGeneration) -> dict[int, str]:
+        """Slot to the node that keeps copies of its snapshots."""
+        return {
+            slot: action.nodes[keeper]
+            for place, keeper in enumerate(action.buddies)
+            for slot in placement.slots_of(self._spec.layout, place)
+        }
+
+    def _holder(self, node: str, slot: int) -> contract.Holder:
+        return contract.Holder(node=node, address=self._address(node), ray_node=self._agent(node).ray_node, slot=slot)
 
     async def _transfer(self, generation: int, transfer: Transfer, step: int) -> None:
         source, target = self._agent(transfer.from_node), self._agent(transfer.to_node)
         assert source.info is not None
         place = (source.info.address, source.ray_node)
         fetched = target.actor.fetch.remote(self._epoch, generation, transfer, step, *place)
-        # The copy itself is bounded by its size (storage/peer.py), and the whole start by its timer.
+        # The copy itself is bounded by its size (storage/transfer.py), and the whole start by its timer.
         await call(fetched, self._spec.recovery.start_deadline_s)
 
     async def _order(self, node: str, method: str, *args: Any) -> None:
@@ -527,6 +564,7 @@ class Body:
                 done=state.step,
                 unclean=state.generation in state.unclean,
             )
+            self._keepers = self._kept_by(state.order)
         alive = [name for name, node in state.nodes.items() if node.state != "lost"]
         await asyncio.gather(*(self._adopt(node, state.step) for node in alive))
 
@@ -653,8 +691,8 @@ class Body:
         while broken <= LINE_RETRIES:
             began = time.monotonic()
             try:
-                await peer.hold_line(handle.info.address, self._token)
-            except peer.PeerError:
+                await wires.hold_line(handle.info.address, self._token)
+            except wires.PeerError:
                 break
             broken = 1 if time.monotonic() - began > LINE_SOUND_S else broken + 1
         if not self._closing and handle.node in self.agents:

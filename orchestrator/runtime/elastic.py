@@ -398,4 +398,8 @@ class _ElasticAgent(SimpleElasticAgent):
             restore=plan.restore,
             config=plan.config,
             ram_dir=plan.ram_dir,
+            copies=bool(plan.keeper),
+            copied_step=plan.copied_step,
+            holders=plan.holders.get(worker.global_rank, ()),
+            token=plan.token,
         )

@@ -52,6 +52,8 @@ class NodeStep:
     lr: float | None
     save_us: int = 0
     """The durable save's part of `checkpoint_us`."""
+    copied_step: int = 0
+    """The newest step of which all snapshots have copies on other nodes; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ Report = (
     | contract.ShardWritten
     | contract.SaveFailed
     | contract.Validated
+    | contract.Damaged
     | contract.Injected
     | hangs.Silent
     | hangs.Stalled
@@ -155,7 +158,7 @@ class NodeFold:
             case contract.Failed():
                 self.failed.add(message.rank)
                 return [message]
-            case contract.ShardWritten() | contract.SaveFailed():
+            case contract.ShardWritten() | contract.SaveFailed() | contract.Damaged():
                 return [message]
             case contract.Validated():
                 self._validation_us.setdefault(message.step, {})[message.rank] = message.validate_us
@@ -193,6 +196,7 @@ class NodeFold:
             grad_norm=teller.grad_norm if teller else None,
             lr=teller.lr if teller else None,
             save_us=max(r.save_us for r in ranks),
+            copied_step=min(r.copied_step for r in ranks),
         )
 
 
@@ -220,6 +224,7 @@ def slower(one: NodeStep, other: NodeStep) -> NodeStep:
         loss=teller.loss,
         grad_norm=teller.grad_norm,
         lr=teller.lr,
+        copied_step=min(one.copied_step, other.copied_step),
     )
 
 
@@ -316,6 +321,17 @@ class MeshFold:
                 self._validated = report.step
                 loss = round(report.loss * 1_000_000)
                 return [ev.Validated(at=at, generation=self.generation, step=report.step, loss_millionths=loss)]
+            case contract.Damaged():
+                return [
+                    ev.CopyDamaged(
+                        at=at,
+                        node=report.node or node,
+                        generation=self.generation,
+                        slot=report.rank,
+                        step=report.step,
+                        detail=report.detail,
+                    )
+                ]
             case contract.Injected():
                 return [ev.FaultInjected(at=at, number=report.number, detail=report.detail)]
             case contract.Failed():

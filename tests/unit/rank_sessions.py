@@ -59,8 +59,15 @@ class RecordingCheckpointer:
         self.failing_steps = failing_steps
         self.saved: dict[int, dict[str, str]] = {}
 
-    def snapshot(self, state: Any) -> None:
+    def snapshot(self, state: Any, done: Any) -> None:
         self.newest_snapshot = state.step
+        done(None)
+
+    def await_snapshot(self) -> None:
+        pass
+
+    def pin_snapshots(self, *steps: int) -> None:
+        pass
 
     def begin_save(self, state: Any, unchanged: Any, done: Any) -> None:
         try:

@@ -16,12 +16,16 @@ DEADLINE_S = 30.0
 COPY = Transfer(slot=1, to_node="a", from_slot=3, from_node="b")
 
 
+async def nothing() -> None:
+    pass
+
+
 def agent() -> Agent:
     """As far as copies need one; it takes a Ray worker to make a whole one."""
     made = Agent.__new__(Agent)
     made.__dict__.update(
         {"_epoch": 1, "_ended_generation": 0, "_fold": None, "_copies": {}, "_token": "t", "_run": "r", "_node": "a"}
-        | {"_ram_dir": "/nowhere", "_ray_node": "x"}
+        | {"_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
     )
     return made
 
@@ -40,7 +44,7 @@ def test_an_order_that_comes_again_waits_for_the_first(monkeypatch: pytest.Monke
             began.append(slot)
             await arrived.wait()
 
-        monkeypatch.setattr(agents, "peer", SimpleNamespace(fetch_snapshot=copy))
+        monkeypatch.setattr(agents, "transfer", SimpleNamespace(fetch_snapshot=copy))
         on = agent()
         first, second = asyncio.create_task(fetch(on)), asyncio.create_task(fetch(on, epoch=2))
         while not began:
@@ -66,7 +70,7 @@ def test_a_copy_that_failed_is_made_again_and_a_halt_ends_those_under_way(monkey
             finally:
                 ends.append("cancelled")
 
-        monkeypatch.setattr(agents, "peer", SimpleNamespace(fetch_snapshot=copy))
+        monkeypatch.setattr(agents, "transfer", SimpleNamespace(fetch_snapshot=copy))
         on = agent()
         with pytest.raises(OSError, match="reset"):
             await fetch(on)

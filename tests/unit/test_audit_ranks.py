@@ -308,6 +308,7 @@ def test_a_snapshot_that_was_made_of_changed_state_is_refused(tmp_path: Path, fl
         tensors["exp_avg/a"].view(torch.int32)[3] ^= 1 << 9
     tier = RamTier(str(tmp_path), "run", "node", 0)
     tier.snapshot(TrainState(1, tensors, writer.mark()))
+    tier.wait()
 
     restored = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     reader = StateAudit(restored, config, None)

@@ -375,6 +375,7 @@ def test_the_checkpointer_restores_from_every_source(tmp_path):
         state.step = step
         state.tensors["scalar"].fill_(step)
         first.snapshot(state)
+        first.await_snapshot()
     second = checkpointer(2)
     assert second.newest_snapshot == 6
     restored = blank(state)
