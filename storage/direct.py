@@ -86,7 +86,7 @@ Check = Callable[[int, int, memoryview], None]
 
 
 def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check: Check, buffers: Buffers) -> None:
-    """Create a file of `size` bytes from pieces and zeros, and sync it. It must not exist.
+    """Fill an empty file with `size` bytes, pieces and zeros between them, and sync it.
 
     Args:
         pieces: each one's place in the file and content, in order; places are on pages, as is `size`.
@@ -98,7 +98,7 @@ def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check
     """
     assert size % PAGE_BYTES == 0 and all(at % PAGE_BYTES == 0 for at, _ in pieces), size
     flags = os.O_WRONLY
-    with _opened(path, flags | os.O_CREAT | os.O_EXCL) as fd, contextlib.ExitStack() as stack:
+    with _opened(path, flags) as fd, contextlib.ExitStack() as stack:
         if size and _libc.fallocate(fd, 0, 0, size):
             failure = ctypes.get_errno()
             if failure not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
@@ -140,9 +140,7 @@ class _Run:
     end: int
 
 
-def _write_units(
-    target: _Target, pieces: Sequence[tuple[int, memoryview]], check: Check, buffers: Buffers
-) -> None:
+def _write_units(target: _Target, pieces: Sequence[tuple[int, memoryview]], check: Check, buffers: Buffers) -> None:
     units, lock, stop = _units(pieces), threading.Lock(), threading.Event()
 
     def work() -> None:
@@ -233,7 +231,7 @@ def _all(call: Callable[[int, memoryview], int], at: int, view: memoryview) -> i
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield fd
     finally:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,23 +255,14 @@ class Writer(StorageWriter):
             if digests != chunks[number].blocks[first : first + len(digests)]:
                 raise ManifestError(f"{chunks[number].fqn}: changed in memory while it was written")
 
-        try:
-            direct.write(path, pieces, size, check, self._buffers)
-        except Exception as e:
-            self._began = self._began or not isinstance(e, FileExistsError)
-            raise
-        self._began = True
-        index = Index(
-            data=data_name(**self._identity),
-            data_bytes=size,
-            chunks=tuple(chunks),
-            **self._identity,
-        )
+        index = Index(data=data_name(**self._identity), data_bytes=size, chunks=tuple(chunks), **self._identity)
         raw = index.to_json()
-        with open(path.with_suffix(".json"), "xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+        path.touch(exist_ok=False)
+        self._began = True
+        with ThreadPoolExecutor(1) as pool:
+            indexed = pool.submit(_write_record, path.with_suffix(".json"), raw)
+            direct.write(path, pieces, size, check, self._buffers)
+            indexed.result()
         return RankPart(
             rank=self._identity["rank"],
             data=index.data,
@@ -278,6 +270,13 @@ class Writer(StorageWriter):
             data_bytes=size,
             index_digest=xxhash.xxh3_128_hexdigest(raw),
         )
+
+
+def _write_record(path: Path, raw: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _chunk(item: WriteItem, file_offset: int, blocks: tuple[str, ...]) -> Chunk:
