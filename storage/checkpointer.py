@@ -210,7 +210,8 @@ class Checkpointer:
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.
-            _asked_again(lambda: load(self._url, commit, state), CheckpointFailed)
+            for damaged in _asked_again(lambda: load(self._url, commit, state, group=self._group), CheckpointFailed):
+                log.warning("read from another copy: %s", damaged)
         elif restore.source == "init":
             state.step = 0
         else:
