@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from storage.blocks import BadBlock, Holder
 from storage.commits import read_commit
+from storage.direct import Buffers
 from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
@@ -75,6 +76,7 @@ class Checkpointer:
         self._ram_dir, self._node = ram_dir, node
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation, copies=copies)
         self._staging = Staging()
+        self._buffers = Buffers()
         self._saving = threading.Thread()
         self._writer: Writer | None = None
         """Of the newest save that has got as far as the store."""
@@ -203,7 +205,14 @@ class Checkpointer:
         return save_part(writer, state, self._rank, check=check, group=self._group)
 
     def _make_writer(self, step: int) -> Writer:
-        return Writer(self._url, step=step, epoch=self._epoch, generation=self._generation, rank=self._rank)
+        return Writer(
+            self._url,
+            step=step,
+            epoch=self._epoch,
+            generation=self._generation,
+            rank=self._rank,
+            buffers=self._buffers,
+        )
 
     def restore(
         self,
@@ -229,7 +238,8 @@ class Checkpointer:
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.
-            _asked_again(lambda: load(self._url, commit, state), CheckpointFailed)
+            for damaged in _asked_again(lambda: load(self._url, commit, state, group=self._group), CheckpointFailed):
+                log.warning("read from another copy: %s", damaged)
         elif restore.source == "init":
             state.step = 0
         else:

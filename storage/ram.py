@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from storage.blocks import Copy, SourceError
+from storage.blocks import Copy, Distance, SourceError
 from storage.index import ALIGN_BYTES, Index
 from storage.manifest import ManifestError
 
@@ -323,7 +323,7 @@ def ram_copy(path: Path) -> Copy:
     if header is None:
         raise ManifestError(f"{path} holds no complete snapshot")
     index = checked_index(header, mapped[HEADER_BYTES + header.payload_bytes : HEADER_BYTES + header.n_bytes])
-    return Copy(index, RamSource(path, header, sequence, mapped))
+    return Copy(index, RamSource(path, header, sequence, mapped), Distance.MEMORY)
 
 
 def checked_index(header: Header, raw: bytes) -> Index:

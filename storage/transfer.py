@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 import xxhash
 
 from storage import wires
-from storage.blocks import BadBlock, Copy, Holder, SourceError, fetch_block
+from storage.blocks import BadBlock, Copy, Distance, Holder, SourceError, fetch_block
 from storage.index import BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.ram import (
@@ -183,7 +183,7 @@ class PeerSource:
             self._connect()
             if self._copy is None:
                 assert self._header is not None
-                self._copy = Copy(checked_index(self._header, self._raw), self)
+                self._copy = Copy(checked_index(self._header, self._raw), self, Distance.PEER)
             return self._copy
 
     def described(self) -> tuple[Header, bytes]:
