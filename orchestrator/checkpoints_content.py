@@ -156,6 +156,7 @@ def plan_document(plan: reshard.ReshardPlan) -> dict[str, Any]:
         **dataclasses.asdict(plan),
         "possible": not plan.problems,
         "read_bytes": plan.read_bytes,
+        "ranks": [{**dataclasses.asdict(rank), "read_bytes": rank.read_bytes} for rank in plan.ranks],
         "read_per_state_byte": plan.read_bytes / plan.state_bytes if plan.state_bytes else None,
     }
 
@@ -167,11 +168,15 @@ def show_plan(plan: reshard.ReshardPlan, console: Console) -> None:
         for problem in plan.problems:
             console.print(problem, markup=False)
         return
-    table = Table("rank", "holds", "reads", "files", "of ranks", box=None, pad_edge=False)
+    table = Table("rank", "holds", "reads", "of ranks", "is sent", box=None, pad_edge=False)
     for rank in plan.ranks[:RANKS_SHOWN]:
         sources = [int(name.rpartition("rank-")[2].removesuffix(".bin")) for name in rank.files]
         table.add_row(
-            str(rank.rank), size(rank.state_bytes), size(rank.read_bytes), str(len(sources)), _ranges(sources)
+            str(rank.rank),
+            size(rank.state_bytes),
+            size(rank.read_bytes),
+            _ranges(sources),
+            size(rank.received_bytes),
         )
     console.print(table)
     if len(plan.ranks) > RANKS_SHOWN:

@@ -14,11 +14,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from storage.index import ITEM_BYTES
+from storage.index import ITEM_BYTES, Chunk
+from storage.read_plan import Box, Place, Want, plan_reads, span_bytes
 from storage.windows import PER_RANK, Saved, SavedTensor
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes."""
 
 _CUT_ROWS = re.compile(r"(attention\.w[qkv]|feed_forward\.w[13]|tok_embeddings|output)\.weight$")
 _CUT_COLUMNS = re.compile(r"(attention\.wo|feed_forward\.w2)\.weight$")
@@ -48,10 +46,14 @@ class RankReads:
     rank: int
     state_bytes: int
     """Of the state that it holds afterwards."""
-    read_bytes: int
-    """Of whole rows of chunks; each range is read in whole blocks of 1 MiB, whose rest comes on top."""
     files: dict[str, int]
-    """Bytes by data file, relative to ``run.url``."""
+    """Bytes that it reads by data file, relative to ``run.url``: of whole blocks, each of which one rank reads."""
+    received_bytes: int
+    """What other ranks read for it and send."""
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(self.files.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,72 +111,74 @@ def _problems(tensors: dict[str, SavedTensor], mesh: Mesh) -> tuple[str, ...]:
 
 
 def _ranks(tensors: dict[str, SavedTensor], own: dict[str, SavedTensor], mesh: Mesh) -> Iterator[RankReads]:
-    rows = {fqn: _by_row(tensor) for fqn, tensor in (tensors | own).items()}
-    rank = 0
+    saved = _Places(tensors | own)
+    wants: list[list[Want]] = []
     for stage in range(mesh.pp):
         replica = [
-            _reads(tensors, rows, boxes(tensors, mesh, stage, shard, tp))
+            saved.wants(boxes(tensors, mesh, stage, shard, tp))
             for shard in range(mesh.dp_shard)
             for tp in range(mesh.tp)
         ]
         for _ in range(mesh.dp_replicate):
-            for state_bytes, files in replica:
-                files = dict(files)
-                mine = [tensor for fqn, tensor in own.items() if fqn.startswith(f"{PER_RANK}{rank:05d}/")]
-                for tensor in mine:
-                    for index, chunk in tensor.parts:
-                        files[index.data] = files.get(index.data, 0) + chunk.n_bytes
-                yield RankReads(
-                    rank=rank,
-                    state_bytes=state_bytes + sum(tensor.n_bytes for tensor in mine),
-                    read_bytes=sum(files.values()),
-                    files=dict(sorted(files.items())),
-                )
-                rank += 1
+            for shared in replica:
+                prefix = f"{PER_RANK}{len(wants):05d}/"
+                mine = {fqn: ((0,) * len(t.shape), t.shape) for fqn, t in own.items() if fqn.startswith(prefix)}
+                wants.append(shared + saved.wants(mine))
+    orders = plan_reads(saved.places, wants, [{} for _ in wants])
+    for rank, (wanted, share) in enumerate(zip(wants, orders, strict=True)):
+        files: dict[str, int] = {}
+        for segment in share.reads:
+            data = saved.files[saved.places[segment.spans[0].chunk].part]
+            spans = (span_bytes(saved.places[span.chunk], span) for span in segment.spans)
+            files[data] = files.get(data, 0) + sum(end - begin for begin, end in spans)
+        yield RankReads(
+            rank=rank,
+            state_bytes=sum(math.prod(w.box[1]) * ITEM_BYTES[saved.places[w.chunk].chunk.dtype] for w in wanted),
+            files=dict(sorted(files.items())),
+            received_bytes=sum(transfer.n_bytes for transfer in share.transfers if transfer.receiver == rank),
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """A tensor's chunks in the order of their first rows."""
+class _Places:
+    """The chunks of a checkpoint, as storage/read_plan.py wants them, and by tensor and first row."""
 
-    starts: list[int]
-    tallest: int
-    """Rows of the chunk that has most: how far before a row a chunk may begin that holds it."""
+    def __init__(self, tensors: dict[str, SavedTensor]) -> None:
+        self.places: list[Place] = []
+        self.files: dict[int, str] = {}
+        self._first: dict[str, int] = {}
+        self._rows: dict[str, tuple[list[int], int]] = {}
+        """Of each chunk its first row; and the most rows of one, which is how far before a row one may begin."""
+        for fqn, tensor in tensors.items():
+            chunks = [chunk for _, chunk in tensor.parts]
+            tallest = max(((chunk.sizes or (1,))[0] for chunk in chunks), default=0)
+            self._first[fqn] = len(self.places)
+            self._rows[fqn] = [(chunk.offsets or (0,))[0] for chunk in chunks], tallest
+            for index, chunk in tensor.parts:
+                self.files[index.rank] = index.data
+                self.places.append(Place(index.rank, chunk, index.block_bytes))
 
-
-def _by_row(tensor: SavedTensor) -> _Rows:
-    chunks = [chunk for _, chunk in tensor.parts]
-    return _Rows(
-        starts=[(chunk.offsets or (0,))[0] for chunk in chunks],
-        tallest=max(((chunk.sizes or (1,))[0] for chunk in chunks), default=0),
-    )
-
-
-def _reads(
-    tensors: dict[str, SavedTensor], rows: dict[str, _Rows], wanted: dict[str, Box]
-) -> tuple[int, dict[str, int]]:
-    """Bytes of the boxes, and the bytes of each data file that are read for them: rows of chunks are read whole."""
-    state_bytes, files = 0, dict[str, int]()
-    for fqn, (offsets, sizes) in wanted.items():
-        tensor, item = tensors[fqn], ITEM_BYTES[tensors[fqn].dtype]
-        state_bytes += math.prod(sizes) * item
-        if not math.prod(sizes):
-            continue
-        offsets, sizes = offsets or (0,), sizes or (1,)
-        at = rows[fqn]
-        first = bisect_left(at.starts, offsets[0] - at.tallest + 1)
-        for index, chunk in tensor.parts[first : bisect_left(at.starts, offsets[0] + sizes[0])]:
-            held = _overlap((offsets, sizes), (chunk.offsets or (0,), chunk.sizes or (1,)))
-            if held:
-                read = held * math.prod(chunk.sizes[1:]) * item
-                files[index.data] = files.get(index.data, 0) + read
-    return state_bytes, files
+    def wants(self, held: dict[str, Box]) -> list[Want]:
+        """What a rank that is to hold these boxes needs of the chunks."""
+        found: list[Want] = []
+        for fqn, box in held.items():
+            starts, tallest = self._rows[fqn]
+            offsets, sizes = box[0] or (0,), box[1] or (1,)
+            first = self._first[fqn] + bisect_left(starts, offsets[0] - tallest + 1)
+            for number in range(first, self._first[fqn] + bisect_left(starts, offsets[0] + sizes[0])):
+                common = _common(box, self.places[number].chunk)
+                if common is not None:
+                    found.append(Want(len(found), number, common))
+        return found
 
 
-def _overlap(a: Box, b: Box) -> int:
-    """Rows that two boxes have in common; 0 when they do not meet."""
-    common = [min(o + s, p + t) - max(o, p) for o, s, p, t in zip(*a, *b, strict=True)]
-    return common[0] if min(common) > 0 else 0
+def _common(box: Box, chunk: Chunk) -> Box | None:
+    """What a box of a tensor and a chunk have in common, counted from the chunk's first element."""
+    first = tuple(map(max, box[0], chunk.offsets))
+    last = (min(o + s, p + t) for o, s, p, t in zip(*box, chunk.offsets, chunk.sizes, strict=True))
+    sizes = tuple(stop - start for start, stop in zip(first, last, strict=True))
+    if not all(n > 0 for n in sizes):
+        return None
+    return tuple(start - o for start, o in zip(first, chunk.offsets, strict=True)), sizes
 
 
 def _box(fqn: str, shape: tuple[int, ...], mesh: Mesh, shard: int, tp: int) -> Box:

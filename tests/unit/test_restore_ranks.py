@@ -139,7 +139,7 @@ def _one_fails(url: str, kind: str) -> bool:
     target = sharded_state((1, 2, 1), zero=True)
     try:
         load_copies(parts, target)
-    except (ManifestError, CheckpointFailed) as error:
+    except (ManifestError, CheckpointFailed):
         assert untouched(target)
         raise
     return False
