@@ -83,7 +83,7 @@ def untouched(state: TrainState) -> bool:
 
 
 def _mixture(url: str, saved: Mesh, shape: Mesh) -> tuple[list[str], list[str], int, list[tuple[str, int]]]:
-    """Rank r sees part r in memory, damaged in one tensor; all see stale disks of part 0, a dead peer, and the store."""
+    """Rank r sees part r in memory, damaged in one tensor; all see a stale disk, a dead peer and the store."""
     indices = read_indices(url, save(url, sharded_state(saved)))
     other = sharded_state(saved)
     for tensor in [*other.tensors.values(), *other.per_rank.values()]:
@@ -139,7 +139,7 @@ def _one_fails(url: str, kind: str) -> bool:
     target = sharded_state((1, 2, 1), zero=True)
     try:
         load_copies(parts, target)
-    except (ManifestError, CheckpointFailed) as error:
+    except (ManifestError, CheckpointFailed):
         assert untouched(target)
         raise
     return False
@@ -216,5 +216,3 @@ def test_gathered_values_come_in_the_order_of_ranks(tmp_path):
 
 def _gathered() -> list[int]:
     return gathered(dist.get_rank(), None)
-
-
