@@ -16,6 +16,7 @@ from storage.commits import read_commit
 from storage.direct import Buffers
 from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
+from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
 from storage.ram import drop_newer
 from storage.snapshots import RamTier
@@ -68,8 +69,11 @@ class Checkpointer:
         ram_dir: str,
         node: str,
         copies: bool = False,
+        local_dir: str = "",
+        keep: int = 3,
     ) -> None:
-        """With `copies`, snapshots are copied to other nodes."""
+        """With `copies`, snapshots are copied to other nodes. `local_dir` of this node keeps its parts of the `keep`
+        newest checkpoints, too; empty: it does not."""
         assert 0 <= rank < world_size, (rank, world_size)
         self._url, self._run, self._rank = url, run, rank
         self._epoch, self._generation = epoch, generation
@@ -77,6 +81,7 @@ class Checkpointer:
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation, copies=copies)
         self._staging = Staging()
         self._buffers = Buffers()
+        self._local = LocalTier.of(local_dir, run, url, keep)
         self._saving = threading.Thread()
         self._writer: Writer | None = None
         """Of the newest save that has got as far as the store."""
@@ -212,6 +217,7 @@ class Checkpointer:
             generation=self._generation,
             rank=self._rank,
             buffers=self._buffers,
+            local=self._local,
         )
 
     def restore(
@@ -238,13 +244,16 @@ class Checkpointer:
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.
-            for damaged in _asked_again(lambda: load(self._url, commit, state, group=self._group), CheckpointFailed):
+            for damaged in _asked_again(lambda: self._load(commit, state), CheckpointFailed):
                 log.warning("read from another copy: %s", damaged)
         elif restore.source == "init":
             state.step = 0
         else:
             raise ValueError(f"restore.source {restore.source!r} is not one of init, ram, durable")
         drop_newer(self._ram_dir, self._run, self._node, state.step, slot=self._rank)
+
+    def _load(self, commit: Commit, state: TrainState) -> list[BadBlock]:
+        return load(self._url, commit, state, group=self._group, local=self._local)
 
     def _assigned(self, restore: Source) -> Commit:
         with portable_errors():

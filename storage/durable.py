@@ -16,6 +16,7 @@ from storage.blocks import BadBlock, Copy, StoreSource
 from storage.commits import check_whole, read_index
 from storage.durable_write import SavePlanner, Writer
 from storage.index import Index
+from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
 from storage.ranks import CheckpointFailed, agree, dcp_errors, gathered, rank_of, size_of
 from storage.restore import load_copies
@@ -62,11 +63,18 @@ def save_part(
     return writer.part
 
 
-def load(url: str, commit: Commit, state: TrainState, *, group: dist.ProcessGroup | None = None) -> list[BadBlock]:
+def load(
+    url: str,
+    commit: Commit,
+    state: TrainState,
+    *,
+    group: dist.ProcessGroup | None = None,
+    local: LocalTier | None = None,
+) -> list[BadBlock]:
     """Fill `state` in place from a checkpoint written on any mesh; damage that was found on the way. See `load_copies`.
 
-    Collective over `group`, or over the default process group, which has to be of the CPU. An import has no per-rank
-    tensors.
+    Collective over `group`, or over the default process group, which has to be of the CPU. What this node has in
+    `local` is read from there. An import has no per-rank tensors.
 
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
@@ -76,6 +84,11 @@ def load(url: str, commit: Commit, state: TrainState, *, group: dist.ProcessGrou
     """
     source = StoreSource(locate(url))
     parts = [[Copy(index, source)] for index in _indices(url, commit, group)]
+    if local is not None:
+        for copies, part in zip(parts, commit.parts, strict=True):
+            here = local.copy(part.index)
+            if here is not None:
+                copies.insert(0, here)
     return load_copies(parts, state, per_rank=commit.epoch != IMPORT_EPOCH, group=group)
 
 

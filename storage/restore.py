@@ -205,7 +205,7 @@ class _Load:
             place, held = self._places[span.chunk], self._held[span.chunk]
             begin, end = span_bytes(place, span)
             into = self._read[segment][span.at : span.at + end - begin]
-            again = range(span.begin, span.end)
+            again: Sequence[int] = range(span.begin, span.end)
             if done is not None:
                 found = check_blocks(*held[0], span.begin, span.end, into, max(0, done - span.at))
                 again = [damaged.block for damaged in found]
@@ -251,6 +251,7 @@ class _Load:
             for peer, own in sent.items():
                 works.append(dist.isend(self._packed(own), group=self._group, group_dst=peer))
             for work in works:
+                assert work is not None, "a rank outside of the group"
                 work.wait()
 
     def _packed(self, transfers: Sequence[Transfer]) -> torch.Tensor:

@@ -159,6 +159,8 @@ class CheckpointConfig:
     """Steps between such copies, at least; the next begins when the last has arrived from every node."""
     copy_bytes_per_s: int = 0
     """Cap on what a node takes in of such copies; 0: none."""
+    local_dir: str = ""
+    """Folder on each node's own disk that keeps the node's parts of so many checkpoints, too; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

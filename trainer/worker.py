@@ -234,6 +234,8 @@ def start(assign: Assign, agent: Agent) -> Session:
         ram_dir=assign.ram_dir,
         node=assign.node,
         copies=assign.copies,
+        local_dir=config.checkpoint.local_dir,
+        keep=config.checkpoint.keep,
     )
     audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
     mark = audit.blank_mark() if assign.restore.source == "ram" else {}

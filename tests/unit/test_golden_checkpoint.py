@@ -41,7 +41,10 @@ def test_the_record_is_read():
 
 
 def test_the_digest_of_its_content_stays_what_it_was():
-    assert state_digest(FOLDER, read_commit(FOLDER, STEP)) == "b714a75c7307632fc882894f622acc8eeaa1fa88ba4625ea4c503c3768a037c9"
+    assert (
+        state_digest(FOLDER, read_commit(FOLDER, STEP))
+        == "b714a75c7307632fc882894f622acc8eeaa1fa88ba4625ea4c503c3768a037c9"
+    )
 
 
 def test_one_process_reads_every_value():

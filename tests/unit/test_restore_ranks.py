@@ -83,7 +83,7 @@ def untouched(state: TrainState) -> bool:
 
 
 def _mixture(url: str, saved: Mesh, shape: Mesh) -> tuple[list[str], list[str], int, list[tuple[str, int]]]:
-    """Rank r sees part r in memory, damaged in one tensor; all see stale disks of part 0, a dead peer, and the store."""
+    """Rank r sees part r in memory, damaged in one tensor; all see a stale disk, a dead peer and the store."""
     indices = read_indices(url, save(url, sharded_state(saved)))
     other = sharded_state(saved)
     for tensor in [*other.tensors.values(), *other.per_rank.values()]:
@@ -216,5 +216,3 @@ def test_gathered_values_come_in_the_order_of_ranks(tmp_path):
 
 def _gathered() -> list[int]:
     return gathered(dist.get_rank(), None)
-
-
