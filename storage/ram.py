@@ -16,7 +16,7 @@ How many files a slot has:
   buddy, of the step P that was the last to be copied from every node. So survivors must still hold P when it dies: P
   stays pinned until all copies of a later step S have arrived, S stays pinned meanwhile, and the newest and the one in
   flight go on beside them;
-- two of another node's slot (COPY_FILES): the newest complete copy, and the one that is arriving.
+- two of another node's slot (COPY_FILES): that of step P, and the one that is arriving.
 """
 
 from __future__ import annotations
