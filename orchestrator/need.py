@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orchestrator.core.checkpoints import UNREAD_KEPT
-from orchestrator.core.placement import slots_of
+from orchestrator.core.placement import replicas_apart, slots_of
 from orchestrator.runtime.worker_log import FILE_MAX_BYTES
 from orchestrator.spec import JobSpec
-from storage.ram import FILES
+from storage.ram import COPY_FILES, FILES, FILES_WITH_COPIES
 
 STATE_BYTES = 12
 """Of a parameter in a checkpoint or a snapshot: itself and AdamW's two moments, float32 each."""
 TRAINING_BYTES = 16
 """Of a parameter while it trains, activations not counted: the state and a float32 gradient."""
-SNAPSHOT_OVERHEAD_BYTES = 256 * 1024
-"""Of a snapshot: its header page, the random state (5,056 bytes), and up to 63 bytes after each tensor of a 405B."""
+SNAPSHOT_OVERHEAD_BYTES = 12 * 1024**2
+"""Of a snapshot: its header page, the random state, up to 4 KiB after each tensor, and the index with 35 bytes a MiB:
+8 MiB and 3 MiB with the 1,100 tensors and 100 GB that a slot of a 405B has on few devices."""
 PROCESS_BYTES = 300 * 1024**2
 """Resident memory of a process that has imported torch with FSDP, pipelines and tensor parallelism, as measured."""
 NODE_PROCESSES = 3
@@ -69,7 +70,12 @@ def need_of(spec: JobSpec) -> Need:
     parameters = _model_parameters(spec)
     slots, fullest = layout.slots_per_node, max(of_stage)
     snapshot_bytes = STATE_BYTES * node_parameters + slots * SNAPSHOT_OVERHEAD_BYTES
-    ram_bytes = FILES * snapshot_bytes
+    # Racks are not known here: where all replicas stand in one, copies are made all the same.
+    names = [str(place) for place in range(layout.nodes)]
+    copies = spec.checkpoint.copies == "auto" and layout.nodes > 1
+    copies = copies and not replicas_apart(layout, names, lambda name: "")
+    files_of_ram = FILES_WITH_COPIES + COPY_FILES if copies else FILES
+    ram_bytes = files_of_ram * snapshot_bytes
     on_host = 0 if cuda else TRAINING_BYTES * node_parameters
     processes = (slots + NODE_PROCESSES) * PROCESS_BYTES
     groups = 2 * (p.world_size - 1) + (p.pp - 1) + (p.dp_replicate - 1) + (p.dp_shard - 1) + (p.tp - 1)
@@ -91,7 +97,9 @@ def need_of(spec: JobSpec) -> Need:
         arithmetic=(
             f"model: {parameters:,} parameters; the fullest slot holds {fullest:,} of them ({shards}), the fullest "
             f"node {node_parameters:,} in {slots} slots",
-            f"shared memory: {FILES} snapshots x {STATE_BYTES} bytes (parameter and two moments) x "
+            f"shared memory: {files_of_ram} snapshots "
+            + (f"({FILES_WITH_COPIES} own, {COPY_FILES} kept for another node) " if copies else "")
+            + f"x {STATE_BYTES} bytes (parameter and two moments) x "
             f"{node_parameters:,} = {size(ram_bytes)} on a node",
             f"memory: {size(ram_bytes)} of snapshots + {size(snapshot_bytes)} for the copy of which a checkpoint is "
             f"written + {size(on_host)} of training state ("

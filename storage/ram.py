@@ -16,7 +16,7 @@ How many files a slot has:
   buddy, of the step P that was the last to be copied from every node. So survivors must still hold P when it dies: P
   stays pinned until all copies of a later step S have arrived, S stays pinned meanwhile, and the newest and the one in
   flight go on beside them;
-- two of another node's slot (COPY_FILES): the newest complete copy, and the one that is arriving.
+- two of another node's slot (COPY_FILES): that of step P, and the one that is arriving.
 """
 
 from __future__ import annotations
@@ -312,13 +312,13 @@ def ram_copy(path: Path) -> Copy:
 
     Raises:
         ManifestError: the file holds no complete snapshot, or its index is damaged.
-        OSError: it cannot be read.
+        SourceError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except ValueError as e:
-            raise ManifestError(f"{path} is empty") from e
+    except (OSError, ValueError) as e:  # what is empty cannot be mapped
+        raise SourceError(f"{path}: {e}") from e
     sequence, header = parse_header(mapped[:HEADER_BYTES])
     if header is None:
         raise ManifestError(f"{path} holds no complete snapshot")

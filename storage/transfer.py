@@ -281,6 +281,7 @@ async def fetch_snapshot(
     node: str,
     slot: int,
     files: int = FILES,
+    keep: int | None = None,
     generation: int | None = None,
     others: Sequence[Holder] = (),
     rate: Rate | None = None,
@@ -291,6 +292,7 @@ async def fetch_snapshot(
 
     Args:
         files: of the slot, which this may use.
+        keep: the one step that must stay, whatever else is overwritten; None: the newest.
         others: who is asked, in this order, for blocks that are damaged at the peer.
         rate: a cap for copies that can wait.
         mapped: files of before, to be used again: to allocate and map one takes as long as to fill it.
@@ -308,7 +310,8 @@ async def fetch_snapshot(
         try:
             source.copy()
             header, raw = source.described()
-            path = places[choose_file([read_header(p) for p in places])]
+            held = [read_header(p) for p in places]
+            path = places[choose_file([h if h and keep in (None, h.step) else None for h in held])]
             file = None if mapped is None else mapped.get(path)
             if file is None or file.room < header.n_bytes:
                 file = SnapshotFile(path, header.n_bytes + INDEX_SLACK_BYTES)

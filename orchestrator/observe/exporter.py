@@ -148,6 +148,8 @@ def _checkpoints(s: Status, spec: JobSpec) -> Iterable[Family]:
     yield _labelled(run, CounterMetricFamily, "checkpoint_verifications", text, ("outcome",), read)
     failing = "1 while the newest save or commit of a checkpoint has failed and none has succeeded since."
     yield _gauge(run, "checkpoint_failing", failing, float(bool(s.save_error)))
+    text = "Newest step whose snapshots all have copies on other nodes; absent where none are made."
+    yield _gauge(run, "copy_step", text, s.copied_step)
     text = "Saves and commits of checkpoints that failed."
     yield _labelled(run, CounterMetricFamily, "checkpoint_failures", text, (), {(): s.saves_failed})
 

@@ -19,6 +19,8 @@ class NewestStep(Protocol):
     def grad_norm(self) -> float | None: ...
     @property
     def lr(self) -> float | None: ...
+    @property
+    def copied_step(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,9 @@ class Status:
     metrics_address: str
     controller_pid: int
     tracebacks: dict[str, str] = field(default_factory=dict)
+    copied_step: int | None = None
+    """The newest step that another node holds, too, for every node that may die: as copies; 0: none. None where
+    nobody copies."""
 
     def document(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -172,6 +177,7 @@ def status_of(
         loss=newest.loss if newest else None,
         grad_norm=newest.grad_norm if newest else None,
         lr=newest.lr if newest else None,
+        copied_step=newest.copied_step if newest and state.order is not None and state.order.buddies else None,
         tokens_per_s=_tokens_per_s(rates),
         step_s=_step_s(rates),
         wall_clock_s=((ledger.mark if state.job == "ended" else at) - state.began_at) / 1e6,

@@ -419,7 +419,8 @@ class Agent:
             self._copied_step = order.complete
             if order.complete > self._restored_step and self._fold is not None:
                 await self._buddies.drop_others(self._fold.ranks)
-        error = await self._buddies.send(self._keeper, self._address, order.generation, order.rank, order.step)
+        wanted = (order.generation, order.rank, order.step, order.complete)
+        error = await self._buddies.send(self._keeper, self._address, *wanted)
         if self._serves(order.generation):
             with contextlib.suppress(LookupError, OSError):  # it has ended, which is told otherwise
                 copied = contract.Copied(step=order.step, error=error)

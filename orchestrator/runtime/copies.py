@@ -1,8 +1,8 @@
 """Copies of snapshots on other nodes, as agents make them: the owner's asks its buddy's, which fetches. No torch.
 
-A copy lies in the buddy's shared memory under the owner's slot, in two files in turn, so that the newest complete one
-stands until the next has arrived whole. A copy that fails is tried again within bounds, and then told to the worker;
-it never stops training.
+A copy lies in the buddy's shared memory under the owner's slot, in two files: the copy of the newest step that has
+arrived from every node stands until that is true of a later one, and each arrives beside it. A copy that fails is tried
+again within bounds, and then told to the worker; it never stops training.
 """
 
 from __future__ import annotations
@@ -52,8 +52,12 @@ class Copies:
 
     # --- the owner's side -----------------------------------------------------------------------------------------
 
-    async def send(self, keeper: str, address: str, generation: int, slot: int, step: int) -> str:
-        """Have the agent that serves `keeper` copy a slot's snapshot from `address`; why it has not, or nothing."""
+    async def send(self, keeper: str, address: str, generation: int, slot: int, step: int, complete: int) -> str:
+        """Have the agent that serves `keeper` copy a slot's snapshot from `address`; why it has not, or nothing.
+
+        Args:
+            complete: the newest step of which every rank's copy has arrived: that copy stays.
+        """
         request = {
             "op": KEEP,
             "run": self._run,
@@ -62,6 +66,7 @@ class Copies:
             "generation": generation,
             "slot": slot,
             "step": step,
+            "complete": complete,
         }
         error = ""
         for wait_s in (*RETRY_S, None):
@@ -119,6 +124,7 @@ class Copies:
                 node=self._node,
                 slot=slot,
                 files=ram.COPY_FILES,
+                keep=int(request["complete"]),
                 rate=self._rate,
                 mapped=self._files,
             )

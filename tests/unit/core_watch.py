@@ -344,7 +344,8 @@ class Watch:
         mesh = self._mesh(order.generation)
         assert len(order.nodes) == len(set(order.nodes)) == mesh.nodes, "a slot is filled twice, or not at all"
         self._check_named(supervisor, order.nodes)
-        wanted = sorted(range(mesh.nodes)) if "buddy" in self._capabilities and mesh.nodes > 1 else []
+        alone = self._replicas_share_a_domain(supervisor, order, mesh)
+        wanted = sorted(range(mesh.nodes)) if "buddy" in self._capabilities and mesh.nodes > 1 and alone else []
         assert sorted(order.buddies) == wanted, "each node's snapshots are kept once by another"
         assert all(place != keeper for place, keeper in enumerate(order.buddies)), "a node is its own buddy"
         self._check_size(supervisor, order, mesh)
@@ -369,6 +370,16 @@ class Watch:
             assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
             ram = None if incident is None or incident.spent else self._newest_in_ram(order)
             assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
+
+    def _replicas_share_a_domain(self, supervisor: Supervisor, order: ac.OpenGeneration, mesh: ev.Layout) -> bool:
+        """Whether some slot's state lies in one failure domain only."""
+        found: dict[tuple[int, int], set[str]] = {}
+        inner = mesh.dp_shard * mesh.tp
+        for slot in range(mesh.slots):
+            node = order.nodes[slot // mesh.slots_per_node]
+            domain = supervisor.state.nodes[node].domain or f"node {node}"
+            found.setdefault((slot // (mesh.dp_replicate * inner), slot % inner), set()).add(domain)
+        return any(len(domains) == 1 for domains in found.values())
 
     def _check_size(self, supervisor: Supervisor, order: ac.OpenGeneration, mesh: ev.Layout) -> None:
         """No smaller than it must be, and no node that leaves where another is there."""

@@ -252,6 +252,10 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "finished": lambda at, w: ev.GenerationFinished(at=at, generation=_g(w[0]), step=int(w[1]), reason=w[2]),
     # stop gracefully|now
     "stop": lambda at, w: ev.StopRequested(at=at, by="the operator", graceful=w[0] == "gracefully"),
+    # damaged gG NODE slot N step N DETAIL
+    "damaged": lambda at, w: ev.CopyDamaged(
+        at=at, node=w[1], generation=_g(w[0]), slot=int(w[3]), step=int(w[5]), detail=" ".join(w[6:])
+    ),
     # fault NAME [node=NODE] [slot=SLOT] [PARAMETER=VALUE ...]
     "fault": _fault,
     # injected NUMBER DETAIL

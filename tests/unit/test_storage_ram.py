@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,12 @@ from hypothesis import strategies as st
 from parallel_pool import CONTEXT
 
 from storage import ram
+from storage import snapshots as snapshots_module
+from storage.blocks import SourceError, read_chunk
 from storage.manifest import ManifestError
 from storage.ram import HEADER_BYTES, choose_file, delete, drop_newer, inventory, newest_step, safe_name, snapshot_path
 from storage.snapshots import RamTier
-from storage.state import TrainState
+from storage.state import TrainState, host_bytes
 
 RUN, NODE, SLOT = "run", "node-a", 3
 
@@ -294,3 +298,124 @@ def test_a_kill_in_the_middle_of_a_copy_leaves_the_older_snapshots(folder):
             assert bool((restored.tensors["w"] == step).all()), step
         last = held[-1]
     assert torn >= 3, f"only {torn} of 15 kills fell into a copy: the test does not test"
+
+
+class Elsewhere:
+    """Another file that may hold the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def copy(self):
+        return ram.ram_copy(self.path)
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(HEADER_BYTES + at)
+        byte = file.read(1)[0]
+        file.seek(HEADER_BYTES + at)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_a_damaged_block_is_mended_from_the_next_who_has_it_whole(folder):
+    elements = 1_000_000  # four blocks
+    for node in ("node-a", "node-b", "node-c"):
+        take(RamTier(folder, RUN, node, SLOT, generation=1), state_of(5, elements))
+    own, second, third = (snapshot_path(folder, RUN, node, SLOT, 5) for node in ("node-a", "node-b", "node-c"))
+    (chunk,) = (c for c in ram.ram_copy(own).index.chunks if c.fqn == "model/w")
+    flip(own, chunk.file_offset + 2_500_000)
+    flip(second, chunk.file_offset + 2_500_001)
+    with pytest.raises(ManifestError, match=r"model/w at \(0,\), block 2 is damaged"):
+        tier(folder).restore(5, blank(elements), [Elsewhere(second)])
+    bad, restored = [], blank(elements)
+    tier(folder).restore(5, restored, [Elsewhere(Path(folder, "none")), Elsewhere(second), Elsewhere(third)], bad)
+    assert equal(restored, state_of(5, elements))
+    assert [(b.source, b.fqn, b.block) for b in bad] == [("node-a", "model/w", 2), ("node-b", "model/w", 2)]
+    again: list = []
+    tier(folder).restore(5, blank(elements), [], again)
+    assert again == [], "it was mended where it lies"
+
+
+def test_a_snapshot_is_a_copy_like_any_other(folder):
+    take(tier(folder), state_of(5, 1_000_000))
+    copy = ram.ram_copy(snapshot_path(folder, RUN, NODE, SLOT, 5))
+    for chunk in copy.index.chunks:
+        into, bad = bytearray(chunk.n_bytes), []
+        read_chunk([(copy, chunk)], 0, len(chunk.blocks), memoryview(into), bad)
+        name = chunk.fqn.removeprefix("rank/00003/")
+        tensor = {**state_of(5, 1_000_000).tensors, **state_of(5).per_rank}[name]
+        assert bytes(into) == host_bytes(tensor).tobytes() and bad == []
+    take(tier(folder), state_of(6, 1_000_000))
+    for step in (7, 8):
+        take(tier(folder), state_of(step, 1_000_000))
+    with pytest.raises(SourceError, match="overwritten"):
+        read_chunk([(copy, chunk)], 0, len(chunk.blocks), memoryview(into), [])
+
+
+def test_after_the_first_snapshot_nothing_is_allocated(folder, monkeypatch):
+    """No file grows, and what Python holds does not: 12 MB of state a snapshot would show."""
+    snapshots, state = tier(folder), state_of(1, 3_000_000)
+    take(snapshots, state)
+    blocks = sum(path.stat().st_blocks for path in Path(folder, RUN, NODE).iterdir())
+    monkeypatch.setattr("storage.ram.os.posix_fallocate", None)
+    tracemalloc.start()
+    try:
+        for step in range(2, 8):
+            state.step = step
+            take(snapshots, state)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            take(snapshots, state)
+            assert tracemalloc.get_traced_memory()[1] - before < 200_000
+    finally:
+        tracemalloc.stop()
+    assert blocks == sum(path.stat().st_blocks for path in Path(folder, RUN, NODE).iterdir())
+    assert len(inventory(folder, RUN, NODE)[SLOT]) >= 1
+
+
+def test_a_snapshot_is_not_complete_before_its_digests_are(folder, monkeypatch):
+    held, let_go = threading.Event(), threading.Event()
+    actual = snapshots_module.block_digests
+
+    def slow(data):
+        held.set()
+        assert let_go.wait(30)
+        return actual(data)
+
+    snapshots = tier(folder)
+    take(snapshots, state_of(1))
+    monkeypatch.setattr(snapshots_module, "block_digests", slow)
+    told = []
+    snapshots.snapshot(state_of(2), told.append)
+    assert held.wait(30)
+    assert inventory(folder, RUN, NODE) == {SLOT: [1]} and told == []
+    let_go.set()
+    snapshots.wait()
+    assert inventory(folder, RUN, NODE) == {SLOT: [1, 2]} and told == [None]
+
+
+def test_a_snapshot_that_fails_is_told_and_is_one_less(folder, monkeypatch):
+    def fail(data):
+        raise MemoryError("no memory for digests")
+
+    snapshots, told = tier(folder), []
+    take(snapshots, state_of(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots_module, "block_digests", fail)
+        snapshots.snapshot(state_of(2), told.append)
+        snapshots.wait()
+    assert [type(error) for error in told] == [MemoryError]
+    assert inventory(folder, RUN, NODE) == {SLOT: [1]}
+    take(snapshots, state_of(3))
+    assert inventory(folder, RUN, NODE) == {SLOT: [1, 3]}
+
+
+def test_two_steps_stay_where_copies_are_sent(folder):
+    snapshots = RamTier(folder, RUN, NODE, SLOT, generation=1, copies=True)
+    for step in range(1, 4):
+        take(snapshots, state_of(step))
+    snapshots.pin(1, 3)
+    for step in range(4, 9):
+        take(snapshots, state_of(step))
+        assert {1, 3, step} <= set(inventory(folder, RUN, NODE)[SLOT])
