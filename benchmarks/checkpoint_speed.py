@@ -164,8 +164,9 @@ def save(plan: Plan) -> list[Section]:
 
         def ours() -> float:
             group.ask("rank.Rank.touch")
-            spent = group.seconds("ours.save", url=str(plan.folder / "ours"), step=next(steps))
-            shutil.rmtree(plan.folder / "ours")
+            url, step = str(plan.folder / "ours"), next(steps)
+            spent = group.seconds("ours.save", url=url, step=step)
+            group.ask("ours.delete", url=url, step=step)
             return spent
 
         def dcp(threads: int) -> float:
@@ -269,9 +270,12 @@ def one_s3(plan: Plan, server: str, url: str, env: dict[str, str]) -> list[Secti
 
         def save_ours() -> float:
             nonlocal newest
-            newest = next(steps)
             group.ask("rank.Rank.touch")
-            return group.seconds("ours.save", url=run_url, step=newest)
+            before, newest = newest, next(steps)
+            spent = group.seconds("ours.save", url=run_url, step=newest)
+            if before:
+                group.ask("ours.delete", url=run_url, step=before)
+            return spent
 
         def load_ours() -> float:
             return group.seconds("ours.load", url=run_url, step=newest)

@@ -17,7 +17,7 @@ from torch import distributed
 
 from checkpoints.rank import Rank, Timed, host_views
 from storage.checkpointer import Checkpointer
-from storage.commits import create_commit, read_commit
+from storage.commits import create_commit, delete_checkpoint, read_commit
 from storage.durable import load as load_state
 from storage.durable import write_part
 from storage.manifest import Commit, RankPart
@@ -137,6 +137,13 @@ def save(rank: Rank, url: str, step: int) -> Timed:
 def _commit(step: int, parts: list[RankPart]) -> Commit:
     mesh = {"pp": 1, "dp_replicate": 1, "dp_shard": len(parts), "tp": 1}
     return Commit(run=RUN, step=step, epoch=1, generation=1, mesh=mesh, parts=tuple(parts), versions={})
+
+
+def delete(rank: Rank, url: str, step: int) -> None:
+    """The run's folders stay, as they do between a run's saves."""
+    if rank.rank == 0:
+        delete_checkpoint(url, step)
+    rank.barrier()
 
 
 def load(rank: Rank, url: str, step: int) -> Timed:
