@@ -125,6 +125,10 @@ def snapshot(plan: Plan) -> list[Section]:
     section.seconds = {name: [each["blocked_s"] for each in found[name]] for name in names}
     section.more = {"configurations": SNAPSHOTS | GUESTS, "absent": absent, "each": found, "steady": steady}
     section.judge("blocked / memcpy of the shard", OURS, MEMCPY, at_most=1.2)
+    own = [statistics.median(each["blocked_cpu_s"] for each in found[name]) for name in (OURS, MEMCPY)]
+    section.verdicts.append(
+        Verdict("the same in processor time", own[0] / own[1], own[0] / own[1], own[0] / own[1], "", None)
+    )
     for name in names[2:]:
         section.judge(f"blocked / {name.partition('.')[2]}'s", OURS, name, less=True)
     for name in names[2:]:

@@ -167,23 +167,29 @@ def _matrix(rank: Rank, layout: str, shape: tuple[int, int]) -> Tensor:
 def snapshot(rank: Rank, contestant: str, folder: str, step: int) -> dict[str, float]:
     """Let ``module.function`` take one snapshot, and wait until nothing of it goes on in the background.
 
-    Returns the seconds of the call, the seconds until the live tensors may change, the seconds until it is complete,
-    and the processor seconds of this process for all of that.
+    Returns the seconds of the call, the seconds until the live tensors may change, those of them in which a processor
+    worked for this thread, the seconds until it is complete, and the processor seconds of this process for all of that.
     """
     if contestant not in rank.kept:
         rank.kept[contestant] = find(contestant)(rank, folder)
     taker = rank.kept[contestant]
     rank.touch()
     rank.barrier()
-    cpu, began = time.process_time(), time.perf_counter()
+    cpu, own, began = time.process_time(), time.thread_time(), time.perf_counter()
     free = taker.take(step)
     called = time.perf_counter()
     free()
-    blocked = time.perf_counter()
+    blocked, own = time.perf_counter(), time.thread_time() - own
     taker.settle()
     done, cpu = time.perf_counter(), time.process_time() - cpu
     rank.barrier()
-    return {"call_s": called - began, "blocked_s": blocked - began, "complete_s": done - began, "cpu_s": cpu}
+    return {
+        "call_s": called - began,
+        "blocked_s": blocked - began,
+        "blocked_cpu_s": own,
+        "complete_s": done - began,
+        "cpu_s": cpu,
+    }
 
 
 def find(name: str) -> Callable[..., Any]:
