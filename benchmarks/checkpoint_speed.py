@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -308,6 +309,7 @@ def reshard(plan: Plan) -> list[Section]:
     section = Section("reshard", "bytes read by all ranks / bytes of the state", beside_of="DCP")
     with ranks(2, plan.size_bytes, "fsdp2") as two, ranks(4, plan.size_bytes, "fsdp4") as four:
         groups = {2: two, 4: four}
+        warm: set[int] = set()
         for source, world_size in LAYOUTS.items():
             url, folder = str(plan.folder / "ours"), str(plan.folder / "dcp")
             writers = groups[world_size]
@@ -315,7 +317,11 @@ def reshard(plan: Plan) -> list[Section]:
             writers.ask("ours.save", url=url, step=1)
             writers.ask("peers.dcp_save", folder=folder, threads=1)
             for target, readers in LAYOUTS.items():
-                found = one_reshard(groups[readers], target, url, folder, readers == world_size)
+                group, same_world = groups[readers], readers == world_size
+                if readers not in warm:  # what libraries import and cache when they first load is not counted
+                    one_reshard(group, target, url, folder, same_world)
+                    warm.add(readers)
+                found = one_reshard(group, target, url, folder, same_world)
                 pair, ratio = f"{source} to {target}", found["ours"]
                 section.verdicts.append(Verdict(pair, ratio, ratio, ratio, "<= 1.1", ratio <= 1.1))
                 section.beside[pair] = f"{found['DCP']:.3f}"
@@ -333,7 +339,6 @@ def one_reshard(group: Ranks, layout: str, url: str, folder: str, same_world: bo
     }
     found = {}
     for library, (do, arguments) in calls.items():
-        group.ask(do, **arguments)  # what it imports and caches is not counted
         read_bytes = sum(n_bytes for _, n_bytes in group.ask(do, **arguments))
         group.ask("rank.Rank.check")
         assert read_bytes >= 0.99 * state_bytes, f"{library} reads in a way that is not counted"
@@ -378,6 +383,7 @@ def main() -> None:
     chosen = arguments.only.split(",")
     if unknown := sorted(set(chosen) - set(SECTIONS)):
         parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ranks and folders go with it
     console, sections = Console(width=110), []
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder) as folder,
