@@ -1,4 +1,4 @@
-"""An HTTP proxy before an S3 server that does something to one request: the N-th of those that come while it is armed."""
+"""An HTTP proxy before an S3 server that does something to one request: the N-th that comes while it is armed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States that are a function of their step, how they are saved, and the one question of every suite here: what serves?"""
+"""States that are a function of their step, how they are saved, and what serves of what was saved."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def sweep(bench: Bench, name: str, fault: str, forever: bool, tally: Callable[..
 
 
 @pytest.mark.parametrize("fault", ["kill before", "kill after"])
-@pytest.mark.parametrize("name", ["save", "commit", "deletion"])
+@pytest.mark.parametrize("name", ["save", "commit", pytest.param("deletion", marks=pytest.mark.long)])
 def test_a_kill_at_every_request(bench, name, fault, tally):
     sweep(bench, name, fault, False, tally)
 

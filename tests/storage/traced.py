@@ -98,7 +98,9 @@ def _work(work: Callable[[], object], pipe: int) -> None:
     try:
         signal.alarm(DEADLINE_S)
         if _libc.ptrace(_TRACEME, 0, None, None):
-            told = f"cannot be traced: ptrace says {os.strerror(ctypes.get_errno())}; allow it (CAP_SYS_PTRACE, seccomp)"
+            told = (
+                f"cannot be traced: ptrace says {os.strerror(ctypes.get_errno())}; allow it (CAP_SYS_PTRACE, seccomp)"
+            )
         else:
             os.kill(os.getpid(), signal.SIGSTOP)
             work()
