@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
 from typing import Protocol
 
 import xxhash
 
+from storage import direct
 from storage.index import BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.urls import Store
@@ -37,12 +40,22 @@ class SourceError(RuntimeError):
     """A place that was said to hold a copy cannot be read."""
 
 
+class Distance(IntEnum):
+    """From a rank to a copy: what a byte from there costs. The first two lie on its own node, for it alone."""
+
+    MEMORY = 0
+    DISK = 1
+    PEER = 2
+    STORE = 3
+
+
 @dataclass(frozen=True)
 class Copy:
     """A data file in one place. Of a chunk, another index's is a copy when key and block digests are the same."""
 
     index: Index
     source: Source
+    distance: Distance = Distance.STORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +86,15 @@ class StoreSource:
     def read(self, index: Index, start: int, into: memoryview) -> int:
         if not into:
             return 0  # s3fs would send a range without an end
+        path = self.store.path(index.data)
         try:
-            raw = self.store.fs.cat_file(self.store.path(index.data), start=start, end=start + len(into))
+            if self.store.local:
+                return direct.read(Path(path), start, into)
+            raw = self.store.fs.cat_file(path, start=start, end=start + len(into))
         except FileNotFoundError:
             return 0
+        except Exception as e:
+            raise SourceError(f"{self.name}: {index.data}: {type(e).__name__}: {e}") from e
         into[: len(raw)] = raw
         return len(raw)
 
@@ -107,7 +125,7 @@ def read_chunk(
         for _ in range(2):
             found: list[BadBlock] = []
             try:
-                for first, last in _runs(todo):
+                for first, last in runs(todo):
                     target = _blocks_of(into, begin, first, last, chunk, copy.index)
                     found += read_blocks(copy, chunk, first, last, target)
             except SourceError as e:
@@ -128,14 +146,19 @@ def read_blocks(copy: Copy, chunk: Chunk, begin: int, end: int, into: memoryview
     size = copy.index.block_bytes
     assert len(into) == min(end * size, chunk.n_bytes) - begin * size, (len(into), begin, end, chunk)
     done = copy.source.read(copy.index, chunk.file_offset + begin * size, into)
-    bad = []
+    return check_blocks(copy, chunk, begin, end, into, done)
+
+
+def check_blocks(copy: Copy, chunk: Chunk, begin: int, end: int, data: memoryview, done: int) -> list[BadBlock]:
+    """Those of blocks [begin, end) that are not what they must be, when the first `done` bytes of `data` were read."""
+    size, bad = copy.index.block_bytes, []
     for block in range(begin, end):
-        data = into[(block - begin) * size : (block - begin + 1) * size]
-        held = min(max(0, done - (block - begin) * size), len(data))
+        content = data[(block - begin) * size : (block - begin + 1) * size]
+        held = min(max(0, done - (block - begin) * size), len(content))
         problem = ""
-        if held != len(data):
-            problem = f"is cut off ({held} of {len(data)} bytes)"
-        elif xxhash.xxh3_128_hexdigest(data) != chunk.blocks[block]:
+        if held != len(content):
+            problem = f"is cut off ({held} of {len(content)} bytes)"
+        elif xxhash.xxh3_128_hexdigest(content) != chunk.blocks[block]:
             problem = "is damaged (its xxh3_128 does not match)"
         if problem:
             bad.append(
@@ -151,15 +174,15 @@ def read_blocks(copy: Copy, chunk: Chunk, begin: int, end: int, into: memoryview
     return bad
 
 
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     """Adjacent numbers as ranges [first, last), none longer than READ_BLOCKS."""
-    runs: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     for number in numbers:
-        if runs and runs[-1][1] == number and number - runs[-1][0] < READ_BLOCKS:
-            runs[-1] = (runs[-1][0], number + 1)
+        if found and found[-1][1] == number and number - found[-1][0] < READ_BLOCKS:
+            found[-1] = (found[-1][0], number + 1)
         else:
-            runs.append((number, number + 1))
-    return runs
+            found.append((number, number + 1))
+    return found
 
 
 def _blocks_of(into: memoryview, begin: int, first: int, last: int, chunk: Chunk, index: Index) -> memoryview:

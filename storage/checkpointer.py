@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, distributed
 
 from storage.commits import read_commit
+from storage.direct import Buffers
 from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
@@ -72,6 +73,7 @@ class Checkpointer:
         self._ram_dir, self._node = ram_dir, node
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation)
         self._staging = Staging()
+        self._buffers = Buffers()
         self._saving = threading.Thread()
         self._writer: Writer | None = None
         """Of the newest save that has got as far as the store."""
@@ -185,7 +187,14 @@ class Checkpointer:
         return save_part(writer, state, self._rank, check=check, group=self._group)
 
     def _make_writer(self, step: int) -> Writer:
-        return Writer(self._url, step=step, epoch=self._epoch, generation=self._generation, rank=self._rank)
+        return Writer(
+            self._url,
+            step=step,
+            epoch=self._epoch,
+            generation=self._generation,
+            rank=self._rank,
+            buffers=self._buffers,
+        )
 
     def restore(self, state: TrainState, restore: Source) -> None:
         """Fill `state` in place and set its step. Collective when the source is ``durable``.

@@ -126,12 +126,21 @@ def read_indices(url: str, commit: Commit) -> list[Index]:
         ManifestError: one is missing or damaged, or the chunks do not tile the tensors.
     """
     store = locate(url)
+    indices = [read_index(store, commit, part) for part in commit.parts]
+    check_whole(commit, indices)
+    return indices
+
+
+def check_whole(commit: Commit, indices: list[Index]) -> None:
+    """Check that these, of the commit's parts, are one of each rank, and hold every tensor exactly once.
+
+    Raises:
+        ManifestError: a rank is missing or named twice, or the chunks do not tile the tensors.
+    """
     ranks = [part.rank for part in commit.parts]
     if sorted(ranks) != list(range(len(ranks))):
         raise ManifestError(f"the commit of step {commit.step} names ranks {sorted(ranks)}, not each rank once")
-    indices = [read_index(store, commit, part) for part in commit.parts]
     check_tensors(chunk for index in indices for chunk in index.chunks)
-    return indices
 
 
 def verify(url: str, commit: Commit) -> list[str]:

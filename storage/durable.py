@@ -2,32 +2,27 @@
 
 DCP's public planners divide replicated tensors between ranks and reshard between meshes. Its own reader and writer are
 not used: they check nothing that they read, and keep their metadata as a pickle. Layout: storage/manifest.py; commit
-records: storage/commits.py.
+records: storage/commits.py; how a state is filled: storage/restore.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from storage.durable_read import LoadPlanner, Reader
+from storage.blocks import BadBlock, Copy, StoreSource
+from storage.commits import check_whole, read_index
 from storage.durable_write import SavePlanner, Writer
-from storage.manifest import Commit, ManifestError, RankPart, StateMismatch
-from storage.state import TrainState
+from storage.index import Index
+from storage.manifest import Commit, RankPart
+from storage.ranks import CheckpointFailed, agree, dcp_errors, gathered, rank_of, size_of
+from storage.restore import load_copies
+from storage.state import TrainState, named_tensors
+from storage.urls import locate, portable_errors
 
-RANK_PREFIX = "rank/"
-
-
-class CheckpointFailed(RuntimeError):
-    """A save or load failed on some rank, which the message names; every rank of the group raises it."""
+__all__ = ["CheckpointFailed", "load", "save_part", "write_part"]
 
 
 def write_part(url: str, state: TrainState, *, step: int, epoch: int, generation: int, rank: int) -> RankPart:
@@ -55,10 +50,10 @@ def save_part(
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
         CheckpointFailed: a rank could not write; nothing may be committed.
     """
-    assert rank == _rank(), f"rank {rank} saves as rank {_rank()} of its process group"
+    assert rank == rank_of(None), f"rank {rank} saves as rank {rank_of(None)} of its process group"
     try:
-        with _dcp_errors():
-            named = _named(state, rank, per_rank=True)
+        with dcp_errors():
+            named = named_tensors(state, rank)
             dcp_save(named, storage_writer=writer, planner=SavePlanner(check), process_group=group)
     except Exception:
         writer.discard()
@@ -67,11 +62,12 @@ def save_part(
     return writer.part
 
 
-def load(url: str, commit: Commit, state: TrainState) -> None:
-    """Fill `state` in place from a checkpoint written on any mesh. Collective over the default process group.
+def load(
+    url: str, commit: Commit, state: TrainState, *, group: dist.ProcessGroup | None = None
+) -> list[BadBlock]:
+    """Fill `state` in place from a checkpoint written on any mesh; damage that was found on the way. See `load_copies`.
 
-    Every rank first reads and checks all that it needs; tensors change only after all ranks have. Per-rank tensors are
-    restored when the world size is the one that saved them, and left alone otherwise.
+    Collective over `group`, or over the default process group, which has to be of the CPU.
 
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
@@ -79,43 +75,24 @@ def load(url: str, commit: Commit, state: TrainState) -> None:
         ManifestError: a file is missing or damaged (named with its block). No tensor has changed.
         CheckpointFailed: a rank could not read. No tensor has changed.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    same_world = len(commit.parts) == world_size
-    reader = Reader(url, commit, skip_prefix="" if same_world else RANK_PREFIX)
-    with _dcp_errors():
-        dcp_load(_named(state, _rank(), per_rank=same_world), storage_reader=reader, planner=LoadPlanner())
-    with torch.no_grad():
-        for target, value in reader.staged:
-            target.copy_(value)
-    state.step = commit.step
+    source = StoreSource(locate(url))
+    return load_copies([[Copy(index, source)] for index in _indices(url, commit, group)], state, group=group)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _named(state: TrainState, rank: int, *, per_rank: bool) -> dict[str, Any]:
-    reserved = sorted(name for name in state.tensors if name.startswith(RANK_PREFIX))
-    if reserved:
-        raise ValueError(f"names that start with {RANK_PREFIX!r} are reserved for per_rank: {reserved}")
-    own = {f"{RANK_PREFIX}{rank:05d}/{name}": tensor for name, tensor in state.per_rank.items()}
-    return {**state.tensors, **own} if per_rank else dict(state.tensors)
-
-
-@contextlib.contextmanager
-def _dcp_errors() -> Iterator[None]:
-    """DCP raises a BaseException that holds each rank's error; make one Exception of ours of it."""
+def _indices(url: str, commit: Commit, group: dist.ProcessGroup | None) -> list[Index]:
+    """The indices of all parts, each read by one rank."""
+    own: dict[int, Index] = {}
+    error: Exception | None = None
     try:
-        with contextlib.ExitStack() as stack:
-            if not dist.is_initialized():  # DCP warns that one process works alone, which is meant
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore", UserWarning)
-            yield
-    except CheckpointException as e:
-        errors = {rank: wrapped[0] for rank, wrapped in sorted(e.failures.items())}
-        kinds = (StateMismatch, ManifestError)
-        ours = next((k for k in kinds if any(isinstance(error, k) for error in errors.values())), CheckpointFailed)
-        text = "; ".join(
-            f"rank {rank}: {error if isinstance(error, kinds) else repr(error)}" for rank, error in errors.items()
-        )
-        raise ours(text) from e
+        with portable_errors():
+            store = locate(url)
+            for number in range(rank_of(group), len(commit.parts), size_of(group)):
+                own[number] = read_index(store, commit, commit.parts[number])
+    except Exception as e:
+        error = e
+    agree(error, group)
+    told = gathered([(number, index.to_json()) for number, index in own.items()], group)
+    others = {number: raw for entries in told for number, raw in entries if number not in own}
+    indices = [own[n] if n in own else Index.from_json(others[n]) for n in range(len(commit.parts))]
+    check_whole(commit, indices)
+    return indices

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.planner import SavePlanner as DcpSavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from storage import direct
 from storage.blocks import block_digests
-from storage.index import ALIGN_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
+from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
 from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
 from storage.state import dtype_name, host_bytes
 from storage.urls import (
@@ -109,8 +110,19 @@ def _check_replicas(plans: list[SavePlan]) -> None:
 class Writer(StorageWriter):
     """Writes one rank's data file and its index, and then knows its RankPart."""
 
-    def __init__(self, url: str, *, step: int, epoch: int, generation: int, rank: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        step: int,
+        epoch: int,
+        generation: int,
+        rank: int,
+        buffers: direct.Buffers | None = None,
+    ) -> None:
+        """`buffers`: of writers that write one after another, so that only the first allocates."""
         self.part: RankPart | None = None
+        self._buffers = buffers or direct.Buffers()
         self._url = url
         self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
         self._began = False
@@ -228,20 +240,26 @@ class Writer(StorageWriter):
     def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> RankPart:
         """Write and sync the data file at `path` and the index beside it; neither may exist."""
         chunks: list[Chunk] = []
-        with open(path, "xb") as file:
-            self._began = True
-            for item in plan.items:
-                data = planner.content(item)
-                chunks.append(_chunk(item, file.tell(), planner.digests[item.index]))
-                assert len(data) == chunks[-1].n_bytes, (len(data), chunks[-1])
-                file.write(data)
-                file.write(bytes(-len(data) % ALIGN_BYTES))
-                # Taken anew: what was checked before planning may have changed in memory since.
-                if block_digests(data) != chunks[-1].blocks:
-                    raise ManifestError(f"{item.index.fqn}: changed in memory while it was written")
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
+        pieces: list[tuple[int, memoryview]] = []
+        size = 0
+        for item in plan.items:
+            pieces.append((size, planner.content(item)))
+            chunks.append(_chunk(item, size, planner.digests[item.index]))
+            assert len(pieces[-1][1]) == chunks[-1].n_bytes, chunks[-1]
+            size += -(-chunks[-1].n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+        def check(number: int, begin: int, written: memoryview) -> None:
+            # Taken anew: what was checked before planning may have changed in memory since.
+            first, digests = begin // BLOCK_BYTES, block_digests(written)
+            if digests != chunks[number].blocks[first : first + len(digests)]:
+                raise ManifestError(f"{chunks[number].fqn}: changed in memory while it was written")
+
+        try:
+            direct.write(path, pieces, size, check, self._buffers)
+        except Exception as e:
+            self._began = self._began or not isinstance(e, FileExistsError)
+            raise
+        self._began = True
         index = Index(
             data=data_name(**self._identity),
             data_bytes=size,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from storage import direct
 from storage.state import TrainState, local_tensor
 
 
@@ -65,21 +66,43 @@ class Staging:
 
     def _allocate(self, state: TrainState) -> None:
         self.forget()  # two copies need not fit
-        self._copy = TrainState(
-            step=0,
-            tensors={name: _like(tensor) for name, tensor in state.tensors.items()},
-            per_rank={name: _like(tensor) for name, tensor in state.per_rank.items()},
-        )
+        try:
+            memory = direct.memory(sum(_padded(local_tensor(tensor)) for _, tensor in _named(state)))
+        except OSError as e:
+            raise RuntimeError(f"no memory for a copy of the state: {e}") from e
+
+        def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            nonlocal memory
+            made = {}
+            for name, tensor in tensors.items():
+                local = local_tensor(tensor)
+                made[name] = _like(tensor, _buffer(local, memory))
+                memory = memory[_padded(local) :]
+            return made
+
+        self._copy = TrainState(step=0, tensors=copies(state.tensors), per_rank=copies(state.per_rank))
 
 
 def _named(state: TrainState) -> list[tuple[str, torch.Tensor]]:
     return [*sorted(state.tensors.items()), *sorted(state.per_rank.items())]
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same placement whose local part is host memory of its own."""
-    local = local_tensor(tensor)
-    buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.device.type == "cuda")
+def _padded(local: torch.Tensor) -> int:
+    """Bytes of the buffer for a host tensor: whole pages, so that it is written to a disk from where it lies."""
+    if local.device.type == "cuda":
+        return 0  # pinned memory comes in pages by itself
+    return -(-local.numel() * local.element_size() // direct.PAGE_BYTES) * direct.PAGE_BYTES
+
+
+def _buffer(local: torch.Tensor, memory: memoryview) -> torch.Tensor:
+    n_bytes = local.numel() * local.element_size()
+    if local.device.type == "cuda" or not n_bytes:
+        return torch.empty(local.shape, dtype=local.dtype, pin_memory=local.device.type == "cuda")
+    return torch.frombuffer(memory[:n_bytes], dtype=torch.uint8).view(local.dtype).view(local.shape)
+
+
+def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same placement whose local part is `buffer`."""
     if not isinstance(tensor, DTensor):
         return buffer
     # Not from_local, which would move the buffer to the mesh's device.

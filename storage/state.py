@@ -10,6 +10,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 
+RANK_PREFIX = "rank/"
+"""Of the names under which per-rank tensors are kept: ``rank/00003/rng``."""
+
+
 @dataclass
 class TrainState:
     """Live references: saving reads these tensors, restoring fills them in place.
@@ -22,6 +26,20 @@ class TrainState:
     step: int
     tensors: dict[str, torch.Tensor]
     per_rank: dict[str, torch.Tensor]
+
+
+def named_tensors(state: TrainState, rank: int | None) -> dict[str, torch.Tensor]:
+    """All tensors under the names by which a data file's index knows them; without the per-rank ones for None.
+
+    Raises:
+        ValueError: a global name is reserved for per-rank tensors.
+    """
+    reserved = sorted(name for name in state.tensors if name.startswith(RANK_PREFIX))
+    if reserved:
+        raise ValueError(f"names that start with {RANK_PREFIX!r} are reserved for per_rank: {reserved}")
+    if rank is None:
+        return dict(state.tensors)
+    return {**state.tensors, **{f"{RANK_PREFIX}{rank:05d}/{name}": tensor for name, tensor in state.per_rank.items()}}
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

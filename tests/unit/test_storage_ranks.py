@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from storage import durable_read
 from storage.commits import create_commit, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
 from storage.manifest import Commit, ManifestError, RankPart, data_name
@@ -104,7 +104,6 @@ def _save_all(folder: str, meshes: list[tuple[int, int, int]]) -> None:
 def _load_all(folder: str, pairs: list[tuple[tuple[int, int, int], tuple[int, int, int]]]) -> list[str]:
     wrong = []
     for number, (saved, shape) in enumerate(pairs):
-        durable_read._WINDOW_BYTES = [1 << 24, 1 << 14][number % 2]  # the latter reads a chunk in many pieces
         name = "-".join(map(str, saved))
         state, oracle = sharded_state(shape, zero=True), sharded_state(shape, zero=True)
         load(f"{folder}/ours/{name}", read_commit(f"{folder}/ours/{name}", 9), state)
@@ -263,5 +262,5 @@ def test_damage_that_one_rank_reads_leaves_every_rank_untouched(tmp_path):
     results = ran(run_ranks(_one_rank_reads_damage, 4, tmp_path_for(tmp_path, "s"), f"{tmp_path}/run"))
     for text, untouched in results:
         assert "rank 3: " in text
-        assert "rank-00003.bin: block" in text
+        assert re.search(r"rank-00003\.bin: .*, block \d+ is damaged", text)
         assert untouched
