@@ -44,6 +44,7 @@ from orchestrator.runtime.nodes import AgentHandle, NodeInfo
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec, parse
 from storage import peer
+from storage import wires as links
 from trainer.contract import encode
 
 NODES = 12_500
@@ -65,7 +66,7 @@ HOST, TOKEN, EPOCH = "127.0.0.1", "benchmark", 1
 
 fanin.BEAT_S, fanin.ANSWER_S = PACE_S * fanin.BEAT_S, PACE_S * fanin.ANSWER_S
 # They would run out here when other programs take the cores.
-fanin.PATIENCE_S = fanin.CONTROLLER_PATIENCE_S = peer.HANDSHAKE_S = 60.0
+fanin.PATIENCE_S = fanin.CONTROLLER_PATIENCE_S = links.HANDSHAKE_S = 60.0
 
 fork = multiprocessing.get_context("fork")
 
@@ -201,7 +202,7 @@ async def serve_controller(pipe: Connection, nodes: int, addresses: list[str]) -
 async def send(pipe: Connection, nodes: list[int], addresses: list[str]) -> None:
     """Nodes that report steps when they are told to, and are alive in between."""
     async with AsyncExitStack() as stack:
-        wires: dict[int, peer.Wire] = {}
+        wires: dict[int, links.Wire] = {}
         told = 0
         beating = asyncio.create_task(beat(wires, told))
         for some in range(0, len(nodes), OPENING):
@@ -225,21 +226,21 @@ async def send(pipe: Connection, nodes: list[int], addresses: list[str]) -> None
             pipe.send(len(wires))
 
 
-async def open_one(stack: AsyncExitStack, index: int, address: str) -> peer.Wire:
+async def open_one(stack: AsyncExitStack, index: int, address: str) -> links.Wire:
     request = {"op": fanin.REPORT, "node": name_of(index), "epoch": EPOCH}
-    wire = await stack.enter_async_context(peer.open_wire(address, TOKEN, request))
+    wire = await stack.enter_async_context(links.open_wire(address, TOKEN, request))
     await wire.receive(fanin.PATIENCE_S)
     return wire
 
 
-async def beat(wires: dict[int, peer.Wire], told: int) -> None:
+async def beat(wires: dict[int, links.Wire], told: int) -> None:
     while True:
         for wire in list(wires.values()):
             wire.post({"after": told, "told": []})
         await asyncio.sleep(PACE_S)
 
 
-async def report_steps(wires: list[tuple[int, peer.Wire]], began: float) -> dict[int, float]:
+async def report_steps(wires: list[tuple[int, links.Wire]], began: float) -> dict[int, float]:
     """One step a second from each; when the last of them was sent."""
     sent_at = {}
     for step in range(1, SECONDS + 1):
@@ -251,7 +252,7 @@ async def report_steps(wires: list[tuple[int, peer.Wire]], began: float) -> dict
     return sent_at
 
 
-async def spread_heartbeats(wires: list[tuple[int, peer.Wire]], told: int, began: float) -> dict[int, float]:
+async def spread_heartbeats(wires: list[tuple[int, links.Wire]], told: int, began: float) -> dict[int, float]:
     """One a second from each; when the last of them was sent."""
     for part in range(SECONDS * SLICES):
         await asyncio.sleep(max(0.0, began + PACE_S * part / SLICES - time.monotonic()))
@@ -279,7 +280,7 @@ async def hold_lines(pipe: Connection, nodes: int, addresses: list[str]) -> None
     before = psutil.Process().memory_info().rss, spent_s()
     lines = []
     for index in range(nodes):
-        lines.append(asyncio.create_task(peer.hold_line(addresses[index % len(addresses)], TOKEN)))
+        lines.append(asyncio.create_task(links.hold_line(addresses[index % len(addresses)], TOKEN)))
         if index % OPENING == 0:
             await asyncio.sleep(0.02)
     await asyncio.sleep(SETTLE_S)

@@ -99,6 +99,14 @@ class StoreSource:
         return len(raw)
 
 
+class Holder(Protocol):
+    """Somebody who may hold a copy. Nobody is asked before it is needed."""
+
+    def copy(self) -> Copy:
+        """Raises SourceError or ManifestError when there is none."""
+        ...
+
+
 def block_digests(data: memoryview, block_bytes: int = BLOCK_BYTES) -> tuple[str, ...]:
     """xxh3_128 of each block of a chunk's bytes."""
     return tuple(
@@ -172,6 +180,30 @@ def check_blocks(copy: Copy, chunk: Chunk, begin: int, end: int, data: memoryvie
                 )
             )
     return bad
+
+
+def fetch_block(chunk: Chunk, block: int, into: memoryview, holders: Sequence[Holder], bad: list[BadBlock]) -> None:
+    """Fill `into` with a block of a chunk, from the first of `holders` that has it whole; see `read_chunk`.
+
+    Raises:
+        ManifestError: nobody has; the message says what is wrong with each.
+    """
+    copies: list[tuple[Copy, Chunk]] = []
+    problems = []
+    for holder in holders:
+        try:
+            copy = holder.copy()
+        except (SourceError, ManifestError) as e:
+            problems.append(str(e))
+            continue
+        same = (held for held in copy.index.chunks if (held.key, held.blocks) == (chunk.key, chunk.blocks))
+        copies += [(copy, held) for held in same]
+    if copies:
+        try:
+            return read_chunk(copies, block, block + 1, into, bad)
+        except (SourceError, ManifestError) as e:
+            problems.append(str(e))
+    raise ManifestError("; ".join(problems) or f"nobody else holds {chunk.fqn} at {chunk.offsets}")
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

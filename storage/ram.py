@@ -1,12 +1,22 @@
 """The RAM tier on a node: snapshots in memory-mapped files that outlive worker and agent. No torch.
 
-Layout: ``<ram_dir>/<run>/<node>/slot-00003.<0|1|2>``, three files for each slot that the node fills, so that deleting a
-node's snapshots is deleting one folder. Files, not multiprocessing.shared_memory, whose resource tracker unlinks what a
-dead process had open.
+Layout: ``<ram_dir>/<run>/<node>/slot-00003.<0|1|2|3>``, so that deleting a node's snapshots is deleting one folder.
+Files, not multiprocessing.shared_memory, whose resource tracker unlinks what a dead process had open.
 
-A file is a header page and a payload. The header's sequence counter is odd while the payload is written: a writer that
-is killed leaves an odd counter behind, and the other two files as they were. Nothing in a payload may be used before
-its xxh3_128 was checked against the header's.
+A file is a header page, a payload whose chunks lie as in a data file of a durable checkpoint, and the payload's index
+(storage/index.py), whose digest the header holds. The header's sequence counter is odd while the file is written: a
+writer that is killed leaves an odd counter behind, and the other files as they were. Nothing in a payload may be used
+before its block was checked against the index.
+
+How many files a slot has:
+
+- three: the newest that is complete over the cluster, the newest, and the one in flight. With two, a survivor
+  overwrites the step that another rank has completed last;
+- four where copies are sent to other nodes (FILES_WITH_COPIES): a dead node's state is there only in the copies on its
+  buddy, of the step P that was the last to be copied from every node. So survivors must still hold P when it dies: P
+  stays pinned until all copies of a later step S have arrived, S stays pinned meanwhile, and the newest and the one in
+  flight go on beside them;
+- two of another node's slot (COPY_FILES): the newest complete copy, and the one that is arriving.
 """
 
 from __future__ import annotations
@@ -20,6 +30,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +39,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from storage.blocks import Copy, SourceError
+from storage.index import ALIGN_BYTES, Index
 from storage.manifest import ManifestError
 
-FORMAT_VERSION = 1
-HEADER_BYTES = 4096
-# Newest complete over the cluster, newest, in flight. With two, a survivor overwrites the step that a dead node's copy
-# holds.
+FORMAT_VERSION = 2
+HEADER_BYTES = ALIGN_BYTES
 FILES = 3
+FILES_WITH_COPIES = 4
+COPY_FILES = 2
 
 _MAGIC = b"SHEPRAM1"
 _PREFIX = struct.Struct("<8sQI16s")  # magic, sequence counter, length of the JSON, xxh3_128 of the JSON
@@ -55,11 +68,16 @@ class Header:
     step: int
     generation: int
     payload_bytes: int
-    layout: str
-    """Digest of names, shapes, dtypes and boxes of the tensors in the payload."""
-    payload_digest: str
-    """xxh3_128 of the payload."""
+    """A multiple of ALIGN_BYTES; the index begins behind them."""
+    index_bytes: int
+    index_digest: str
+    """xxh3_128 of the index, which holds the payload's."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def n_bytes(self) -> int:
+        """Of payload and index."""
+        return self.payload_bytes + self.index_bytes
 
 
 def safe_name(name: str) -> str:
@@ -78,9 +96,9 @@ def node_folder(ram_dir: str, run: str, node: str) -> Path:
 
 
 def file_paths(ram_dir: str, run: str, node: str, slot: int) -> list[Path]:
-    """The three files of a slot; they need not exist."""
+    """The files that a slot can have; they need not exist."""
     folder = node_folder(ram_dir, run, node)
-    return [folder / f"slot-{slot:05d}.{number}" for number in range(FILES)]
+    return [folder / f"slot-{slot:05d}.{number}" for number in range(FILES_WITH_COPIES)]
 
 
 def read_header(path: Path) -> Header | None:
@@ -106,7 +124,7 @@ def parse_header(page: bytes) -> tuple[int, Header | None]:
     if sequence % 2 or xxhash.xxh3_128_digest(text) != digest:
         return sequence, None
     document: dict[str, Any] = json.loads(text)
-    if document["format_version"] != FORMAT_VERSION:
+    if document.get("format_version") != FORMAT_VERSION:
         return sequence, None
     return sequence, Header(**document)
 
@@ -171,29 +189,32 @@ def _headers(ram_dir: str, run: str, node: str, slot: int) -> list[tuple[Path, H
     return [(path, header) for path, header in pairs if header is not None]
 
 
-def choose_file(headers: list[Header | None], pinned: int | None) -> int:
+def choose_file(headers: Sequence[Header | None], pinned: Collection[int] = ()) -> int:
     """Which of a slot's files the next snapshot overwrites: an empty or torn one, else the oldest, but never the
-    newest, and never the (newest generation's) snapshot of the pinned step."""
+    newest, and never the (newest generation's) snapshot of a pinned step. Two files more than pins are enough."""
     held = {number: header for number, header in enumerate(headers) if header is not None}
     if len(held) < len(headers):
         return min(set(range(len(headers))) - set(held))
     by_age = sorted(held, key=lambda number: (held[number].step, held[number].generation))
-    kept = [number for number in by_age if held[number].step == pinned][-1:]
-    choice = next(number for number in by_age if number not in kept)
-    assert choice != by_age[-1], (headers, pinned)
+    kept = [by_age[-1]]
+    for step in pinned:
+        kept += [number for number in by_age if held[number].step == step][-1:]
+    choice = next((number for number in by_age if number not in kept), None)
+    assert choice is not None, (headers, pinned)
     return choice
 
 
 class SnapshotFile:
     """One file of the tier, mapped for writing. One process writes a slot at a time: its worker, or else the agent."""
 
-    def __init__(self, path: Path, payload_bytes: int) -> None:
-        """Open or create the file with room for a payload, its memory allocated and mapped.
+    def __init__(self, path: Path, room: int) -> None:
+        """Open or create the file with `room` bytes for payload and index, its memory allocated and mapped.
 
         Raises:
             OSError: the memory file system is full (ENOSPC); the message says what is needed.
         """
-        self._size = HEADER_BYTES + payload_bytes
+        self.path = path
+        self._size = HEADER_BYTES + room
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -207,7 +228,8 @@ class SnapshotFile:
             free = shutil.disk_usage(path.parent).free
             raise OSError(
                 errno.ENOSPC,
-                f"RAM tier {path.parent}: a snapshot needs {self._size} bytes, of {FILES} a slot, and {free} are free; "
+                f"RAM tier {path.parent}: a snapshot needs {self._size} bytes, of {FILES} a slot (with copies on other "
+                f"nodes {FILES_WITH_COPIES}, and {COPY_FILES} of each slot kept for another), and {free} are free; "
                 "enlarge the memory file system (containers: --shm-size) or give another ram_dir",
             ) from e
         finally:
@@ -215,16 +237,21 @@ class SnapshotFile:
         # One aligned 8-byte store, so that no reader sees half of the counter.
         self._sequence = np.frombuffer(self._map, dtype="<u8", count=1, offset=_SEQUENCE_OFFSET)
 
+    @staticmethod
+    def existing(path: Path) -> SnapshotFile:
+        """The file as it is."""
+        return SnapshotFile(path, path.stat().st_size - HEADER_BYTES)
+
     @property
-    def capacity(self) -> int:
+    def room(self) -> int:
         return self._size - HEADER_BYTES
 
     def header(self) -> Header | None:
         return parse_header(self._map[:HEADER_BYTES])[1]
 
     def payload(self, n_bytes: int) -> npt.NDArray[np.uint8]:
-        """The first bytes of the payload, shape [n_bytes], as a view of the shared memory."""
-        assert n_bytes <= self.capacity, (n_bytes, self.capacity)
+        """The first bytes behind the header page, shape [n_bytes], as a view of the shared memory."""
+        assert n_bytes <= self.room, (n_bytes, self.room)
         return np.frombuffer(self._map, dtype=np.uint8, count=n_bytes, offset=HEADER_BYTES)
 
     def begin(self) -> None:
@@ -234,24 +261,73 @@ class SnapshotFile:
             self._map[: len(_MAGIC)] = _MAGIC
         self._sequence[0] += 1 + self._sequence[0] % 2
 
-    def finish(self, header: Header) -> None:
-        """The payload is in place and has the header's digest: from here on the file holds the snapshot."""
-        assert self._sequence[0] % 2 == 1 and header.payload_bytes <= self.capacity, header
+    def finish(self, header: Header, index: bytes) -> None:
+        """The payload is in place and has the index's digests: from here on the file holds the snapshot."""
+        assert self._sequence[0] % 2 == 1 and header.n_bytes <= self.room, header
+        assert header.payload_bytes % ALIGN_BYTES == 0 and len(index) == header.index_bytes, header
         text = json.dumps(asdict(header), separators=(",", ":")).encode()
         assert _PREFIX.size + len(text) <= HEADER_BYTES, len(text)
+        self._map[HEADER_BYTES + header.payload_bytes : HEADER_BYTES + header.n_bytes] = index
         prefix = _PREFIX.pack(_MAGIC, 0, len(text), xxhash.xxh3_128_digest(text))
         after = _SEQUENCE_OFFSET + 8
         self._map[after : _PREFIX.size] = prefix[after:]
         self._map[_PREFIX.size : _PREFIX.size + len(text)] = text
         self._sequence[0] += 1
 
-    def check_payload(self, header: Header) -> None:
-        """Check the payload against its header.
 
-        Raises:
-            ManifestError: it is damaged, or shorter than the header says.
-        """
-        if header.payload_bytes > self.capacity:
-            raise ManifestError(f"snapshot of slot {header.slot}, step {header.step}: payload is cut off")
-        if xxhash.xxh3_128_hexdigest(self.payload(header.payload_bytes).data) != header.payload_digest:
-            raise ManifestError(f"snapshot of slot {header.slot}, step {header.step}: payload is damaged")
+@dataclass(frozen=True)
+class RamSource:
+    """A snapshot in this node's memory, for `storage.blocks.read_chunk`."""
+
+    path: Path
+    header: Header
+    sequence: int
+    map: mmap.mmap
+
+    @property
+    def name(self) -> str:
+        return self.header.node
+
+    def read(self, index: Index, start: int, into: memoryview) -> int:
+        """See storage.blocks.Source. Raises SourceError when the snapshot was overwritten."""
+        n_bytes = max(0, min(len(into), self.header.payload_bytes - start))
+        begin = HEADER_BYTES + start
+        into[:n_bytes] = memoryview(self.map)[begin : begin + n_bytes]
+        if parse_header(self.map[:HEADER_BYTES]) != (self.sequence, self.header):
+            raise SourceError(f"{self.path}: the snapshot of step {self.header.step} was overwritten")
+        return n_bytes
+
+
+def ram_copy(path: Path) -> Copy:
+    """The snapshot in this file, to restore from.
+
+    Raises:
+        ManifestError: the file holds no complete snapshot, or its index is damaged.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except ValueError as e:
+            raise ManifestError(f"{path} is empty") from e
+    sequence, header = parse_header(mapped[:HEADER_BYTES])
+    if header is None:
+        raise ManifestError(f"{path} holds no complete snapshot")
+    index = checked_index(header, mapped[HEADER_BYTES + header.payload_bytes : HEADER_BYTES + header.n_bytes])
+    return Copy(index, RamSource(path, header, sequence, mapped))
+
+
+def checked_index(header: Header, raw: bytes) -> Index:
+    """The index of the snapshot with this header.
+
+    Raises:
+        ManifestError: it is not what the header says, or not that of this snapshot.
+    """
+    name = f"snapshot of slot {header.slot}, step {header.step} on {header.node}"
+    if xxhash.xxh3_128_hexdigest(raw) != header.index_digest:
+        raise ManifestError(f"{name}: its index is damaged or cut off")
+    index = Index.from_json(raw)
+    said = (index.rank, index.step, index.generation, index.data_bytes)
+    if said != (header.origin_slot, header.step, header.generation, header.payload_bytes):
+        raise ManifestError(f"{name}: its index is another snapshot's: {said}")
+    return index

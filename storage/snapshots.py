@@ -1,11 +1,17 @@
-"""A rank's side of the RAM tier: copy its own shard into the node's shared memory, and fill tensors from there."""
+"""A rank's side of the RAM tier: copy its own shard into the node's shared memory, and fill tensors from there.
+
+Training is blocked for the copy. A thread takes the digests while the next step computes, and the snapshot is complete
+once it has; `wait` for it before the ranks' exchange of that step, so that whoever writes step k + 1 knows that all
+ranks have step k.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import logging
-import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +20,18 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
+from storage.blocks import BadBlock, Holder, block_digests, fetch_block
+from storage.index import ALIGN_BYTES, BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.ram import (
-    HEADER_BYTES,
+    FILES,
+    FILES_WITH_COPIES,
     Header,
     SnapshotFile,
+    checked_index,
     choose_file,
     file_paths,
     newest_step,
-    read_header,
     safe_name,
     snapshot_path,
 )
@@ -30,77 +39,134 @@ from storage.state import TrainState, dtype_name, local_tensor
 
 log = logging.getLogger(__name__)
 
-# Tensors start on cache lines.
-_ALIGN_BYTES = 64
+RANK_PREFIX = "rank/"
+DIGEST_DEADLINE_S = 600.0
+"""For the copy from a device and the digests of one snapshot: 100 GB at 0.2 GB/s, a fiftieth of what a core does."""
 
 
 class RamTier:
-    """The snapshots of one slot. `generation` marks what this rank writes."""
+    """The snapshots of one slot. `generation` marks what this rank writes. For the thread that trains."""
 
-    def __init__(self, ram_dir: str, run: str, node: str, slot: int, *, generation: int = 0) -> None:
+    def __init__(
+        self, ram_dir: str, run: str, node: str, slot: int, *, generation: int = 0, copies: bool = False
+    ) -> None:
+        """With `copies`, snapshots are copied to other nodes: two can be pinned, and there is a file more."""
         self._place = (ram_dir, run, node, slot)
         self._generation = generation
+        self._n_files = FILES_WITH_COPIES if copies else FILES
         self._files: list[SnapshotFile] = []
-        self._pinned: int | None = None
+        self._pinned: tuple[int, ...] = ()
         self._layout: _Layout | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._pending: Future[None] | None = None
+        self._device = _Device()
 
     @property
     def newest(self) -> int:
         """Step of the newest complete snapshot; 0 when there is none."""
         return newest_step(*self._place)
 
-    def pin(self, step: int) -> None:
-        """Keep the snapshot of `step`, the newest that is complete on all ranks, until a later step is pinned."""
-        self._pinned = step
+    def pin(self, *steps: int) -> None:
+        """Keep the snapshots of these steps until others are pinned."""
+        assert len(steps) <= self._n_files - 2, steps
+        self._pinned = steps
 
-    def snapshot(self, state: TrainState) -> None:
-        """Copy the state into shared memory. The first call allocates all three files, later ones nothing.
+    def snapshot(self, state: TrainState, done: Callable[[], None] = lambda: None) -> None:
+        """Copy the state into shared memory. The first call allocates all files, later ones nothing.
+
+        On CUDA the copy runs beside what comes next on the device: the live tensors may change after `await_reads`.
+
+        Args:
+            done: called once the snapshot is complete, from another thread; not when it fails.
 
         Raises:
             OSError: the memory file system is full; earlier snapshots stay.
+            TimeoutError: see `wait`.
         """
+        self.wait()
         layout = self._layout_of(state)
-        if not self._files or self._files[0].capacity < layout.n_bytes:
-            self._files = [SnapshotFile(path, layout.n_bytes) for path in file_paths(*self._place)]
+        if not self._files or self._files[0].room < layout.room:
+            self._device.forget()
+            self._files = [SnapshotFile(path, layout.room) for path in file_paths(*self._place)[: self._n_files]]
+            self._device.register(self._files, state)
         file = self._files[choose_file([f.header() for f in self._files], self._pinned)]
         file.begin()
         payload = file.payload(layout.n_bytes)
-        for tensor, (offset, n_bytes) in zip(_tensors(state), layout.places, strict=True):
-            _copy_out(local_tensor(tensor), payload[offset : offset + n_bytes])
+        with torch.no_grad(), self._device.beside_training():
+            for tensor, chunk in zip(_tensors(state), layout.chunks, strict=True):
+                _copy_out(local_tensor(tensor), payload[chunk.file_offset : chunk.file_offset + chunk.n_bytes])
+        self._pending = self._pool.submit(self._complete, file, layout, state.step, done)
+
+    def await_reads(self) -> None:
+        """Let what this thread does next to the live tensors come after the copy has read them; blocks no CPU."""
+        self._device.await_reads()
+
+    def wait(self) -> None:
+        """Until the last snapshot is complete, or has failed: then there is one snapshot less, and the log says why.
+
+        Raises:
+            TimeoutError: it is not in DIGEST_DEADLINE_S.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.exception(DIGEST_DEADLINE_S)
+        if error is not None:
+            log.error("a snapshot of slot %d has failed", self._place[3], exc_info=error)
+
+    def _complete(self, file: SnapshotFile, layout: _Layout, step: int, done: Callable[[], None]) -> None:
+        self._device.synchronize()
+        payload = file.payload(layout.n_bytes).data
+        chunks = tuple(
+            replace(chunk, blocks=block_digests(payload[chunk.file_offset : chunk.file_offset + chunk.n_bytes]))
+            for chunk in layout.chunks
+        )
         _, run, node, slot = self._place
+        raw = _index(slot, step, self._generation, layout.n_bytes, chunks, node).to_json()
         header = Header(
             run=safe_name(run),
             node=safe_name(node),
             slot=slot,
             origin_slot=slot,
-            step=state.step,
+            step=step,
             generation=self._generation,
             payload_bytes=layout.n_bytes,
-            layout=layout.digest,
-            payload_digest=xxhash.xxh3_128_hexdigest(payload.data),
+            index_bytes=len(raw),
+            index_digest=xxhash.xxh3_128_hexdigest(raw),
         )
-        file.finish(header)
+        file.finish(header, raw)
+        done()
 
-    def restore(self, step: int, state: TrainState) -> None:
-        """Fill `state` from the snapshot of `step`, after checking its digest.
+    def restore(
+        self, step: int, state: TrainState, holders: Sequence[Holder] = (), bad: list[BadBlock] | None = None
+    ) -> None:
+        """Fill `state` from the snapshot of `step`, after checking every block.
 
-        A snapshot taken over from a replica fills `tensors` only: its per-rank tensors are the other rank's.
+        What is damaged is fetched from the first of `holders` that has it whole, and mended where it lies. A snapshot
+        taken over from a replica fills `tensors` only: its per-rank tensors are the other rank's.
+
+        Args:
+            bad: what is found damaged is added here, in this snapshot and at holders.
 
         Raises:
-            ManifestError: there is no such snapshot, it is damaged, or of other tensors. No tensor has changed.
+            ManifestError: there is no such snapshot, it is of other tensors, or a block is damaged that nobody else
+                has whole. No tensor has changed.
         """
         path = snapshot_path(*self._place, step)
         if path is None:
             raise ManifestError(f"no complete snapshot of slot {self._place[3]}, step {step} in {self._place[0]}")
-        file = SnapshotFile(path, path.stat().st_size - HEADER_BYTES)
-        header = read_header(path)
+        file = SnapshotFile.existing(path)
+        header = file.header()
         if header is None or header.step != step:
             raise ManifestError(f"{path}: the snapshot of step {step} was overwritten")
-        layout = self._layout_of(state)
-        if header.layout != layout.digest or header.payload_bytes != layout.n_bytes:
-            raise ManifestError(f"{path}: the snapshot holds other tensors, shapes or shards than this rank has")
-        file.check_payload(header)
-        payload = file.payload(layout.n_bytes)
+        if header.n_bytes > file.room:
+            raise ManifestError(f"snapshot of slot {header.slot}, step {step}: it is cut off")
+        payload = file.payload(header.n_bytes)
+        index = checked_index(header, payload[header.payload_bytes :].tobytes())
+        chunks = self._matching(index, header, state)
+        bad = [] if bad is None else bad
+        for chunk in chunks:
+            _check(index, chunk, payload.data, header.node, holders, bad)
         own = header.origin_slot == header.slot
         if not own and state.per_rank:
             log.warning(
@@ -108,45 +174,170 @@ class RamTier:
             )
         targets = _tensors(state) if own else _tensors(state)[: len(state.tensors)]
         with torch.no_grad():
-            for tensor, (offset, n_bytes) in zip(targets, layout.places, strict=False):
-                _copy_in(payload[offset : offset + n_bytes], local_tensor(tensor))
+            for tensor, chunk in zip(targets, chunks, strict=True):
+                _copy_in(payload[chunk.file_offset : chunk.file_offset + chunk.n_bytes], local_tensor(tensor))
         state.step = step
 
+    def _matching(self, index: Index, header: Header, state: TrainState) -> list[Chunk]:
+        """The chunks that fill this rank's tensors, in the order of the payload.
+
+        Raises:
+            ManifestError: the snapshot holds other tensors.
+        """
+        own = header.origin_slot == header.slot
+        wanted = [c for c in self._layout_of(state).chunks if own or not c.fqn.startswith(RANK_PREFIX)]
+        chunks = [c for c in index.chunks if own or not c.fqn.startswith(RANK_PREFIX)]
+        if [(c.key, c.shape, c.dtype) for c in chunks] != [(c.key, c.shape, c.dtype) for c in wanted]:
+            raise ManifestError(f"{index.data}: the snapshot holds other tensors, shapes or shards than this rank has")
+        return chunks
+
     def _layout_of(self, state: TrainState) -> _Layout:
-        key = [(name, t.dtype, t.shape, getattr(t, "placements", None)) for name, t in _named(state)]
+        key = [(name, t.dtype, t.shape, getattr(t, "placements", None)) for name, t in _named(state, self._place[3])]
         if self._layout is None or self._layout.key != key:
-            self._layout = _Layout(key, state)
+            self._layout = _Layout(key, state, self._place[3], self._place[2])
         return self._layout
+
+
+def _check(
+    index: Index, chunk: Chunk, held: memoryview, node: str, holders: Sequence[Holder], bad: list[BadBlock]
+) -> None:
+    """Check a chunk where it lies in `held`, and mend what is damaged.
+
+    Raises:
+        ManifestError: nobody has a block whole.
+    """
+    for block, expected in enumerate(chunk.blocks):
+        begin = chunk.file_offset + block * index.block_bytes
+        data = held[begin : min(begin + index.block_bytes, chunk.file_offset + chunk.n_bytes)]
+        if xxhash.xxh3_128_hexdigest(data) == expected:
+            continue
+        mine = BadBlock(
+            source=node,
+            data=index.data,
+            fqn=chunk.fqn,
+            offsets=chunk.offsets,
+            block=block,
+            problem="is damaged (its xxh3_128 does not match)",
+        )
+        bad.append(mine)
+        try:
+            fetch_block(chunk, block, data, holders, bad)
+        except ManifestError as error:
+            raise ManifestError(f"{mine}; {error}") from error
+        log.error("%s; mended from another copy", mine)
 
 
 class _Layout:
     """Where each tensor lies in a payload. Computed once a shape of state: the boxes of DTensors are slow to find."""
 
-    def __init__(self, key: list[Any], state: TrainState) -> None:
+    def __init__(self, key: list[Any], state: TrainState, slot: int, node: str) -> None:
         self.key = key
-        self.places: list[tuple[int, int]] = []
-        entries = []
+        self.chunks: list[Chunk] = []
+        """Without digests."""
         end = 0
-        for name, tensor in _named(state):
+        for name, tensor in _named(state, slot):
             local = local_tensor(tensor)
-            n_bytes = math.prod(local.shape) * local.element_size()
-            self.places.append((end, n_bytes))
-            boxes = tensor.__create_chunk_list__() if isinstance(tensor, DTensor) else []  # type: ignore[no-untyped-call]
-            offsets = [list(box.offsets) for box in boxes]
-            entries.append([name, dtype_name(tensor.dtype), list(tensor.shape), list(local.shape), offsets, end])
-            end += -(-n_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+            n_bytes = local.numel() * local.element_size()
+            self.chunks.append(
+                Chunk(
+                    fqn=name,
+                    shape=tuple(tensor.shape),
+                    dtype=dtype_name(tensor.dtype),
+                    offsets=_offsets(tensor),
+                    sizes=tuple(local.shape),
+                    file_offset=end,
+                    n_bytes=n_bytes,
+                    blocks=(),
+                )
+            )
+            end += -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
         self.n_bytes = end
-        self.digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:32]
+        """Of the payload."""
+        digest = xxhash.xxh3_128_hexdigest(b"")
+        longest = tuple(replace(c, blocks=(digest,) * -(-c.n_bytes // BLOCK_BYTES)) for c in self.chunks)
+        index = _index(slot, 2**63, 2**63, end, longest, node).to_json()
+        self.room = end + -(-len(index) // ALIGN_BYTES) * ALIGN_BYTES
+        """Of payload and index, whatever the step."""
 
 
-def _named(state: TrainState) -> list[tuple[str, torch.Tensor]]:
+def _index(slot: int, step: int, generation: int, n_bytes: int, chunks: tuple[Chunk, ...], node: str) -> Index:
+    return Index(
+        rank=slot,
+        step=step,
+        epoch=0,
+        generation=generation,
+        data=f"ram/{safe_name(node)}/slot-{slot:05d}/step-{step:08d}",
+        data_bytes=n_bytes,
+        chunks=chunks,
+    )
+
+
+def _offsets(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where this rank's part begins, as DCP's planners say it."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
+    (box,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(box.offsets)
+
+
+def _named(state: TrainState, slot: int) -> list[tuple[str, torch.Tensor]]:
     """All tensors by name in the order of the payload: global ones first, then per-rank ones."""
-    own = [(f"rank/{name}", tensor) for name, tensor in sorted(state.per_rank.items())]
+    own = [(f"{RANK_PREFIX}{slot:05d}/{name}", tensor) for name, tensor in sorted(state.per_rank.items())]
     return [*sorted(state.tensors.items()), *own]
 
 
 def _tensors(state: TrainState) -> list[torch.Tensor]:
-    return [tensor for _, tensor in _named(state)]
+    return [tensor for _, tensor in _named(state, 0)]
+
+
+class _Device:
+    """The copy from CUDA devices: into pinned memory, on a stream of its own. On CPU nothing."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._registered: list[int] = []
+
+    def register(self, files: list[SnapshotFile], state: TrainState) -> None:
+        """Pin the files' memory. What cannot be pinned is copied into all the same, while training waits."""
+        devices = [t.device for t in _tensors(state) if t.device.type == "cuda"]
+        if not devices:
+            return
+        self._stream = torch.cuda.Stream(devices[0])  # type: ignore[no-untyped-call]
+        for file in files:
+            memory = file.payload(file.room)
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            error = cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+            if int(error):
+                log.warning("%s is not pinned (CUDA error %s): snapshots block training for longer", file.path, error)
+            else:
+                self._registered.append(memory.ctypes.data)
+
+    def forget(self) -> None:
+        """Before the files' memory is let go of."""
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._registered = []
+
+    @contextlib.contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Copies go to the stream of their own, after what training has ordered until now."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._copied = self._stream.record_event()
+
+    def await_reads(self) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def synchronize(self) -> None:
+        """Until the copy is complete. From any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 def _copy_out(source: torch.Tensor, target: npt.NDArray[np.uint8]) -> None:
@@ -154,7 +345,8 @@ def _copy_out(source: torch.Tensor, target: npt.NDArray[np.uint8]) -> None:
         # numpy's copy is 1.8 times as fast as one thread of Tensor.copy_ between host buffers.
         np.copyto(target, source.reshape(-1).view(torch.uint8).numpy())
     elif len(target):
-        torch.from_numpy(target).view(source.dtype).view(source.shape).copy_(source)
+        into = torch.from_numpy(target).view(source.dtype).view(source.shape)
+        into.copy_(source, non_blocking=into.is_pinned())
 
 
 def _copy_in(source: npt.NDArray[np.uint8], target: torch.Tensor) -> None:

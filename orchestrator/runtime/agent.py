@@ -44,7 +44,7 @@ from orchestrator.runtime.reports import (
     still_true,
 )
 from orchestrator.spec import JobSpec, parse
-from storage import peer, ram
+from storage import peer, ram, transfer
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
 from trainer import contract
@@ -197,7 +197,7 @@ class Agent:
         return self._store[1]
 
     async def fetch(
-        self, epoch: int, generation: int, transfer: Transfer, step: int, address: str, source_node: str
+        self, epoch: int, generation: int, order: Transfer, step: int, address: str, source_node: str
     ) -> None:
         """Copy a slot's snapshot from the node at `address` into this node's shared memory, before `generation` opens.
 
@@ -207,19 +207,19 @@ class Agent:
         self._refuse_ended(generation)
         if self._fold is not None and generation <= self._fold.generation:
             return
-        copying = self._copies.get((generation, transfer.slot))
+        copying = self._copies.get((generation, order.slot))
         if copying is None or (copying.done() and copying.exception() is not None):
-            copying = self._copies[generation, transfer.slot] = asyncio.create_task(
-                peer.fetch_snapshot(
+            copying = self._copies[generation, order.slot] = asyncio.create_task(
+                transfer.fetch_snapshot(
                     address,
                     self._token,
                     run=self._run,
                     source_node=source_node,
-                    source_slot=transfer.from_slot,
+                    source_slot=order.from_slot,
                     step=step,
                     ram_dir=self._ram_dir,
                     node=self._ray_node,
-                    slot=transfer.slot,
+                    slot=order.slot,
                 )
             )
         # A controller that comes back orders it again: two must not write one file.

@@ -47,7 +47,7 @@ from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.spec import JobSpec
-from storage import peer
+from storage import wires
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
 from storage.manifest import Commit, ManifestError, RankPart, commit_name, writers_epoch
 from storage.redact import redacted
@@ -325,7 +325,7 @@ class Body:
         assert source.info is not None
         place = (source.info.address, source.ray_node)
         fetched = target.actor.fetch.remote(self._epoch, generation, transfer, step, *place)
-        # The copy itself is bounded by its size (storage/peer.py), and the whole start by its timer.
+        # The copy itself is bounded by its size (storage/transfer.py), and the whole start by its timer.
         await call(fetched, self._spec.recovery.start_deadline_s)
 
     async def _order(self, node: str, method: str, *args: Any) -> None:
@@ -585,8 +585,8 @@ class Body:
         while broken <= LINE_RETRIES:
             began = time.monotonic()
             try:
-                await peer.hold_line(handle.info.address, self._token)
-            except peer.PeerError:
+                await wires.hold_line(handle.info.address, self._token)
+            except wires.PeerError:
                 break
             broken = 1 if time.monotonic() - began > LINE_SOUND_S else broken + 1
         if not self._closing and handle.node in self.agents:

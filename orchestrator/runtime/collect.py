@@ -17,7 +17,7 @@ from functools import partial
 from orchestrator.runtime import fanin
 from orchestrator.runtime.groups import Told, from_json
 from orchestrator.runtime.nodes import AgentHandle
-from storage import peer
+from storage import wires
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class FanIns:
         info = self._agents[name].info
         assert info is not None
         try:
-            async with peer.open_wire(info.address, self._token, {"op": fanin.COLLECT, "epoch": self._epoch}) as wire:
+            async with wires.open_wire(info.address, self._token, {"op": fanin.COLLECT, "epoch": self._epoch}) as wire:
                 await wire.receive(fanin.PATIENCE_S)
                 self._members[name] = {}
                 await self._take_in(wire)
@@ -139,14 +139,16 @@ class FanIns:
         if name in self._agents:
             self._rests_until[name] = time.monotonic() + REST_S
 
-    async def _take_in(self, wire: peer.Wire) -> None:
+    async def _take_in(self, wire: wires.Wire) -> None:
         """Every frame is answered: what it says of who lives counts at once, its reports when there is room."""
         waiting: list[Told] = []
         taken = 0
         while True:
             frame = await wire.receive(fanin.PATIENCE_S)
             if frame["after"] != taken + len(waiting):
-                raise peer.PeerError(f"a frame is missing: {frame['after']} reports told, {taken + len(waiting)} heard")
+                raise wires.PeerError(
+                    f"a frame is missing: {frame['after']} reports told, {taken + len(waiting)} heard"
+                )
             waiting += [from_json(each) for each in frame["told"]]
             ready = [] if self._behind() else waiting
             strangers = self._hear(frame["heard"], ready)

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.runtime.groups import GroupFold, Told, fitting, report_from_json, to_json
-from storage.peer import PeerError, Wire
+from storage.wires import PeerError, Wire
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import ray
 from orchestrator.runtime import fanin
 from orchestrator.runtime.groups import fitting
 from orchestrator.runtime.reports import Report
-from storage import peer
+from storage import wires
 from trainer.contract import encode
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Reporter:
             fan_in = await self._report_to_controller()
             try:
                 await self._report_through(fan_in)
-            except peer.PeerRefused as e:
+            except wires.PeerRefused as e:
                 logger.info("%s reports to the controller itself again: %s", self._node, e)
             except Exception as e:
                 logger.warning("%s reports to the controller itself again: %s: %r", self._node, fan_in, e)
@@ -161,7 +161,7 @@ class Reporter:
         request = {"op": fanin.REPORT, "node": self._node, "epoch": epoch}
         async with AsyncExitStack() as stack:
             async with asyncio.timeout(fanin.PATIENCE_S):
-                wire = await stack.enter_async_context(peer.open_wire(fan_in, self._token, request))
+                wire = await stack.enter_async_context(wires.open_wire(fan_in, self._token, request))
                 await wire.receive(fanin.PATIENCE_S)
             passage = _Passage(wire, self._outbox)
             self._outbox.wake.set()
@@ -191,7 +191,7 @@ class Reporter:
 class _Passage:
     """An outbox on its way through a fan-in: at most a batch of it is under way."""
 
-    def __init__(self, wire: peer.Wire, outbox: Outbox) -> None:
+    def __init__(self, wire: wires.Wire, outbox: Outbox) -> None:
         self._wire, self._outbox = wire, outbox
         self._sent = 0
 

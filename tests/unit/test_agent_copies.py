@@ -40,7 +40,7 @@ def test_an_order_that_comes_again_waits_for_the_first(monkeypatch: pytest.Monke
             began.append(slot)
             await arrived.wait()
 
-        monkeypatch.setattr(agents, "peer", SimpleNamespace(fetch_snapshot=copy))
+        monkeypatch.setattr(agents, "transfer", SimpleNamespace(fetch_snapshot=copy))
         on = agent()
         first, second = asyncio.create_task(fetch(on)), asyncio.create_task(fetch(on, epoch=2))
         while not began:
@@ -66,7 +66,7 @@ def test_a_copy_that_failed_is_made_again_and_a_halt_ends_those_under_way(monkey
             finally:
                 ends.append("cancelled")
 
-        monkeypatch.setattr(agents, "peer", SimpleNamespace(fetch_snapshot=copy))
+        monkeypatch.setattr(agents, "transfer", SimpleNamespace(fetch_snapshot=copy))
         on = agent()
         with pytest.raises(OSError, match="reset"):
             await fetch(on)

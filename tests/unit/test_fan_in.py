@@ -27,7 +27,8 @@ from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.nodes import AgentHandle, NodeInfo
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import Exited, MeshFold
-from storage.peer import PeerError, PeerRefused, PeerServer, Wire, open_wire
+from storage.peer import PeerServer
+from storage.wires import PeerError, PeerRefused, Wire, open_wire
 from trainer.contract import encode
 
 DEADLINE_S = 30.0

@@ -26,7 +26,8 @@ from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.groups import Told
 from orchestrator.runtime.nodes import AgentHandle
 from orchestrator.runtime.reporting import Outbox, Reporter
-from storage.peer import MAX_WIRE_FRAME_BYTES, PeerError, PeerServer, Wire, open_wire
+from storage.peer import PeerServer
+from storage.wires import MAX_WIRE_FRAME_BYTES, PeerError, Wire, open_wire
 from trainer.contract import Failed, encode
 
 __all__ = ["in_haste"]  # for every test here, too

@@ -18,12 +18,15 @@ import pytest
 import torch
 from parallel_pool import CONTEXT
 
-from storage import peer
+from storage import transfer, wires
+from storage.blocks import SourceError, read_blocks
 from storage.manifest import ManifestError
-from storage.peer import PeerError, PeerServer, fetch_snapshot, hold_line
-from storage.ram import HEADER_BYTES, SnapshotFile, inventory, snapshot_path
+from storage.peer import PeerServer
+from storage.ram import HEADER_BYTES, SnapshotFile, inventory, ram_copy, snapshot_path
 from storage.snapshots import RamTier
 from storage.state import TrainState
+from storage.transfer import PeerSource, Rate, fetch_snapshot
+from storage.wires import PeerError, hold_line
 
 TOKEN = "a-secret-token"
 ELEMENTS = 3 << 20  # 12 MiB: more than the sockets buffer
@@ -33,10 +36,16 @@ def state_of(step: int) -> TrainState:
     return TrainState(step, {"w": torch.arange(ELEMENTS, dtype=torch.float32) * step}, {"rng": torch.tensor([step])})
 
 
+def take(tier: RamTier, state: TrainState) -> None:
+    """A complete snapshot."""
+    tier.snapshot(state)
+    tier.wait()
+
+
 @pytest.fixture
 def folder():
     path = Path(f"/dev/shm/shepherd-test-{os.getpid()}-{random.randrange(1 << 32):x}")
-    RamTier(str(path), "run", "a", 3, generation=4).snapshot(state_of(8))
+    take(RamTier(str(path), "run", "a", 3, generation=4), state_of(8))
     yield str(path)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -97,9 +106,9 @@ def test_a_server_that_does_not_know_the_token_is_refused(folder):
     """It cannot make the receiver take its state, even by answering with a proof of its own."""
 
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer._send(writer, {"nonce": "00" * 16})
-        answer = await peer._receive(reader)
-        peer._send(writer, {"proof": answer["proof"]})
+        wires.send_frame(writer, {"nonce": "00" * 16})
+        answer = await wires.receive_frame(reader)
+        wires.send_frame(writer, {"proof": answer["proof"]})
         await reader.read()
         writer.close()
 
@@ -129,36 +138,44 @@ def test_what_is_not_there_is_refused_with_its_reason(folder, change, message):
     serving(folder, client)
 
 
-def test_a_corrupted_payload_is_not_taken(folder):
-    path = snapshot_path(folder, "run", "a", 3, 8)
-    with open(path, "r+b") as f:
+def damage(folder: str) -> None:
+    """One bit, in block 4 of the snapshot's only large tensor."""
+    with open(snapshot_path(folder, "run", "a", 3, 8), "r+b") as f:
         f.seek(HEADER_BYTES + 5_000_000)
-        f.write(b"\xff")
+        byte = f.read(1)[0]
+        f.seek(HEADER_BYTES + 5_000_000)
+        f.write(bytes([byte ^ 1]))
+
+
+def test_a_corrupted_payload_is_not_taken(folder):
+    damage(folder)
+    bad = []
 
     async def client(address: str) -> None:
-        with pytest.raises(ManifestError, match=r"slot 3, step 8.*damaged"):
-            await fetch(address, folder)
+        with pytest.raises(ManifestError, match=r"slot-00003/step-00000008: w at \(0,\), block 4 is damaged"):
+            await fetch(address, folder, bad=bad)
 
     serving(folder, client)
     assert inventory(folder, "run", "b") == {}
+    assert [(b.source, b.fqn, b.block) for b in bad] == [("a", "w", 4)]
 
 
 def on_allocation(monkeypatch, action) -> None:
     """Run `action` when the receiver has the header and asks for memory: the payload is still on its way."""
-    actual = peer.SnapshotFile
+    actual = transfer.SnapshotFile
 
-    def allocate(path, payload_bytes):
+    def allocate(path, room):
         action()
-        return actual(path, payload_bytes)
+        return actual(path, room)
 
-    monkeypatch.setattr(peer, "SnapshotFile", allocate)
+    monkeypatch.setattr(transfer, "SnapshotFile", allocate)
 
 
 def test_a_snapshot_that_is_overwritten_during_the_transfer_is_not_taken(folder, monkeypatch):
     path = snapshot_path(folder, "run", "a", 3, 8)
 
     def overwrite() -> None:
-        file = SnapshotFile(path, path.stat().st_size - HEADER_BYTES)
+        file = SnapshotFile.existing(path)
         file.begin()
 
     on_allocation(monkeypatch, overwrite)
@@ -195,7 +212,7 @@ def test_a_peer_that_is_killed_during_the_transfer_is_an_error_and_leaves_the_ol
     folder, monkeypatch, other_process
 ):
     process, address = other_process
-    RamTier(folder, "run", "b", 5).snapshot(state_of(7))
+    take(RamTier(folder, "run", "b", 5), state_of(7))
     on_allocation(monkeypatch, process.kill)
     with pytest.raises(PeerError, match="broke off"):
         asyncio.run(asyncio.wait_for(fetch(address, folder), 30))
@@ -207,7 +224,7 @@ def test_a_peer_that_is_killed_during_the_transfer_is_an_error_and_leaves_the_ol
 
 def test_a_peer_that_hangs_is_an_error_within_the_deadline(folder, monkeypatch, other_process):
     process, address = other_process
-    monkeypatch.setattr(peer, "STALL_S", 0.3)
+    monkeypatch.setattr(wires, "STALL_S", 0.3)
     on_allocation(monkeypatch, lambda: os.kill(process.pid, signal.SIGSTOP))
     started = time.monotonic()
     with pytest.raises(PeerError, match="stalled"):
@@ -266,7 +283,7 @@ def test_garbage_ends_the_connection_and_not_the_server(folder, sent):
 
 
 def test_a_silent_client_is_dropped_at_the_deadline(folder, monkeypatch):
-    monkeypatch.setattr(peer, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(wires, "HANDSHAKE_S", 0.2)
 
     async def client(address: str) -> None:
         reader, writer = await asyncio.open_connection(*address.split(":"))
@@ -274,6 +291,114 @@ def test_a_silent_client_is_dropped_at_the_deadline(folder, monkeypatch):
         writer.close()
 
     serving(folder, client)
+
+
+def test_a_block_that_is_damaged_at_one_holder_is_fetched_from_another(folder):
+    take(RamTier(folder, "run", "c", 2, generation=4), state_of(8))  # a replica's: the same shard, another random state
+    damage(folder)
+
+    async def client(address: str) -> None:
+        second = PeerServer("127.0.0.1", TOKEN, folder, "run", "c")
+        gone = PeerSource("127.0.0.1:1", TOKEN, "run", "d", 3, 8)
+        replica = PeerSource(await second.start(), TOKEN, "run", "c", 2, 8)
+        bad = []
+        await fetch(address, folder, slot=3, others=(gone, replica), bad=bad)
+        replica.close()
+        await second.close()
+        assert [(b.source, b.fqn, b.block) for b in bad] == [("a", "w", 4)]
+
+    serving(folder, client)
+    restored = state_of(0)
+    RamTier(folder, "run", "b", 3, generation=5).restore(8, restored)
+    assert torch.equal(restored.tensors["w"], state_of(8).tensors["w"])
+    assert restored.per_rank["rng"].tolist() == [8]
+
+
+def test_a_block_that_was_damaged_on_its_way_is_asked_for_again(folder, monkeypatch):
+    actual, flipped = PeerSource.receive, []
+
+    def receive(self, start, into, arrived):
+        def flip(done: int) -> None:
+            if done == len(into) and not flipped:
+                flipped.append(done)
+                into[1_500_000] ^= 1
+                arrived(done)
+
+        # Told of late, so that the first look at the block sees the damage.
+        return actual(self, start, into, flip if len(into) > 2 << 20 else arrived)
+
+    monkeypatch.setattr(PeerSource, "receive", receive)
+    bad = []
+    serving(folder, lambda address: fetch(address, folder, slot=3, bad=bad))
+    restored = state_of(0)
+    RamTier(folder, "run", "b", 3, generation=5).restore(8, restored)
+    assert torch.equal(restored.tensors["w"], state_of(8).tensors["w"])
+    assert flipped and bad == [], "where it lies it is whole"
+
+
+def test_a_copy_that_can_wait_asks_before_each_range(folder, monkeypatch):
+    waits = []
+    monkeypatch.setattr(transfer, "CAPPED_RANGE_BYTES", 1 << 20)
+    rate = Rate(1 << 30)
+    monkeypatch.setattr(rate, "wait", lambda n_bytes, ended: waits.append(n_bytes))
+    serving(folder, lambda address: fetch(address, folder, rate=rate))
+    assert len(waits) == 13 and sum(waits) == 12 * (1 << 20) + 4096
+    assert inventory(folder, "run", "b") == {5: [8]}
+
+
+def test_two_that_share_a_cap_wait_in_turn(monkeypatch):
+    now, waited = [100.0], []
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: now[0])
+    rate, ended = Rate(1000), threading.Event()
+    monkeypatch.setattr(ended, "wait", waited.append)
+    for _ in range(3):
+        rate.wait(500, ended)
+    now[0] += 10.0
+    rate.wait(500, ended)
+    assert waited == [0.0, 0.5, 1.0, 0.0]
+
+
+def test_ranges_are_read_while_the_snapshot_stands(folder, other_process):
+    _, address = other_process
+    source = PeerSource(address, TOKEN, "run", "a", 3, 8, generation=4)
+    copy = source.copy()
+    assert copy.index == ram_copy(snapshot_path(folder, "run", "a", 3, 8)).index
+    (chunk,) = (c for c in copy.index.chunks if c.fqn == "w")
+    into = bytearray(chunk.n_bytes)
+    assert read_blocks(copy, chunk, 0, len(chunk.blocks), memoryview(into)) == []
+    assert bytes(into) == state_of(8).tensors["w"].numpy().tobytes()
+    transfer.shut(source._sock)  # as the other side does to who is idle for too long
+    assert read_blocks(copy, chunk, 3, 5, memoryview(into)[: 2 << 20]) == []
+    SnapshotFile.existing(snapshot_path(folder, "run", "a", 3, 8)).begin()
+    with pytest.raises(SourceError, match="overwritten"):
+        read_blocks(copy, chunk, 3, 5, memoryview(into)[: 2 << 20])
+    with pytest.raises(SourceError, match="no complete snapshot"):
+        read_blocks(copy, chunk, 3, 5, memoryview(into)[: 2 << 20])
+
+
+def test_a_snapshot_of_another_generation_is_refused(folder, other_process):
+    other = PeerSource(other_process[1], TOKEN, "run", "a", 3, 8, generation=5)
+    with pytest.raises(SourceError, match="is of generation 4, not 5"):
+        other.copy()
+
+
+def test_a_fetch_that_is_cancelled_writes_nothing_any_more(folder, monkeypatch, other_process):
+    process, address = other_process
+    stopped = threading.Event()
+    on_allocation(monkeypatch, lambda: (os.kill(process.pid, signal.SIGSTOP), stopped.set()))
+    threads = set(threading.enumerate())
+
+    async def main() -> None:
+        fetching = asyncio.create_task(fetch(address, folder))
+        async with asyncio.timeout(60):
+            await asyncio.to_thread(stopped.wait, 30)
+            fetching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await fetching
+        assert not [t for t in set(threading.enumerate()) - threads if t.name == "transfer" and t.is_alive()]
+
+    asyncio.run(main())
+    assert inventory(folder, "run", "b") == {}
 
 
 # --- wires -----------------------------------------------------------------------------------------------------------
@@ -287,14 +412,14 @@ def test_frames_that_came_before_they_are_delivered_are_delivered_first(received
         got: list[int] = []
         ended = asyncio.Event()
 
-        async def take(request, wire: peer.Wire) -> None:
+        async def take(request, wire: wires.Wire) -> None:
             got.extend([(await wire.receive(30))["n"] for _ in range(received)])
             await wire.deliver(lambda frame: got.append(frame["n"]))
             ended.set()
 
         server = PeerServer("127.0.0.1", TOKEN, "/nowhere", "run", "a", {"take": take})
         async with asyncio.timeout(30):
-            async with peer.open_wire(await server.start(), TOKEN, {"op": "take"}) as wire:
+            async with wires.open_wire(await server.start(), TOKEN, {"op": "take"}) as wire:
                 for n in range(1000):
                     wire.post({"n": n})
                 wire.writer.write_eof()
@@ -309,7 +434,7 @@ def test_a_wire_that_has_ended_before_it_is_delivered_is_over():
     async def main() -> None:
         ended = asyncio.Event()
 
-        async def take(request, wire: peer.Wire) -> None:
+        async def take(request, wire: wires.Wire) -> None:
             with pytest.raises(PeerError, match="gone"):
                 await wire.receive(30)
             await wire.deliver(lambda frame: None)
@@ -317,7 +442,7 @@ def test_a_wire_that_has_ended_before_it_is_delivered_is_over():
 
         server = PeerServer("127.0.0.1", TOKEN, "/nowhere", "run", "a", {"take": take})
         async with asyncio.timeout(30):
-            async with peer.open_wire(await server.start(), TOKEN, {"op": "take"}):
+            async with wires.open_wire(await server.start(), TOKEN, {"op": "take"}):
                 pass
             await ended.wait()
         await server.close()
@@ -329,7 +454,7 @@ def test_what_came_while_this_process_stood_still_is_received():
     sent, over = threading.Event(), threading.Event()
     address: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    async def speak(request, wire: peer.Wire) -> None:
+    async def speak(request, wire: wires.Wire) -> None:
         await wire.receive(30)
         await wire.send({"n": 1})
         sent.set()
@@ -341,12 +466,12 @@ def test_what_came_while_this_process_stood_still_is_received():
         await server.close()
 
     async def listen() -> None:
-        async with peer.open_wire(address.get(timeout=30), TOKEN, {"op": "speak"}) as wire:
-            receiving = asyncio.create_task(wire.receive(2 * peer.UNREAD_S))
+        async with wires.open_wire(address.get(timeout=30), TOKEN, {"op": "speak"}) as wire:
+            receiving = asyncio.create_task(wire.receive(2 * wires.UNREAD_S))
             await asyncio.sleep(0)  # it waits
             wire.post({})
             assert sent.wait(30)
-            time.sleep(3 * peer.UNREAD_S)  # the fault: its deadline passes unseen
+            time.sleep(3 * wires.UNREAD_S)  # the fault: its deadline passes unseen
             assert await receiving == {"n": 1}
             with pytest.raises(PeerError, match="gone"):
                 await wire.receive(30)

@@ -1,0 +1,448 @@
+"""Snapshots from one node's memory to another's, and to whoever restores from them. No torch.
+
+One-way: who wants a snapshot asks for it. On a connection on which both sides have proved the token (storage/wires.py)
+the holder sends the snapshot's header and its index, and then, as often as it is asked, a range of the payload as raw
+bytes and a closing frame, which says whether the snapshot still stands. Bytes go from one mapping straight into the
+other, in threads that talk over a blocking socket. The receiver trusts nothing but the blocks' digests: it checks them
+while the next ones arrive, asks once more for what is damaged, and then asks another holder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, BinaryIO, TypeVar
+
+import xxhash
+
+from storage import wires
+from storage.blocks import BadBlock, Copy, Holder, SourceError, fetch_block
+from storage.index import BLOCK_BYTES, Chunk, Index
+from storage.manifest import ManifestError
+from storage.ram import (
+    FILES,
+    FORMAT_VERSION,
+    HEADER_BYTES,
+    Header,
+    SnapshotFile,
+    checked_index,
+    choose_file,
+    file_paths,
+    parse_header,
+    read_header,
+    safe_name,
+    snapshot_path,
+)
+from storage.wires import MAX_FRAME_BYTES, PeerError, document_of, frame_of, proof
+
+T = TypeVar("T")
+
+# The slowest rate that a range may have, so that a trickle ends: a tenth of a 1 Gbit/s link.
+MIN_BYTES_PER_S = 12_500_000
+# Asked for at a time: a round trip between is nothing beside it, and one that was overwritten is noticed so soon.
+RANGE_BYTES = 256 * 1024 * 1024
+# With a cap on the rate: small beside what a second brings, so that the link is not taken in bursts.
+CAPPED_RANGE_BYTES = 8 * 1024 * 1024
+# A reader that has not asked for so long is dropped; it connects again. Longer than a capped range takes at 100 kB/s.
+IDLE_S = 120.0
+# Of one call to the kernel, between looks at the clock.
+_SEND_BYTES = 16 * 1024 * 1024
+_RECEIVE_BYTES = 1024 * 1024
+# Of a snapshot of 10,000 tensors and 1 TB.
+MAX_INDEX_BYTES = 64 * 1024 * 1024
+
+
+class Rate:
+    """A cap on the bytes a second of all transfers that share it: a bucket that holds nothing."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    def wait(self, n_bytes: int, ended: threading.Event) -> None:
+        """Until `n_bytes` may be taken, or the transfer has ended. Of two who wait, the first to come goes first."""
+        with self._lock:
+            now = time.monotonic()
+            begin = max(now, self._free_at)
+            self._free_at = begin + n_bytes / self._bytes_per_s
+        ended.wait(begin - now)
+
+
+# --- the holder's side ------------------------------------------------------------------------------------------------
+
+
+def serve_snapshot(sock: socket.socket, place: tuple[str, str, str], request: dict[str, Any]) -> None:
+    """Send what is asked of a snapshot of `place` (ram_dir, run, node), until the other side ends. Blocks.
+
+    Raises:
+        PeerError, OSError: the other side broke off, took too long or does not speak the protocol.
+    """
+    slot, step, generation = int(request["slot"]), int(request["step"]), request.get("generation")
+    sock.settimeout(wires.STALL_S)
+    path = snapshot_path(*place, slot, step)
+    if path is None:
+        return sock.sendall(frame_of({"error": f"no complete snapshot of slot {slot}, step {step}"}))
+    with open(path, "rb") as file:
+        before, header = parse_header(file.read(HEADER_BYTES))
+        if header is None or header.step != step:
+            return sock.sendall(frame_of({"error": f"the snapshot of slot {slot}, step {step} was overwritten"}))
+        if generation not in (None, header.generation):
+            error = f"the snapshot of slot {slot}, step {step} is of generation {header.generation}, not {generation}"
+            return sock.sendall(frame_of({"error": error}))
+        sock.sendall(frame_of({"header": dataclasses.asdict(header)}))
+        _send_range(sock, file, HEADER_BYTES + header.payload_bytes, header.index_bytes)
+        while (asked := _next_range(sock)) is not None:
+            start, n_bytes = asked
+            if not 0 <= start <= start + n_bytes <= header.payload_bytes:
+                raise PeerError(f"asked for [{start}, {start} + {n_bytes}) of {header.payload_bytes} bytes")
+            _send_range(sock, file, HEADER_BYTES + start, n_bytes)
+            file.seek(0)
+            unchanged = parse_header(file.read(HEADER_BYTES))[0] == before
+            sock.sendall(frame_of({"ok": True} if unchanged else {"error": "overwritten during the transfer"}))
+            if not unchanged:
+                return
+
+
+def _next_range(sock: socket.socket) -> tuple[int, int] | None:
+    """What is asked for next; None when the other side has ended."""
+    sock.settimeout(IDLE_S)
+    first = sock.recv(1)
+    if not first:
+        return None
+    sock.settimeout(wires.STALL_S)
+    request = _receive_frame(sock, first)
+    return int(request["start"]), int(request["n_bytes"])
+
+
+def _send_range(sock: socket.socket, file: BinaryIO, start: int, n_bytes: int) -> None:
+    deadline = time.monotonic() + wires.STALL_S + n_bytes / MIN_BYTES_PER_S
+    done = 0
+    while done < n_bytes:
+        sent = sock.sendfile(file, start + done, min(_SEND_BYTES, n_bytes - done))
+        if not sent:
+            raise PeerError("the snapshot's file is cut off")
+        done += sent
+        if time.monotonic() > deadline:
+            raise PeerError(f"{done} of {n_bytes} bytes were taken in time")
+
+
+# --- the reader's side ------------------------------------------------------------------------------------------------
+
+
+class PeerSource:
+    """A snapshot in another node's memory, to restore from. Blocking, each wait with a deadline; from any thread.
+
+    It connects when it is first asked for something.
+    """
+
+    def __init__(
+        self, address: str, token: str, run: str, node: str, slot: int, step: int, generation: int | None = None
+    ) -> None:
+        """`generation` is that which wrote the snapshot; None: the newest that has written this step there."""
+        self._address, self._token = address, token
+        self._request = {
+            "op": "snapshot",
+            "run": run,
+            "node": node,
+            "slot": slot,
+            "step": step,
+            "generation": generation,
+        }
+        self._turn = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._header: Header | None = None
+        self._raw = b""
+        self._copy: Copy | None = None
+        self.ended = threading.Event()
+
+    @property
+    def name(self) -> str:
+        return str(self._request["node"])
+
+    def copy(self) -> Copy:
+        """The snapshot with its index, as storage.blocks takes it.
+
+        Raises:
+            SourceError: it is not there, or cannot be had in time.
+            ManifestError: its index is damaged.
+        """
+        with self._turn, self._failing():
+            self._connect()
+            if self._copy is None:
+                assert self._header is not None
+                self._copy = Copy(checked_index(self._header, self._raw), self)
+            return self._copy
+
+    def described(self) -> tuple[Header, bytes]:
+        """The snapshot's header, and its index as bytes. After `copy`."""
+        assert self._header is not None
+        return self._header, self._raw
+
+    def read(self, index: Index, start: int, into: memoryview) -> int:
+        """See storage.blocks.Source."""
+        return self.receive(start, into, lambda done: None)
+
+    def receive(self, start: int, into: memoryview, arrived: Callable[[int], None]) -> int:
+        """Fill `into` with the payload's bytes from `start` on; `arrived` is told how many are there.
+
+        Raises:
+            SourceError: the other side broke off, stalled, refuses, or the snapshot was overwritten meanwhile.
+        """
+        with self._turn, self._failing():
+            fresh = self._connect()
+            try:
+                self._ask(start, into, arrived)
+            except (ConnectionError, EOFError):
+                if fresh or self.ended.is_set():
+                    raise
+                self._drop()  # it may have been idle for too long
+                self._connect()
+                self._ask(start, into, arrived)
+            return len(into)
+
+    def close(self) -> None:
+        """End the connection, whoever waits for it; nothing can be read any more."""
+        self.ended.set()
+        sock = self._sock
+        if sock is not None:
+            shut(sock)
+
+    def _ask(self, start: int, into: memoryview, arrived: Callable[[int], None]) -> None:
+        assert self._sock is not None
+        self._sock.sendall(frame_of({"start": start, "n_bytes": len(into)}))
+        _receive_into(self._sock, into, arrived)
+        _receive_frame(self._sock)
+
+    def _connect(self) -> bool:
+        """Whether there was no connection before."""
+        if self.ended.is_set():
+            raise PeerError("ended")
+        if self._sock is not None:
+            return False
+        sock = _connected(self._address, self._token, self._request)
+        self._sock = sock
+        header = Header(**_receive_frame(sock)["header"])
+        asked = self._request
+        if (header.step, header.slot, header.format_version) != (asked["step"], asked["slot"], FORMAT_VERSION):
+            raise PeerError(f"asked for slot {asked['slot']}, step {asked['step']}, got {header}")
+        if not 0 < header.index_bytes <= MAX_INDEX_BYTES or header.payload_bytes < 0:
+            raise PeerError(f"sizes that cannot be: {header}")
+        raw = bytearray(header.index_bytes)
+        _receive_into(sock, memoryview(raw), lambda done: None)
+        if self._header is not None and self._header != header:
+            raise PeerError("the snapshot was overwritten")
+        self._header, self._raw = header, bytes(raw)
+        return True
+
+    def _drop(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What a connection fails with, as the source's failure."""
+        try:
+            yield
+        except (PeerError, OSError, EOFError, KeyError, TypeError, ValueError, struct.error) as e:
+            self._drop()
+            if isinstance(e, ManifestError):
+                raise
+            told = str(e) if isinstance(e, PeerError) else f"the peer broke off, stalled or speaks otherwise: {e!r}"
+            raise PeerFailed(f"{self._address}: {told}") from e
+
+
+class PeerFailed(PeerError, SourceError):
+    """A peer's snapshot cannot be read."""
+
+
+async def fetch_snapshot(
+    address: str,
+    token: str,
+    *,
+    run: str,
+    source_node: str,
+    source_slot: int,
+    step: int,
+    ram_dir: str,
+    node: str,
+    slot: int,
+    files: int = FILES,
+    generation: int | None = None,
+    others: Sequence[Holder] = (),
+    rate: Rate | None = None,
+    bad: list[BadBlock] | None = None,
+) -> None:
+    """Copy a peer's snapshot into this node's RAM tier as the snapshot of `slot`; complete and verified on return.
+
+    Args:
+        files: of the slot, which this may use.
+        others: who is asked, in this order, for blocks that are damaged at the peer.
+        rate: a cap for copies that can wait.
+        bad: what is found damaged where it lies is added here.
+
+    Raises:
+        PeerError: the peer cannot be reached, refuses, has no such snapshot, dies or stalls.
+        ManifestError: a block is damaged wherever it lies; the receiver's file is left torn.
+        OSError: this node's memory file system is full.
+    """
+    source = PeerSource(address, token, run, source_node, source_slot, step, generation)
+    places = file_paths(ram_dir, run, node, slot)[:files]
+
+    def fetch() -> None:
+        try:
+            source.copy()
+            header, raw = source.described()
+            path = places[choose_file([read_header(p) for p in places])]
+            file = SnapshotFile(path, header.n_bytes)
+            file.begin()
+            payload = file.payload(header.payload_bytes).data
+            for chunk, block in _receive_payload(source, payload, rate):
+                begin = chunk.file_offset + block * BLOCK_BYTES
+                into = payload[begin : min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes)]
+                # Once more from the same: it may have been damaged on its way.
+                fetch_block(chunk, block, into, [source, *others], [] if bad is None else bad)
+            here = dataclasses.replace(header, run=safe_name(run), node=safe_name(node), slot=slot)
+            file.finish(here, raw)
+        finally:
+            source.close()
+
+    await in_thread(fetch, source.close)
+
+
+def _receive_payload(source: PeerSource, payload: memoryview, rate: Rate | None) -> list[tuple[Chunk, int]]:
+    """Fill `payload`, checking blocks while the next ones arrive; those that are not what they must be."""
+    there = _There(source.copy().index, payload)
+    checked: Future[list[tuple[Chunk, int]]] = Future()
+    _start(there.check, checked, "check")
+    try:
+        at_once = RANGE_BYTES if rate is None else CAPPED_RANGE_BYTES
+        for start in range(0, len(payload), at_once):
+            into = payload[start : start + at_once]
+            if rate is not None:
+                rate.wait(len(into), source.ended)
+            source.receive(start, into, lambda done, start=start: there.reach(start + done))  # type: ignore[misc]
+        there.reach(len(payload))
+        return checked.result(wires.STALL_S + len(payload) / MIN_BYTES_PER_S)
+    finally:
+        there.end()
+
+
+class _There:
+    """How much of a payload has arrived, and the check that follows it."""
+
+    def __init__(self, index: Index, payload: memoryview) -> None:
+        self._index, self._payload = index, payload
+        self._changed = threading.Condition()
+        self._arrived = 0
+        self._ended = False
+
+    def reach(self, n_bytes: int) -> None:
+        with self._changed:
+            self._arrived = n_bytes
+            self._changed.notify()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def check(self) -> list[tuple[Chunk, int]]:
+        """The damaged blocks."""
+        damaged: list[tuple[Chunk, int]] = []
+        for chunk in sorted(self._index.chunks, key=lambda chunk: chunk.file_offset):
+            for block, expected in enumerate(chunk.blocks):
+                begin = chunk.file_offset + block * BLOCK_BYTES
+                end = min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes)
+                with self._changed:
+                    self._changed.wait_for(lambda end=end: self._ended or self._arrived >= end)  # type: ignore[misc]
+                    if self._arrived < end:
+                        return damaged
+                if xxhash.xxh3_128_hexdigest(self._payload[begin:end]) != expected:
+                    damaged.append((chunk, block))
+        return damaged
+
+
+# --- sockets and threads ----------------------------------------------------------------------------------------------
+
+
+def _connected(address: str, token: str, request: dict[str, Any]) -> socket.socket:
+    """A connection on which both sides have proved the token and the request is sent."""
+    host, _, port = address.rpartition(":")
+    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=wires.HANDSHAKE_S)
+    try:
+        theirs, nonce = str(_receive_frame(sock)["nonce"]), secrets.token_hex(16)
+        sock.sendall(frame_of({"nonce": nonce, "proof": proof(token.encode(), "client", theirs, nonce)}))
+        answer = _receive_frame(sock)
+        if not hmac.compare_digest(str(answer.get("proof")), proof(token.encode(), "server", theirs, nonce)):
+            raise PeerError("the peer does not know the token")
+        sock.sendall(frame_of(request))
+        sock.settimeout(wires.STALL_S)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
+    prefix = bytearray(4)
+    prefix[: len(begun)] = begun
+    _receive_into(sock, memoryview(prefix)[len(begun) :], lambda done: None)
+    (length,) = struct.unpack("<I", prefix)
+    wires.check_length(length, MAX_FRAME_BYTES)
+    body = bytearray(length)
+    _receive_into(sock, memoryview(body), lambda done: None)
+    return document_of(bytes(body))
+
+
+def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int], None]) -> None:
+    deadline = time.monotonic() + wires.STALL_S + len(into) / MIN_BYTES_PER_S
+    done = 0
+    while done < len(into):
+        n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES])
+        if not n_bytes:
+            raise EOFError(f"after {done} of {len(into)} bytes")
+        done += n_bytes
+        arrived(done)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{done} of {len(into)} bytes in time")
+
+
+def shut(sock: socket.socket) -> None:
+    """End a connection, so that a thread which waits for it goes on."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+async def in_thread(work: Callable[[], T], end: Callable[[], None]) -> T:
+    """Do `work` in a thread of its own. When this is cancelled, `end` must end it, and its end is waited for."""
+    result: Future[T] = Future()
+    _start(work, result, "transfer")
+    done = asyncio.wrap_future(result)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        end()
+        await asyncio.wait({done}, timeout=wires.STALL_S)
+        done.cancelled() or done.exception()
+        raise
+
+
+def _start(work: Callable[[], T], result: Future[T], name: str) -> None:
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as e:
+            result.set_exception(e)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
