@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,16 +171,25 @@ def sweep(name: str, folder: Path, faults: list[int | None]) -> dict[str, int]:
     return endings
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory: what a kill leaves does not depend on how long a disk takes to sync."""
+    path = Path(f"/dev/shm/shepherd-test-{os.getpid()}-{random.randrange(1 << 32):x}")
+    path.mkdir()
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.mark.parametrize("name", ACTS)
-def test_a_kill_at_every_system_call(name, tmp_path, tally):
-    endings = in_clean_process(sweep, name, tmp_path / "run", [None])
+def test_a_kill_at_every_system_call(name, folder, tally):
+    endings = in_clean_process(sweep, name, folder / "run", [None])
     assert endings["killed"] == endings["calls"]
     tally("crash points", name, kills=endings["killed"])
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_a_full_and_a_failing_disk_at_every_system_call(name, tmp_path, tally):
-    endings = in_clean_process(sweep, name, tmp_path / "run", FAULTS)
+def test_a_full_and_a_failing_disk_at_every_system_call(name, folder, tally):
+    endings = in_clean_process(sweep, name, folder / "run", FAULTS)
     # A call whose failure changes nothing may be overlooked: such as removing a temporary name that is gone already.
     assert endings["raised"] >= endings["calls"] > 0
     tally("failing calls", name, raised=endings["raised"], returned=endings["returned"])
