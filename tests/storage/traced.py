@@ -2,8 +2,9 @@
 
 Enumerated: the first run counts the system calls that can change what lies under the folder, then each of them in turn
 is the one at whose entry the child is killed, or which fails with an error number without being carried out. So every
-prefix of a save's effects is seen. Threads are followed. ptrace is called through ctypes: a process may trace its own
-children without privileges (unless a container's seccomp profile forbids it, which `trace` says).
+prefix of a save's effects is seen. Threads are followed. ptrace is called through ctypes, and a seccomp filter of the
+child's stops it at these calls alone: a process may do both to its own children without privileges, unless a container
+forbids it, which `trace` says.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_TRACEME, _CONT, _SYSCALL, _POKEUSER, _SETOPTIONS, _SYSCALL_INFO = 0, 7, 24, 6, 0x4200, 0x420E
-_O_TRACESYSGOOD, _O_FORK, _O_VFORK, _O_CLONE, _O_EXITKILL = 0x1, 0x2, 0x4, 0x8, 0x100000
+_TRACEME, _CONT, _POKEUSER, _SETOPTIONS, _SYSCALL_INFO = 0, 7, 6, 0x4200, 0x420E
+_O_FORK, _O_VFORK, _O_CLONE, _O_SECCOMP, _O_EXITKILL = 0x2, 0x4, 0x8, 0x80, 0x100000
+_EVENT_SECCOMP = 7
 _WALL = 0x40000000
-_SYSCALL_STOP = signal.SIGTRAP | 0x80
-_ENTRY, _EXIT = 1, 2
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 22, 38, 2
+_RET_TRACE, _RET_ALLOW = 0x7FF00000, 0x7FFF0000
+_LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
 # Offsets in the traced process's registers as ptrace shows them.
 _RAX, _ORIG_RAX = 10 * 8, 15 * 8
 _NO_CALL = -1 & (1 << 64) - 1
@@ -45,6 +48,14 @@ class _Info(ctypes.Structure):
         ("op", ctypes.c_uint8), ("pad", ctypes.c_uint8 * 3), ("arch", ctypes.c_uint32), ("ip", ctypes.c_uint64),
         ("sp", ctypes.c_uint64), ("nr", ctypes.c_uint64), ("args", ctypes.c_uint64 * 6), ("rest", ctypes.c_uint64 * 2),
     )  # fmt: skip
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint16), ("yes", ctypes.c_uint8), ("no", ctypes.c_uint8), ("k", ctypes.c_uint32))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -98,11 +109,10 @@ def _work(work: Callable[[], object], pipe: int) -> None:
     try:
         signal.alarm(DEADLINE_S)
         if _libc.ptrace(_TRACEME, 0, None, None):
-            told = (
-                f"cannot be traced: ptrace says {os.strerror(ctypes.get_errno())}; allow it (CAP_SYS_PTRACE, seccomp)"
-            )
+            told = f"cannot be traced: {os.strerror(ctypes.get_errno())}; allow ptrace (CAP_SYS_PTRACE, seccomp)"
         else:
             os.kill(os.getpid(), signal.SIGSTOP)
+            _stop_at_changes()
             work()
             told = "returned"
     except BaseException:
@@ -111,39 +121,45 @@ def _work(work: Callable[[], object], pipe: int) -> None:
     os._exit(0)
 
 
+def _stop_at_changes() -> None:
+    """From here on this process stops for its tracer at each call that can change files."""
+    numbers = [*_BY_FD, *_BY_PATH, *_UNSEEN]
+    program = [_Instruction(_LOAD, 0, 0, 0)]
+    program += [_Instruction(_JUMP_EQUAL, len(numbers) - n, 0, number) for n, number in enumerate(numbers)]
+    program += [_Instruction(_RETURN, 0, 0, _RET_ALLOW), _Instruction(_RETURN, 0, 0, _RET_TRACE)]
+    array = (_Instruction * len(program))(*program)
+    filtering = _Program(len(program), array)
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or _libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(filtering)):
+        raise OSError(ctypes.get_errno(), "the calls to stop at cannot be said (prctl PR_SET_SECCOMP)")
+
+
 class _Tracer:
     def __init__(self, pid: int, folder: Path, at: int | None, errno: int | None) -> None:
         self.calls: list[str] = []
         self.over = False
         self._pid, self._folder, self._at, self._errno = pid, str(folder.resolve()), at, errno
-        self._failing: int | None = None
-        """The thread whose call is not carried out: its result is set when it leaves the kernel."""
 
     def run(self) -> None:
         if self._wait(self._pid) is None:
             return  # it could not be traced, and says so
-        options = _O_TRACESYSGOOD | _O_FORK | _O_VFORK | _O_CLONE | _O_EXITKILL
-        _ptrace(_SETOPTIONS, self._pid, options)
-        _ptrace(_SYSCALL, self._pid, 0)
+        _ptrace(_SETOPTIONS, self._pid, _O_FORK | _O_VFORK | _O_CLONE | _O_SECCOMP | _O_EXITKILL)
+        _ptrace(_CONT, self._pid, 0)
         while not self.over:
             stopped = self._wait(-1)
             if stopped is None:
                 continue
-            tid, stop = stopped
-            deliver = 0
-            if stop == _SYSCALL_STOP:
-                if self._at_call(tid):
-                    os.kill(self._pid, signal.SIGKILL)
-                    continue
-            elif stop not in (signal.SIGTRAP, signal.SIGSTOP):  # events of ptrace, and a new thread's first stop
-                deliver = stop
-            _ptrace(_SYSCALL, tid, deliver)
+            tid, stop, event = stopped
+            if event == _EVENT_SECCOMP and self._at_call(tid):
+                os.kill(self._pid, signal.SIGKILL)
+                continue
+            # Not delivered: events of ptrace, and a new thread's first stop.
+            _ptrace(_CONT, tid, 0 if stop in (signal.SIGTRAP, signal.SIGSTOP) else stop)
 
-    def _wait(self, pid: int) -> tuple[int, int] | None:
-        """A thread that has stopped and why; None when one has ended."""
+    def _wait(self, pid: int) -> tuple[int, int, int] | None:
+        """A thread that has stopped, its signal and ptrace's event; None when one has ended."""
         tid, status = os.waitpid(pid, _WALL)
         if os.WIFSTOPPED(status):
-            return tid, os.WSTOPSIG(status)
+            return tid, os.WSTOPSIG(status), status >> 16
         if tid == self._pid:
             self.over = True
             killed = os.WIFSIGNALED(status) and os.WTERMSIG(status)
@@ -154,12 +170,6 @@ class _Tracer:
         """Whether this is where the child is to be killed."""
         info = _Info()
         _ptrace(_SYSCALL_INFO, tid, ctypes.sizeof(info), ctypes.addressof(info))
-        if info.op == _EXIT and tid == self._failing:
-            assert self._errno is not None
-            _ptrace(_POKEUSER, tid, _RAX, -self._errno & (1 << 64) - 1)
-            self._failing = None
-        if info.op != _ENTRY:
-            return False
         call = self._change(tid, info)
         if call is None:
             return False
@@ -169,7 +179,7 @@ class _Tracer:
         if self._errno is None:
             return True
         _ptrace(_POKEUSER, tid, _ORIG_RAX, _NO_CALL)
-        self._failing = tid
+        _ptrace(_POKEUSER, tid, _RAX, -self._errno & (1 << 64) - 1)
         return False
 
     def _change(self, tid: int, info: _Info) -> str | None:
@@ -192,7 +202,7 @@ class _Tracer:
 
 
 def _ptrace(request: int, tid: int, argument: int, data: int = 0) -> None:
-    # SETOPTIONS, SYSCALL and CONT take their argument as data.
+    # SETOPTIONS and CONT take their argument as data.
     address, data = (argument, data) if request in (_POKEUSER, _SYSCALL_INFO) else (0, argument)
     if _libc.ptrace(request, tid, address, data) < 0 and ctypes.get_errno() != 3:  # ESRCH: it has just been killed
         raise OSError(ctypes.get_errno(), f"ptrace request {request}: {os.strerror(ctypes.get_errno())}")
