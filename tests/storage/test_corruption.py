@@ -38,6 +38,8 @@ from storage.transfer import PeerSource, fetch_snapshot
 from storage.urls import locate
 from storage.wires import PeerError
 
+pytestmark = pytest.mark.timeout(900)
+
 OLD, NEW = 5, 6
 RUN, TOKEN = "run", "a-token"
 KINDS = ("bit", "page", "cut", "swap", "stale", "index", "record")

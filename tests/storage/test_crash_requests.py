@@ -24,6 +24,8 @@ from storage.durable import CheckpointFailed, load
 from storage.manifest import DATA_DIR, Commit, ManifestError, RankPart
 from storage.urls import StoreError, list_folders, scratch_folder
 
+pytestmark = pytest.mark.timeout(900)
+
 OLD, NEW = 5, 6
 # Of the client, so that an answer that never comes is missed within a test.
 READ_TIMEOUT_S = 1.0

@@ -30,6 +30,8 @@ from storage.ram import HEADER_BYTES, inventory, read_header, snapshot_path
 from storage.snapshots import RamTier
 from storage.transfer import fetch_snapshot
 
+pytestmark = pytest.mark.timeout(900)
+
 OLDER, OLD, NEW = 4, 5, 6
 RUN, NODE, TOKEN = "run", "a", "a-token"
 CODE = {ram.__file__, snapshots.__file__}
