@@ -28,13 +28,15 @@ demo: setup
 # Tests with a Ray cluster wait for real deadlines most of the time; the others use what processor time they leave.
 test: setup
 	@mkdir -p out
-	@nice -n 19 $(BIN)/python -m pytest tests/unit > out/unit-tests.log 2>&1 & unit=$$!; \
+	@nice -n 19 $(BIN)/python -m pytest tests/unit tests/storage > out/unit-tests.log 2>&1 & unit=$$!; \
 	$(BIN)/python -m pytest tests/chaos tests/cluster; with_ray=$$?; \
 	echo "the tests without a Ray cluster, which have run beside them:"; \
 	wait $$unit; unit=$$?; cat out/unit-tests.log; exit $$((with_ray || unit))
 
-# What takes an hour: tests marked long, kills of 60 seeds, 300 flipped bits and 2,000 clean steps.
+# What takes two hours: tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), kills of
+# 60 seeds, 300 flipped bits and 2,000 clean steps.
 test-long: setup
+	PYTHON=$(PYTHON) tests/storage/install.sh
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python tests/chaos/sweep.py --seeds 60
 	$(BIN)/python tests/chaos/flips.py --flips 300 --clean-steps 2000
