@@ -88,8 +88,8 @@ class Books:
         self.committed = {step: known.get(step, 0) for step in steps if step not in self._distrusted}
         self._ordered = {step: order for step, order in self._ordered.items() if step not in self.committed}
         self.deleted -= set(steps)
-        self._gone, self.read = {}, self.read & set(steps)
-        self._certificates &= set(self.committed)
+        still = set(self.committed) & set(known)  # of others nobody knows who wrote them, or what was thought of them
+        self._gone, self.read, self._certificates = {}, self.read & still, self._certificates & still
 
     def commit(self, order: ac.CommitCheckpoint) -> None:
         assert order.replaces_damaged == (order.step in self._distrusted), "what stands in its way is not told"
