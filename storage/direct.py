@@ -14,11 +14,12 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from storage.threads import in_threads
 
 # What O_DIRECT wants offsets, lengths and addresses to be multiples of: the page, which no disk's sector exceeds.
 PAGE_BYTES = 4096
@@ -109,7 +110,13 @@ def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check
             if e.errno != errno.EINVAL:
                 raise
             direct_fd = fd
-        _write_units(_Target(fd, direct_fd), pieces, check, buffers)
+        target = _Target(fd, direct_fd)
+
+        def work(unit: list[_Run]) -> None:
+            with buffers.borrow() as buffer:
+                _write_unit(target, pieces, unit, check, buffer)
+
+        in_threads(work, _units(pieces), THREADS)
         os.ftruncate(fd, size)
         os.fsync(fd)
 
@@ -138,27 +145,6 @@ class _Run:
     number: int
     begin: int
     end: int
-
-
-def _write_units(target: _Target, pieces: Sequence[tuple[int, memoryview]], check: Check, buffers: Buffers) -> None:
-    units, lock, stop = _units(pieces), threading.Lock(), threading.Event()
-
-    def work() -> None:
-        with buffers.borrow() as buffer:
-            while not stop.is_set():
-                with lock:
-                    unit = next(units, None)
-                if unit is None:
-                    return
-                try:
-                    _write_unit(target, pieces, unit, check, buffer)
-                except BaseException:
-                    stop.set()
-                    raise
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for future in [pool.submit(work) for _ in range(THREADS)]:
-            future.result()
 
 
 def _units(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[list[_Run]]:

@@ -8,8 +8,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, ch
 from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
 from storage.state import dtype_name, host_bytes
+from storage.threads import in_threads
 from storage.urls import (
     Store,
     StoreError,
@@ -61,7 +62,8 @@ class SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
             plan = super().create_local_plan()
-            self.digests = {item.index: block_digests(self.content(item)) for item in plan.items}
+            digests = in_threads(lambda item: block_digests(self.content(item)), plan.items, direct.THREADS)
+            self.digests = {item.index: own for item, own in zip(plan.items, digests, strict=True)}
             self._check()
             return dataclasses.replace(plan, planner_data=self.digests)
 
@@ -280,10 +282,9 @@ class Writer(StorageWriter):
     def _write_files(self, path: Path, content: _Content) -> None:
         """Write and sync the data file at `path`, empty or new, and the index beside it, which may not exist."""
         path.touch()
-        with ThreadPoolExecutor(1) as pool:
-            indexed = pool.submit(_write_record, path.with_suffix(".json"), content.raw)
-            direct.write(path, content.pieces, content.part.data_bytes, content.check, self._buffers)
-            indexed.result()
+        index = partial(_write_record, path.with_suffix(".json"), content.raw)
+        data = partial(direct.write, path, content.pieces, content.part.data_bytes, content.check, self._buffers)
+        in_threads(lambda write: write(), (index, data), 2)
 
     def _content(self, plan: SavePlan, planner: SavePlanner) -> _Content:
         chunks: list[Chunk] = []

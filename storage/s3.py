@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import fsspec
+
+from storage.threads import in_threads
 
 # A store answers a part of 16 MiB in about a second on one connection; ten at once fill a line of several Gb/s.
 PART_BYTES = 16 * 1024 * 1024
@@ -47,19 +48,13 @@ def upload(fs: Any, path: str, pieces: Sequence[tuple[int, memoryview]], size: i
     place = {"Bucket": bucket, "Key": key}
     place["UploadId"] = fs.call_s3("create_multipart_upload", **place)["UploadId"]
 
-    def send(number: int, start: int) -> dict[str, Any]:
-        content = _gathered(pieces, start, min(start + part_bytes, size))
+    def send(start: int) -> dict[str, Any]:
+        content, number = _gathered(pieces, start, min(start + part_bytes, size)), start // part_bytes + 1
         answer = fs.call_s3("upload_part", **place, PartNumber=number, Body=content)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     try:
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            sent = [pool.submit(send, n, start) for n, start in enumerate(range(0, size, part_bytes), start=1)]
-            try:
-                parts = [part.result() for part in sent]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        parts = in_threads(send, range(0, size, part_bytes), CONCURRENCY)
         check()
         fs.call_s3("complete_multipart_upload", **place, MultipartUpload={"Parts": parts})
     except BaseException:
