@@ -49,6 +49,7 @@ INCIDENT = IncidentStatus(
     cost_node_s=9.0,
 )
 PICTURE = Status(
+    copied_step=18,
     run="llama",
     job="training",
     epoch=2,
