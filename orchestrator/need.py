@@ -15,9 +15,12 @@ STATE_BYTES = 12
 """Of a parameter in a checkpoint or a snapshot: itself and AdamW's two moments, float32 each."""
 TRAINING_BYTES = 16
 """Of a parameter while it trains, activations not counted: the state and a float32 gradient."""
-SNAPSHOT_OVERHEAD_BYTES = 12 * 1024**2
-"""Of a snapshot: its header page, the random state, up to 4 KiB after each tensor, and the index with 35 bytes a MiB:
-8 MiB and 3 MiB with the 1,100 tensors and 100 GB that a slot of a 405B has on few devices."""
+SNAPSHOT_OVERHEAD_BYTES = 128 * 1024
+"""Of a slot's snapshot: its header page, the random state (5,056 bytes), and room for the next one's longer index."""
+TENSOR_OVERHEAD_BYTES = 4096 + 512
+"""Of each tensor in a snapshot: it begins on a page, and has an entry in the index."""
+INDEX_BYTES_PER_MIB = 36
+"""A block's digest."""
 PROCESS_BYTES = 300 * 1024**2
 """Resident memory of a process that has imported torch with FSDP, pipelines and tensor parallelism, as measured."""
 NODE_PROCESSES = 3
@@ -69,7 +72,10 @@ def need_of(spec: JobSpec) -> Need:
     )
     parameters = _model_parameters(spec)
     slots, fullest = layout.slots_per_node, max(of_stage)
-    snapshot_bytes = STATE_BYTES * node_parameters + slots * SNAPSHOT_OVERHEAD_BYTES
+    tensors = 3 * max(len(list(_local_sizes(spec, stage))) for stage in range(p.pp))
+    state_bytes = STATE_BYTES * node_parameters
+    snapshot_bytes = state_bytes + (state_bytes >> 20) * INDEX_BYTES_PER_MIB
+    snapshot_bytes += slots * (SNAPSHOT_OVERHEAD_BYTES + tensors * TENSOR_OVERHEAD_BYTES)
     # Racks are not known here: where all replicas stand in one, copies are made all the same.
     names = [str(place) for place in range(layout.nodes)]
     copies = spec.checkpoint.copies == "auto" and layout.nodes > 1

@@ -18,7 +18,7 @@ from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
 from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
-from storage.ram import drop_newer
+from storage.ram import copies_of, drop_newer
 from storage.snapshots import RamTier
 from storage.staging import Staging
 from storage.state import TrainState, local_tensor
@@ -253,7 +253,8 @@ class Checkpointer:
         drop_newer(self._ram_dir, self._run, self._node, state.step, slot=self._rank)
 
     def _load(self, commit: Commit, state: TrainState) -> list[BadBlock]:
-        return load(self._url, commit, state, group=self._group, local=self._local)
+        near = copies_of(self._ram_dir, self._run, self._node, commit.step)
+        return load(self._url, commit, state, group=self._group, local=self._local, near=near)
 
     def _assigned(self, restore: Source) -> Commit:
         with portable_errors():

@@ -7,7 +7,7 @@ records: storage/commits.py; how a state is filled: storage/restore.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -70,11 +70,12 @@ def load(
     *,
     group: dist.ProcessGroup | None = None,
     local: LocalTier | None = None,
+    near: Sequence[Copy] = (),
 ) -> list[BadBlock]:
     """Fill `state` in place from a checkpoint written on any mesh; damage that was found on the way. See `load_copies`.
 
     Collective over `group`, or over the default process group, which has to be of the CPU. What this node has in
-    `local` is read from there. An import has no per-rank tensors.
+    `local` or in `near`, with the same content, is read from there. An import has no per-rank tensors.
 
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
@@ -89,6 +90,8 @@ def load(
             here = local.copy(part.index)
             if here is not None:
                 copies.insert(0, here)
+    if near:
+        parts[0] = [*near, *parts[0]]  # matched by content, with any part's chunks
     return load_copies(parts, state, per_rank=commit.epoch != IMPORT_EPOCH, group=group)
 
 

@@ -326,6 +326,17 @@ def ram_copy(path: Path) -> Copy:
     return Copy(index, RamSource(path, header, sequence, mapped), Distance.MEMORY)
 
 
+def copies_of(ram_dir: str, run: str, node: str, step: int) -> list[Copy]:
+    """All complete snapshots of `step` on a node, whichever generation wrote them."""
+    copies = []
+    for path in _files(ram_dir, run, node):
+        header = read_header(path)
+        if header is not None and header.step == step:
+            with contextlib.suppress(ManifestError, SourceError):  # it is only the nearest of several
+                copies.append(ram_copy(path))
+    return copies
+
+
 def checked_index(header: Header, raw: bytes) -> Index:
     """The index of the snapshot with this header.
 

@@ -100,7 +100,7 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
 def test_killed_node_without_replicas_restarts_from_the_checkpoint(
     cluster: Cluster, untouched: Untouched, tmp_path: Path
 ) -> None:
-    spec = spec_of(job("node-dies", tmp_path, cluster={"spares": 1}))
+    spec = spec_of(job("node-dies", tmp_path, cluster={"spares": 1}, checkpoint={"copies": "off"}))
     slow = slow_down(cluster, "node-dies", after=11)
     killed: list[str] = []
 

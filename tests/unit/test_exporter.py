@@ -50,6 +50,7 @@ INCIDENT = IncidentStatus(
 )
 WHOLE = CheckpointStatus(step=20, generation=2, trust="verified", doubt="", by="n3", why="9 bytes read", pinned=True)
 PICTURE = Status(
+    copied_step=18,
     run="llama",
     job="training",
     epoch=2,

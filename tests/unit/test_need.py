@@ -9,6 +9,8 @@ import torch
 
 from orchestrator.need import need_of, size
 from orchestrator.spec import JobSpec, parse
+from storage.snapshots import RamTier
+from storage.state import TrainState
 from trainer.llama import Llama, load_preset, parameter_count
 from trainer.parallel import stage_layers
 
@@ -61,6 +63,34 @@ def test_a_node_is_counted_with_all_its_slots():
     assert by_slot[0] < both.node_parameters < 2 * by_slot[0]
     replicas = need_of(spec(slots=2, dp_replicate=2))
     assert replicas.node_parameters == 2 * replicas.parameters
+
+
+def test_copies_are_counted_where_some_are_made():
+    """Two nodes that hold a replica each are each other's copies; two that hold a stage each are not."""
+    files = {
+        name: round(job.ram_bytes / job.part_bytes)
+        for name, job in {
+            "one node": need_of(spec(slots=2, dp_shard=2)),
+            "replicas": need_of(spec(slots=2, dp_shard=2, dp_replicate=2)),
+            "stages": need_of(spec(slots=2, pp=2, dp_replicate=2, microbatches=2)),
+            "shards": need_of(spec(slots=2, dp_shard=4)),
+        }.items()
+    }
+    assert files == {"one node": 3, "replicas": 3, "stages": 6, "shards": 6}
+
+
+def test_a_snapshot_has_room_for_what_the_tier_allocates(tmp_path):
+    """Oracle: the files of the tiny model's state."""
+    model, need = load_preset("tiny"), need_of(spec())
+    with torch.device("meta"):
+        parameters = list(Llama(model, stage_layers(model.n_layers, 1, 0)).named_parameters())
+    kinds = ("model", "exp_avg", "exp_avg_sq")
+    tensors = {f"{kind}/{name}": torch.zeros(p.shape) for name, p in parameters for kind in kinds}
+    tier = RamTier(str(tmp_path), "r", "n" * 56, 0, generation=1)
+    tier.snapshot(TrainState(1, tensors, {"rng": torch.zeros(5056, dtype=torch.uint8)}))
+    tier.wait()
+    held = sum(path.stat().st_size for path in tmp_path.rglob("slot-*"))
+    assert 0.8 * need.ram_bytes < held <= need.ram_bytes
 
 
 def test_cuda_trains_on_the_device():
