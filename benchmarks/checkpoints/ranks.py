@@ -101,10 +101,11 @@ class Ranks:
 
 @contextmanager
 def ranks(world_size: int, size_bytes: int, layout: str = "", **options: str) -> Iterator[Ranks]:
-    """Processes that hold a state; without a layout, one shard each, and no group."""
+    """Processes that hold a state; without a layout, one shard each, and no group. Of no bytes, none."""
     group = Ranks(world_size, size_bytes, **options)
     try:
-        group.ask("rank.build", layout=layout)
+        if size_bytes:
+            group.ask("rank.build", layout=layout)
         yield group
     finally:
         group.end()
