@@ -21,9 +21,10 @@ from storage.commits import create_commit, delete_checkpoint, read_commit
 from storage.durable import load as load_state
 from storage.durable import write_part
 from storage.manifest import Commit, RankPart
-from storage.peer import PeerServer, fetch_snapshot
+from storage.peer import PeerServer
 from storage.snapshots import RamTier
 from storage.state import TrainState
+from storage.transfer import fetch_snapshot
 
 RUN, TOKEN = "speed", "benchmark"
 SETTLE_S = 60.0

@@ -18,6 +18,7 @@ from storage.commits import create_commit, delete_checkpoint, list_commits, read
 from storage.durable import CheckpointFailed, load, write_part
 from storage.index import BLOCK_BYTES, Index
 from storage.manifest import Commit, ManifestError, RankPart, StateMismatch, commit_name, generation_dir, writers_epoch
+from storage.ram import HEADER_BYTES, copies_of
 from storage.state import TrainState
 from trainer.contract import Restore
 
@@ -391,6 +392,35 @@ def test_the_checkpointer_restores_from_every_source(tmp_path):
         second.restore(restored, Restore(source="durable", step=4, commit=commit_name(5)))
     with pytest.raises(ManifestError, match="no complete snapshot"):
         second.restore(restored, Restore(source="ram", step=6))
+
+
+@pytest.mark.parametrize("damaged", ["store", "memory"])
+def test_a_checkpoint_is_read_from_memory_that_holds_the_same(tmp_path, damaged, caplog):
+    """Of a snapshot of the same step; only what is the same: another tensor has changed in it."""
+    one = Checkpointer(
+        url=str(tmp_path / "run"), run="r", rank=0, world_size=1, epoch=1, generation=1,
+        ram_dir=str(tmp_path / "ram"), node="n",
+    )  # fmt: skip
+    state = make_state()
+    part = one.save(state)
+    create_commit(str(tmp_path / "run"), commit_of([part]))
+    state.tensors["scalar"].fill_(7)
+    one.snapshot(state)
+    one.await_snapshot()
+    (snapshot,) = copies_of(str(tmp_path / "ram"), "r", "n", state.step)
+    index = Index.from_json((tmp_path / "run" / part.index).read_bytes())
+    in_file, where = (
+        (index, tmp_path / "run" / part.data) if damaged == "store" else (snapshot.index, snapshot.source.path)
+    )
+    (chunk,) = (chunk for chunk in in_file.chunks if chunk.fqn == "model/embed")
+    raw = bytearray(where.read_bytes())
+    raw[chunk.file_offset + (0 if damaged == "store" else HEADER_BYTES)] ^= 1
+    with where.open("r+b") as file:  # in place: it is mapped
+        file.write(raw)
+    restored = blank(state)
+    one.restore(restored, Restore(source="durable", step=5, commit=commit_name(5)))
+    assert same(restored, make_state())
+    assert ("model/embed at (0, 0), block 0 is damaged" in caplog.text) == (damaged == "memory")
 
 
 def test_a_commit_names_the_epoch_of_its_writers_whoever_commits():
