@@ -127,13 +127,13 @@ def check_deletion(url: str, _: Any, traced: Traced) -> None:
 
 
 ACTS = {
-    "save": Act(lambda url: None, save_at_once, check_save, 8),
-    "background save": Act(lambda url: None, save_in_the_background, check_save, 8),
-    "commit": Act(lambda url: write(url, NEW), lambda url, c: create_commit(url, c), check_commit, 5),
+    "save": Act(lambda url: None, save_at_once, check_save, 5),
+    "background save": Act(lambda url: None, save_in_the_background, check_save, 5),
+    "commit": Act(lambda url: write(url, NEW), lambda url, c: create_commit(url, c), check_commit, 3),
     "commit that replaces": Act(
-        damaged_and_replaced, lambda url, c: commit_as_the_controller(url, c, 1, True), check_replacement, 10
+        damaged_and_replaced, lambda url, c: commit_as_the_controller(url, c, 1, True), check_replacement, 5
     ),
-    "deletion": Act(lambda url: save(url, NEW), delete, check_deletion, 5),
+    "deletion": Act(lambda url: save(url, NEW), delete, check_deletion, 3),
 }
 
 
@@ -202,5 +202,5 @@ def test_a_full_and_a_failing_disk_at_every_system_call(name, folder, tally):
 
 def check_failures(endings: dict[str, int], name: str, tally: Callable[..., None]) -> None:
     # A call whose failure changes nothing may be overlooked: such as removing a temporary name that is gone already.
-    assert endings["raised"] >= endings["calls"] > 0
+    assert endings["raised"] > endings["returned"]
     tally("failing calls", name, raised=endings["raised"], returned=endings["returned"])
