@@ -170,11 +170,10 @@ def unsealed(raw: bytes, what: str, format_version: int) -> dict[str, Any]:
 
 def wrong_version(version: object, format_version: int) -> str:
     """What is wrong with a document of another format than this one, and what to do."""
-    which = "an older one" if isinstance(version, int) and version < format_version else "a newer one"
-    return (
-        f"has format_version {version}, this Shepherd reads {format_version}: "
-        f"use the Shepherd version that wrote it, {which}"
-    )
+    fix = "use the Shepherd version that wrote it, or a newer one"
+    if (version, format_version) == (1, FORMAT_VERSION):
+        fix = "use Shepherd 0.2, which wrote it"
+    return f"has format_version {version}, this Shepherd reads {format_version}: {fix}"
 
 
 def _digest(document: dict[str, Any]) -> str:

@@ -23,9 +23,9 @@ from orchestrator.core.checkpoints import UNREAD_KEPT
 from orchestrator.observe.status import Status
 from orchestrator.spec import JobSpec
 from storage.commits import list_commits, read_commit, read_indices, verify
-from storage.durable import RANK_PREFIX, load
+from storage.durable import load
 from storage.manifest import DATA_DIR
-from storage.state import TrainState
+from storage.state import RANK_PREFIX, TrainState
 from storage.urls import list_folders
 
 pytestmark = pytest.mark.timeout(300)

@@ -268,11 +268,11 @@ def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, monkeypatch, fa
     monkeypatch.setattr(checkpointers, "LOAD_RETRIES_S", (0.0, 0.0))
     works, tries = getattr(checkpointers, failing), []
 
-    def flaky(*args: Any, **kwargs: Any) -> Any:
+    def flaky(*args: Any, **options: Any) -> Any:
         tries.append(1)
         if len(tries) < 3:
             raise CheckpointFailed("rank 0: 503") if failing == "load" else OSError(5, "Input/output error")
-        return works(*args, **kwargs)
+        return works(*args, **options)
 
     monkeypatch.setattr(checkpointers, failing, flaky)
     state = saved(str(tmp_path))

@@ -77,7 +77,7 @@ def test_an_index_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "format_version 1.*older"),
+        ({"format_version": 1}, "format_version 1.*use Shepherd 0.2"),
         ({"format_version": 3}, "format_version 3.*newer"),
         ({"data_bytes": 16}, "does not lie inside"),
     ],
