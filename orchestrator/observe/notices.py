@@ -71,6 +71,9 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"rank {event.slot} on {event.node} failed at step {event.step}: {event.error}"]
         case ev.WorkerExited() if event.signal is not None:
             return [f"rank {event.slot} on {event.node} was killed by signal {event.signal}"]
+        case ev.CopyDamaged():
+            detail = textwrap.shorten(event.detail, 160)
+            return [f"node {event.node} holds a damaged copy of slot {event.slot}, step {event.step}: {detail}"]
         case ev.GenerationReady():
             return [f"generation {event.generation} trains"]
         case ev.Validated():

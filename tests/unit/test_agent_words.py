@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.assignment import WorkerExit
+from orchestrator.runtime.copies import Copies
 from orchestrator.runtime.reporting import Outbox
 from orchestrator.runtime.reports import Exited, HaltedAlike, NodeFold, Report
 from storage.urls import scratch_folder
@@ -63,6 +64,7 @@ def agent(ranks: Ranks, tmp_path: Any) -> Agent:
         _epoch=1, _ended_generation=0, _copies={}, _node="a", _ray_node="x", _run="r", _ram_dir=str(tmp_path / "ram"),
         _watch=None, _workers=ranks, _spec=spec, _fold=NodeFold(generation=GENERATION, ranks=(0, 1)), _facts=[],
         _kept=deque(), _held={}, _outbox=Outbox(), _loop=asyncio.get_running_loop(),
+        _buddies=Copies(run="r", node="x", ram_dir=str(tmp_path / "ram"), token="t", bytes_per_s=0),
     )  # fmt: skip
     assert scratch_folder(spec.run.url, 0)
     return made

@@ -178,6 +178,7 @@ def test_a_scrape_shows_the_whole_picture(loop):
         "shepherd_checkpoint_verified_age_seconds": 72,
         "shepherd_checkpoint_interval_steps": 20,
         "shepherd_checkpoint_failing": 1,
+        "shepherd_copy_step": 18,
         "shepherd_checkpoint_failures_total": 4,
         "shepherd_step_seconds": 0.5,
         "shepherd_steps_lost_total": 5,

@@ -145,7 +145,8 @@ def test_a_run_continues_with_the_same_numbers_from_memory_and_from_a_checkpoint
     assert kinds[:8] == ["Phase", "Phase", "Phase", "Restored", "Phase", "Phase", "Validated", "Phase"]
     assert kinds.count("StepDone") == 6
     assert kinds[-1] == "Finished"
-    assert [message.snapshot_step for message in first[1].of_type(contract.StepDone)] == [1, 2, 3, 4, 5, 6]
+    done = [(message.step, message.snapshot_step) for message in first[1].of_type(contract.StepDone)]
+    assert all(newest in (step - 1, step) for step, newest in done), "complete before the next step's exchange"
     assert [message.loss for message in first[1].of_type(contract.StepDone)] == [None] * 6
     (restored,) = first[0].of_type(contract.Restored)
     assert restored.step == 0
