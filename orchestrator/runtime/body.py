@@ -350,7 +350,9 @@ class Body:
         """For each slot who else may hold what it restores from shared memory: one of its replicas' nodes, and who
         kept copies of it until now. They are asked only for what is damaged, and may not have it."""
         before, self._keepers = self._keepers, self._kept_by(action)
-        layout = self._spec.layout
+        if action.source != "ram":
+            return {}
+        layout = self._spec.layout.with_replicas(action.dp_replicate)
         found: dict[int, tuple[contract.Holder, ...]] = {}
         for place, node in enumerate(action.nodes):
             for slot in placement.slots_of(layout, place):
@@ -358,9 +360,8 @@ class Body:
                 replica = next(((copy, name) for copy, name in at.items() if name != node), None)
                 kept = (slot, before[slot]) if slot in before and before[slot] != node else None
                 asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
-                if action.source == "ram":
-                    found[slot] = tuple(self._holder(name, copy) for copy, name in asked)
-        return {slot: holders for slot, holders in found.items() if holders}
+                found[slot] = tuple(self._holder(name, copy) for copy, name in asked)
+        return found
 
     def _kept_by(self, action: OpenGeneration) -> dict[int, str]:
         """Slot to the node that keeps copies of its snapshots."""
