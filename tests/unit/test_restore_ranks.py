@@ -193,19 +193,19 @@ def test_saves_allocate_nothing_once_they_are_under_way(tmp_path):
         assert isinstance(told[0], RankPart), told
         return told[0]
 
-    def mapped_pages() -> int:
+    def resident_pages() -> int:
         with open(f"/proc/{os.getpid()}/statm") as file:
-            return int(file.read().split()[0])
+            return int(file.read().split()[1])
 
     saved(1), saved(2)
     tracemalloc.start()
     try:
-        before, pages = tracemalloc.get_traced_memory()[0], mapped_pages()
+        before, pages = tracemalloc.get_traced_memory()[0], resident_pages()
         for step in range(3, 7):
             tracemalloc.reset_peak()
             saved(step)
             assert tracemalloc.get_traced_memory()[1] - before < n_bytes // 24, f"save {step}"
-        assert (mapped_pages() - pages) * 4096 < n_bytes // 4
+        assert (resident_pages() - pages) * 4096 < n_bytes // 4
     finally:
         tracemalloc.stop()
 
