@@ -303,6 +303,7 @@ def _with_absolute_paths(spec: JobSpec) -> JobSpec:
         update={
             "run": run.model_copy(update={"url": absolute(str(Path(url).expanduser()) if url[:1] == "~" else url)}),
             "data": dataclasses.replace(data, corpus=corpus, cache_dir=absolute(data.cache_dir)),
+            "checkpoint": dataclasses.replace(spec.checkpoint, local_dir=absolute(spec.checkpoint.local_dir)),
             "cluster": cluster.model_copy(update=folders),
         }
     )

@@ -11,10 +11,12 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, distributed
 
+from storage.blocks import BadBlock
 from storage.commits import read_commit
 from storage.direct import Buffers
 from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
+from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
 from storage.ram import drop_newer
 from storage.snapshots import RamTier
@@ -66,7 +68,10 @@ class Checkpointer:
         generation: int,
         ram_dir: str,
         node: str,
+        local_dir: str = "",
+        keep: int = 3,
     ) -> None:
+        """`local_dir` of this node keeps its parts of the `keep` newest checkpoints, too; empty: it does not."""
         assert 0 <= rank < world_size, (rank, world_size)
         self._url, self._run, self._rank = url, run, rank
         self._epoch, self._generation = epoch, generation
@@ -74,6 +79,7 @@ class Checkpointer:
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation)
         self._staging = Staging()
         self._buffers = Buffers()
+        self._local = LocalTier.of(local_dir, run, url, keep)
         self._saving = threading.Thread()
         self._writer: Writer | None = None
         """Of the newest save that has got as far as the store."""
@@ -194,6 +200,7 @@ class Checkpointer:
             generation=self._generation,
             rank=self._rank,
             buffers=self._buffers,
+            local=self._local,
         )
 
     def restore(self, state: TrainState, restore: Source) -> None:
@@ -210,12 +217,16 @@ class Checkpointer:
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.
-            _asked_again(lambda: load(self._url, commit, state), CheckpointFailed)
+            for damaged in _asked_again(lambda: self._load(commit, state), CheckpointFailed):
+                log.warning("read from another copy: %s", damaged)
         elif restore.source == "init":
             state.step = 0
         else:
             raise ValueError(f"restore.source {restore.source!r} is not one of init, ram, durable")
         drop_newer(self._ram_dir, self._run, self._node, state.step, slot=self._rank)
+
+    def _load(self, commit: Commit, state: TrainState) -> list[BadBlock]:
+        return load(self._url, commit, state, group=self._group, local=self._local)
 
     def _assigned(self, restore: Source) -> Commit:
         with portable_errors():

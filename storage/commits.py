@@ -8,6 +8,7 @@ import re
 
 import xxhash
 
+from storage import s3
 from storage.blocks import READ_BLOCKS, Copy, StoreSource, read_blocks
 from storage.index import Index, check_tensors
 from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, ManifestError, RankPart, commit_name
@@ -69,7 +70,8 @@ def prune(url: str, last_step: int) -> list[str]:
     """Remove the data of attempts at steps up to `last_step` that no commit names; the folders' names.
 
     They are what saves that were cut off have left, and deletions that were. The caller knows that no save of those
-    steps is under way. Data of a step whose record cannot be read stays.
+    steps is under way. Data of a step whose record cannot be read stays. On S3, uploads that were cut off a day ago and
+    more go, too.
     """
     found = [
         (int(match.group(1)), name) for name in list_folders(url, DATA_DIR) if (match := _DATA_FOLDER.fullmatch(name))
@@ -86,6 +88,9 @@ def prune(url: str, last_step: int) -> list[str]:
         if kept is not None and folder not in kept:
             remove(url, folder)
             removed.append(folder)
+    store = locate(url)
+    if s3.is_s3(store.fs):
+        s3.abort_stale_uploads(store.fs, store.path(DATA_DIR))
     return removed
 
 

@@ -14,11 +14,12 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from storage.threads import in_threads
 
 # What O_DIRECT wants offsets, lengths and addresses to be multiples of: the page, which no disk's sector exceeds.
 PAGE_BYTES = 4096
@@ -86,7 +87,7 @@ Check = Callable[[int, int, memoryview], None]
 
 
 def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check: Check, buffers: Buffers) -> None:
-    """Create a file of `size` bytes from pieces and zeros, and sync it. It must not exist.
+    """Fill an empty file with `size` bytes, pieces and zeros between them, and sync it.
 
     Args:
         pieces: each one's place in the file and content, in order; places are on pages, as is `size`.
@@ -98,7 +99,7 @@ def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check
     """
     assert size % PAGE_BYTES == 0 and all(at % PAGE_BYTES == 0 for at, _ in pieces), size
     flags = os.O_WRONLY
-    with _opened(path, flags | os.O_CREAT | os.O_EXCL) as fd, contextlib.ExitStack() as stack:
+    with _opened(path, flags) as fd, contextlib.ExitStack() as stack:
         if size and _libc.fallocate(fd, 0, 0, size):
             failure = ctypes.get_errno()
             if failure not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
@@ -109,7 +110,13 @@ def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check
             if e.errno != errno.EINVAL:
                 raise
             direct_fd = fd
-        _write_units(_Target(fd, direct_fd), pieces, check, buffers)
+        target = _Target(fd, direct_fd)
+
+        def work(unit: list[_Run]) -> None:
+            with buffers.borrow() as buffer:
+                _write_unit(target, pieces, unit, check, buffer)
+
+        in_threads(work, _units(pieces), THREADS)
         os.ftruncate(fd, size)
         os.fsync(fd)
 
@@ -138,29 +145,6 @@ class _Run:
     number: int
     begin: int
     end: int
-
-
-def _write_units(
-    target: _Target, pieces: Sequence[tuple[int, memoryview]], check: Check, buffers: Buffers
-) -> None:
-    units, lock, stop = _units(pieces), threading.Lock(), threading.Event()
-
-    def work() -> None:
-        with buffers.borrow() as buffer:
-            while not stop.is_set():
-                with lock:
-                    unit = next(units, None)
-                if unit is None:
-                    return
-                try:
-                    _write_unit(target, pieces, unit, check, buffer)
-                except BaseException:
-                    stop.set()
-                    raise
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for future in [pool.submit(work) for _ in range(THREADS)]:
-            future.result()
 
 
 def _units(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[list[_Run]]:
@@ -233,7 +217,7 @@ def _all(call: Callable[[int, memoryview], int], at: int, view: memoryview) -> i
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield fd
     finally:

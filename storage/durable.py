@@ -16,6 +16,7 @@ from storage.blocks import BadBlock, Copy, StoreSource
 from storage.commits import check_whole, read_index
 from storage.durable_write import SavePlanner, Writer
 from storage.index import Index
+from storage.local import LocalTier
 from storage.manifest import Commit, RankPart
 from storage.ranks import CheckpointFailed, agree, dcp_errors, gathered, rank_of, size_of
 from storage.restore import load_copies
@@ -63,11 +64,17 @@ def save_part(
 
 
 def load(
-    url: str, commit: Commit, state: TrainState, *, group: dist.ProcessGroup | None = None
+    url: str,
+    commit: Commit,
+    state: TrainState,
+    *,
+    group: dist.ProcessGroup | None = None,
+    local: LocalTier | None = None,
 ) -> list[BadBlock]:
     """Fill `state` in place from a checkpoint written on any mesh; damage that was found on the way. See `load_copies`.
 
-    Collective over `group`, or over the default process group, which has to be of the CPU.
+    Collective over `group`, or over the default process group, which has to be of the CPU. What this node has in
+    `local` is read from there.
 
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
@@ -76,7 +83,13 @@ def load(
         CheckpointFailed: a rank could not read. No tensor has changed.
     """
     source = StoreSource(locate(url))
-    return load_copies([[Copy(index, source)] for index in _indices(url, commit, group)], state, group=group)
+    parts = [[Copy(index, source)] for index in _indices(url, commit, group)]
+    if local is not None:
+        for copies, part in zip(parts, commit.parts, strict=True):
+            here = local.copy(part.index)
+            if here is not None:
+                copies.insert(0, here)
+    return load_copies(parts, state, group=group)
 
 
 def _indices(url: str, commit: Commit, group: dist.ProcessGroup | None) -> list[Index]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from torch.distributed.checkpoint.planner import SavePlanner as DcpSavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from storage import direct
+from storage import direct, s3
 from storage.blocks import block_digests
 from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
+from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
 from storage.state import dtype_name, host_bytes
+from storage.threads import in_threads
 from storage.urls import (
     Store,
     StoreError,
@@ -35,6 +40,8 @@ from storage.urls import (
     sync_folder,
     upload,
 )
+
+log = logging.getLogger(__name__)
 
 DISCARD_DEADLINE_S = 60.0
 """To remove a part that nobody will commit; what is left then, `commits.prune` finds."""
@@ -55,7 +62,8 @@ class SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
             plan = super().create_local_plan()
-            self.digests = {item.index: block_digests(self.content(item)) for item in plan.items}
+            digests = in_threads(lambda item: block_digests(self.content(item)), plan.items, direct.THREADS)
+            self.digests = {item.index: own for item, own in zip(plan.items, digests, strict=True)}
             self._check()
             return dataclasses.replace(plan, planner_data=self.digests)
 
@@ -119,10 +127,16 @@ class Writer(StorageWriter):
         generation: int,
         rank: int,
         buffers: direct.Buffers | None = None,
+        local: LocalTier | None = None,
     ) -> None:
-        """`buffers`: of writers that write one after another, so that only the first allocates."""
+        """
+        Args:
+            buffers: of writers that write one after another, so that only the first allocates.
+            local: where the part is to stay on this node's disk, too.
+        """
         self.part: RankPart | None = None
         self._buffers = buffers or direct.Buffers()
+        self._local = local
         self._url = url
         self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
         self._began = False
@@ -201,44 +215,78 @@ class Writer(StorageWriter):
             raise errors[0]
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> None:
-        store, name = locate(self._url), data_name(**self._identity)
+        store, content = locate(self._url), self._content(plan, planner)
+        kept = self._keep_local(content)
+        path = store.path(content.part.data)
         if store.local:
-            path = Path(store.path(name))
-            make_folder(str(path.parent))
-            part = self._write_files(path, plan, planner)
-            sync_folder(str(path.parent))
+            make_folder(os.path.dirname(path))
+            Path(path).touch(exist_ok=False)
+            self._began = True
+            self._write_files(Path(path), content)
+            sync_folder(os.path.dirname(path))
+        elif store.fs.exists(path):
+            raise FileExistsError(f"{content.part.data} exists: a generation saves a step once")
         else:
-            part = self._upload_files(store, name, plan, planner)
+            self._began = True
+            self._upload(store, content, kept)
         if self._given_up:
             self._remove()
         else:
-            self.part = part
+            self.part = content.part
 
     def _remove(self) -> None:
+        names = (data_name(**self._identity), index_name(**self._identity))
+        if self._local is not None:
+            self._local.drop(*names)
         store = locate(self._url)
-        for name in (data_name(**self._identity), index_name(**self._identity)):
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
                 store.fs.rm_file(store.path(name))
 
-    def _upload_files(self, store: Store, name: str, plan: SavePlan, planner: SavePlanner) -> RankPart:
-        if store.fs.exists(store.path(name)):
-            raise FileExistsError(f"{name} exists: a generation saves a step once")
-        self._began = True
-        scratch = scratch_folder(self._url, self._identity["rank"])
-        drop_scratch(scratch)  # of a save that was killed
-        folder = scratch / f"step-{self.step:08d}"
-        folder.mkdir(parents=True, mode=0o700)
+    def _keep_local(self, content: _Content) -> Path | None:
+        """Write the part to the local tier; the data file there. None: there is no tier, or it has no room for it."""
+        if self._local is None:
+            return None
+        path, names = self._local.path(content.part.data), (content.part.data, content.part.index)
         try:
-            path = folder / "part.bin"
-            part = self._write_files(path, plan, planner)
-            upload(store, str(path), name)
-            upload(store, str(path.with_suffix(".json")), index_name(**self._identity))
-        finally:
-            drop_scratch(folder)
-        return part
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._local.prune()
+            self._local.drop(*names)
+            self._write_files(path, content)
+            return path
+        except BaseException as e:
+            self._local.drop(*names)
+            if not isinstance(e, OSError):
+                raise
+            log.warning("not kept on this node, the store serves: %s: %s", path, e)
+            return None
 
-    def _write_files(self, path: Path, plan: SavePlan, planner: SavePlanner) -> RankPart:
-        """Write and sync the data file at `path` and the index beside it; neither may exist."""
+    def _upload(self, store: Store, content: _Content, kept: Path | None) -> None:
+        part = content.part
+        if s3.is_s3(store.fs):
+            s3.upload(store.fs, store.path(part.data), content.pieces, part.data_bytes, content.check_all)
+        elif kept is not None:
+            upload(store, str(kept), part.data)
+        else:
+            scratch = scratch_folder(self._url, part.rank)
+            drop_scratch(scratch)  # of a save that was killed
+            folder = scratch / f"step-{self.step:08d}"
+            folder.mkdir(parents=True, mode=0o700)
+            try:
+                self._write_files(folder / "part.bin", content)
+                upload(store, str(folder / "part.bin"), part.data)
+            finally:
+                drop_scratch(folder)
+        store.fs.pipe_file(store.path(part.index), content.raw)
+
+    def _write_files(self, path: Path, content: _Content) -> None:
+        """Write and sync the data file at `path`, empty or new, and the index beside it, which may not exist."""
+        path.touch()
+        index = partial(_write_record, path.with_suffix(".json"), content.raw)
+        data = partial(direct.write, path, content.pieces, content.part.data_bytes, content.check, self._buffers)
+        in_threads(lambda write: write(), (index, data), 2)
+
+    def _content(self, plan: SavePlan, planner: SavePlanner) -> _Content:
         chunks: list[Chunk] = []
         pieces: list[tuple[int, memoryview]] = []
         size = 0
@@ -247,37 +295,49 @@ class Writer(StorageWriter):
             chunks.append(_chunk(item, size, planner.digests[item.index]))
             assert len(pieces[-1][1]) == chunks[-1].n_bytes, chunks[-1]
             size += -(-chunks[-1].n_bytes // ALIGN_BYTES) * ALIGN_BYTES
-
-        def check(number: int, begin: int, written: memoryview) -> None:
-            # Taken anew: what was checked before planning may have changed in memory since.
-            first, digests = begin // BLOCK_BYTES, block_digests(written)
-            if digests != chunks[number].blocks[first : first + len(digests)]:
-                raise ManifestError(f"{chunks[number].fqn}: changed in memory while it was written")
-
-        try:
-            direct.write(path, pieces, size, check, self._buffers)
-        except Exception as e:
-            self._began = self._began or not isinstance(e, FileExistsError)
-            raise
-        self._began = True
-        index = Index(
-            data=data_name(**self._identity),
-            data_bytes=size,
-            chunks=tuple(chunks),
-            **self._identity,
-        )
+        name = data_name(**self._identity)
+        index = Index(data=name, data_bytes=size, chunks=tuple(chunks), **self._identity)
         raw = index.to_json()
-        with open(path.with_suffix(".json"), "xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        return RankPart(
+        part = RankPart(
             rank=self._identity["rank"],
-            data=index.data,
+            data=name,
             index=index_name(**self._identity),
             data_bytes=size,
             index_digest=xxhash.xxh3_128_hexdigest(raw),
         )
+        return _Content(index, raw, part, pieces)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a data file is to hold: its pieces in memory, its index, and what the commit record will say of it."""
+
+    index: Index
+    raw: bytes
+    """The index as it is written."""
+    part: RankPart
+    pieces: list[tuple[int, memoryview]]
+
+    def check(self, number: int, begin: int, written: memoryview) -> None:
+        """Check what was written of a piece: what was digested before planning may have changed in memory since.
+
+        Raises:
+            ManifestError: it has.
+        """
+        chunk, first, digests = self.index.chunks[number], begin // BLOCK_BYTES, block_digests(written)
+        if digests != chunk.blocks[first : first + len(digests)]:
+            raise ManifestError(f"{chunk.fqn}: changed in memory while it was written")
+
+    def check_all(self) -> None:
+        for number, (_, piece) in enumerate(self.pieces):
+            self.check(number, 0, piece)
+
+
+def _write_record(path: Path, raw: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _chunk(item: WriteItem, file_offset: int, blocks: tuple[str, ...]) -> Chunk:

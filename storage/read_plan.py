@@ -193,8 +193,8 @@ def _reader(wanters: Sequence[int], told: Mapping[int, Distance | None], load: S
         for rank in candidates:
             distance = told.get(rank, Distance.STORE)
             if distance is not None:
-                # What another rank reads for it comes over the network, as from a peer.
-                cost = float(distance) if rank in wanters else max(distance, Distance.PEER) + 0.5
+                # What another rank reads for it comes over the network, as from a peer, but that rank surely lives.
+                cost = float(distance) if rank in wanters else max(distance, Distance.DISK) + 0.5
                 costs.append((cost, load[rank], rank))
         if costs:
             return min(costs)[2]

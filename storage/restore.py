@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 
@@ -24,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from storage import direct
 from storage.blocks import BadBlock, Copy, Distance, SourceError, check_blocks, read_chunk, runs
 from storage.durable_read import LoadPlanner, PlanReader
-from storage.index import ITEM_BYTES, Chunk, ChunkKey, Index
+from storage.index import ITEM_BYTES, Chunk, ChunkKey, Index, check_tensors
 from storage.manifest import ManifestError
 from storage.ranks import agree, dcp_errors, gathered, rank_of, size_of
 from storage.read_plan import (
@@ -41,6 +39,7 @@ from storage.read_plan import (
     wants_of,
 )
 from storage.state import RANK_PREFIX, TrainState, named_tensors
+from storage.threads import in_threads
 from storage.urls import portable_errors
 
 # Segments read at once: while some are checked, others are on their way. A store's requests wait for the network.
@@ -108,8 +107,13 @@ def _agreed_indices(parts: Sequence[Sequence[Copy]], group: dist.ProcessGroup | 
         holders[number] = min(rank for rank, entries in enumerate(told) if number in entries)
     if any(len(entries) != len(parts) for entries in told):
         own = {n: index.to_json() for n, index in known.items() if holders[n] == rank_of(group)}
-        for entries in gathered(own, group):
-            known.update({n: Index.from_json(raw) for n, raw in entries.items() if n not in known})
+        error: Exception | None = None
+        try:
+            for entries in gathered(own, group):
+                known.update({n: Index.from_json(raw) for n, raw in entries.items() if n not in known})
+        except ManifestError as e:
+            error = e
+        agree(error, group)
     indices = [known[number] for number in range(len(parts))]
     steps = {index.step for index in indices}
     if len(steps) != 1:
@@ -127,7 +131,7 @@ def _places(indices: Sequence[Index], skip_prefix: str) -> list[Place]:
     """All chunks, the same on every rank; of one that several parts hold, the first part's.
 
     Raises:
-        ManifestError: parts hold different content under one name.
+        ManifestError: parts hold different content under one name, or not all of a tensor.
     """
     places: dict[ChunkKey, Place] = {}
     for part, index in enumerate(indices):
@@ -139,6 +143,7 @@ def _places(indices: Sequence[Index], skip_prefix: str) -> list[Place]:
                 raise ManifestError(
                     f"{chunk.fqn} at {chunk.offsets}: parts {first.part} and {part} hold different content"
                 )
+    check_tensors(place.chunk for place in places.values())
     return list(places.values())
 
 
@@ -178,20 +183,26 @@ class _Load:
         self._orders, self._targets = reader.orders, reader.targets
         self._wants = wants_by_chunk(reader.wants)
         self._read: dict[Segment, memoryview] = {}
+        self._inbox = memoryview(b"")
         self._received: list[tuple[Transfer, memoryview]] = []
 
     def read(self) -> None:
-        """Read and check this rank's segments.
+        """Read and check this rank's segments, and make room for what it is to receive.
 
         Raises:
             ManifestError, SourceError: see `read_chunk`.
+            OSError: there is no memory.
         """
+        received = [transfer for transfer in self._orders.transfers if transfer.receiver == rank_of(self._group)]
         memory = direct.memory(sum(segment.n_bytes for segment in self._orders.reads))
         for segment in self._orders.reads:
             self._read[segment], memory = memory[: segment.n_bytes], memory[segment.n_bytes :]
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            for bad in pool.map(self._read_segment, self._orders.reads):
-                self.bad += bad
+        memory = self._inbox = direct.memory(sum(transfer.n_bytes for transfer in received))
+        for transfer in received:
+            self._received.append((transfer, memory[: transfer.n_bytes]))
+            memory = memory[transfer.n_bytes :]
+        for bad in in_threads(self._read_segment, self._orders.reads, READ_THREADS):
+            self.bad += bad
 
     def _read_segment(self, segment: Segment) -> list[BadBlock]:
         bad: list[BadBlock] = []
@@ -200,7 +211,7 @@ class _Load:
             place, held = self._places[span.chunk], self._held[span.chunk]
             begin, end = span_bytes(place, span)
             into = self._read[segment][span.at : span.at + end - begin]
-            again = range(span.begin, span.end)
+            again: Sequence[int] = range(span.begin, span.end)
             if done is not None:
                 found = check_blocks(*held[0], span.begin, span.end, into, max(0, done - span.at))
                 again = [damaged.block for damaged in found]
@@ -227,25 +238,20 @@ class _Load:
 
     def exchange(self) -> None:
         """Send what other ranks need of this rank's segments, and receive what it needs of theirs, round by round."""
-        rank = rank_of(self._group)
+        rank, inbox = rank_of(self._group), self._inbox
         for _, transfers in groupby(self._orders.transfers, key=lambda transfer: transfer.round):
-            sent: dict[int, list[Transfer]] = defaultdict(list)
-            received: dict[int, list[Transfer]] = defaultdict(list)
-            for transfer in transfers:
-                if transfer.sender == rank:
-                    sent[transfer.receiver].append(transfer)
-                else:
-                    received[transfer.sender].append(transfer)
             works = []
-            for peer, own in received.items():
-                message = direct.memory(sum(transfer.n_bytes for transfer in own))
-                works.append(dist.irecv(_bytes(message), group=self._group, group_src=peer))
-                for transfer in own:
-                    self._received.append((transfer, message[: transfer.n_bytes]))
-                    message = message[transfer.n_bytes :]
-            for peer, own in sent.items():
-                works.append(dist.isend(self._packed(own), group=self._group, group_dst=peer))
+            # All that one rank sends another in a round lies side by side: it is one message.
+            for (sender, receiver), own in groupby(transfers, key=lambda t: (t.sender, t.receiver)):
+                message = list(own)
+                if sender == rank:
+                    works.append(dist.isend(self._packed(message), group=self._group, group_dst=receiver))
+                else:
+                    n_bytes = sum(transfer.n_bytes for transfer in message)
+                    works.append(dist.irecv(_bytes(inbox[:n_bytes]), group=self._group, group_src=sender))
+                    inbox = inbox[n_bytes:]
             for work in works:
+                assert work is not None, "a rank outside of the group"
                 work.wait()
 
     def _packed(self, transfers: Sequence[Transfer]) -> torch.Tensor:
@@ -261,9 +267,7 @@ class _Load:
         """Copy all that was read and received into the tensors."""
         works = [partial(self._fill_read, segment) for segment in self._orders.reads]
         works += [partial(self._fill_received, *received) for received in self._received]
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            for _ in pool.map(lambda work: work(), works):
-                pass
+        in_threads(lambda work: work(), works, READ_THREADS)
 
     def _fill_read(self, segment: Segment) -> None:
         for span, want, box in pieces_of(self._places, segment, wants_of(self._wants, segment)):

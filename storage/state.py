@@ -9,7 +9,6 @@ import numpy.typing
 import torch
 from torch.distributed.tensor import DTensor
 
-
 RANK_PREFIX = "rank/"
 """Of the names under which per-rank tensors are kept: ``rank/00003/rng``."""
 

@@ -145,6 +145,8 @@ class CheckpointConfig:
     """Steps between snapshots of each rank's own shard into the node's shared memory."""
     keep: int = 3
     """Committed checkpoints that are kept, the newest; older ones are deleted. At least 2."""
+    local_dir: str = ""
+    """Folder on each node's own disk that keeps the node's parts of so many checkpoints, too; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

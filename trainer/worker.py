@@ -220,6 +220,8 @@ def start(assign: Assign, agent: Agent) -> Session:
         generation=assign.generation,
         ram_dir=assign.ram_dir,
         node=assign.node,
+        local_dir=config.checkpoint.local_dir,
+        keep=config.checkpoint.keep,
     )
     audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
     mark = audit.blank_mark() if assign.restore.source == "ram" else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,6 @@ from storage.urls import (
     probe,
     read_bytes,
     remove,
-    scratch_folder,
     write_exclusive,
 )
 
@@ -155,17 +153,6 @@ def test_damage_is_found(url, kind):
     assert refuses(url, 30)
     if kind != "commit":
         assert any(name in problem for problem in verify(url, commit))
-
-
-def test_what_a_killed_save_left_in_the_temporary_folder_goes_with_the_next(store, url, tmp_path, monkeypatch):
-    if store.kind == "disk":
-        pytest.skip("nothing is put together elsewhere")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = scratch_folder(url, 0) / "step-00000024" / "part.bin"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half of it")
-    save(url, 25)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_credentials_are_the_environments_and_never_told(store, url, monkeypatch, caplog):

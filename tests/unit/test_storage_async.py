@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,13 +233,13 @@ def test_a_copy_that_is_found_changed_gives_its_memory_back(tmp_path):
 
 def test_no_memory_for_the_copy_fails_the_save(tmp_path, monkeypatch):
     def no_memory(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     saver, ended = checkpointer(str(tmp_path)), Ended()
     with monkeypatch.context() as full:
-        full.setattr(torch, "empty", no_memory)
+        full.setattr("storage.staging.direct.memory", no_memory)
         saver.begin_save(small_state(), None, ended)
-        assert "can't allocate memory" in str(ended.result())
+        assert "Cannot allocate memory" in str(ended.result())
     saver._saving.join(WAIT_S)
     ended = Ended()
     saver.begin_save(small_state(), None, ended)

@@ -18,8 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from storage import blocks
 from storage.commits import create_commit, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
+from storage.index import Index
 from storage.manifest import Commit, ManifestError, RankPart, data_name
 from storage.state import TrainState, local_tensor
 
@@ -101,18 +103,28 @@ def _save_all(folder: str, meshes: list[tuple[int, int, int]]) -> None:
         dcp.save(dict(state.tensors), storage_writer=dcp.FileSystemWriter(f"{folder}/dcp/{name}"))
 
 
-def _load_all(folder: str, pairs: list[tuple[tuple[int, int, int], tuple[int, int, int]]]) -> list[str]:
-    wrong = []
-    for number, (saved, shape) in enumerate(pairs):
-        name = "-".join(map(str, saved))
+def _load_all(folder: str, pairs: list[tuple[tuple[int, int, int], tuple[int, int, int]]]) -> list[tuple]:
+    """For each pair, the names that are wrong, and the bytes that this rank has read."""
+    found = []
+    read = [0]
+    actual = blocks.StoreSource.read
+
+    def counted(self: blocks.StoreSource, index: Index, start: int, into: memoryview) -> int:
+        read[0] += len(into)
+        return actual(self, index, start, into)
+
+    blocks.StoreSource.read = counted  # type: ignore[method-assign]
+    for saved, shape in pairs:
+        read[0], name = 0, "-".join(map(str, saved))
         state, oracle = sharded_state(shape, zero=True), sharded_state(shape, zero=True)
         load(f"{folder}/ours/{name}", read_commit(f"{folder}/ours/{name}", 9), state)
         dcp.load(oracle.tensors, storage_reader=dcp.FileSystemReader(f"{folder}/dcp/{name}"))
-        wrong += [f"{saved} -> {shape}: {tensor}" for tensor in check_against(state, oracle.tensors)]
+        wrong = [f"{saved} -> {shape}: {tensor}" for tensor in check_against(state, oracle.tensors)]
         same_world = torch.Size(saved).numel() == dist.get_world_size()
         if state.per_rank["rng"].tolist() != [float(dist.get_rank() + 1) if same_world else 0.0] * 3:
             wrong.append(f"{saved} -> {shape}: rng {state.per_rank['rng'].tolist()}")
-    return wrong
+        found.append((wrong, read[0]))
+    return found
 
 
 def ran(results: list) -> list:
@@ -129,7 +141,12 @@ def test_every_mesh_restores_into_every_other_as_with_dcp(tmp_path):
     for world in MESHES:
         pairs = list(itertools.product(saved, MESHES[world]))[::2]  # every mesh on both sides
         results = ran(run_ranks(_load_all, world, tmp_path_for(tmp_path, f"load{world}"), str(tmp_path), pairs))
-        assert results == [[]] * world
+        for (before, after), *found in zip(pairs, *results, strict=True):
+            assert [wrong for wrong, _ in found] == [[]] * world
+            url = f"{tmp_path}/ours/{'-'.join(map(str, before))}"
+            stored = sum(part.data_bytes for part in read_commit(url, 9).parts)
+            n_bytes = sum(n for _, n in found)
+            assert 0.9 * stored < n_bytes <= stored, f"{before} -> {after}: {n_bytes} of {stored} bytes were read"
     for shape in saved:
         url = f"{tmp_path}/ours/{'-'.join(map(str, shape))}"
         assert verify(url, read_commit(url, 9)) == []
