@@ -1,4 +1,4 @@
-"""Parts on their way to S3 (moto's server): in several pieces, cut off, ended. What is true of every store: tests/storage."""
+"""Parts on their way to S3 (moto's server): in several pieces, cut off, ended. For every store: tests/storage."""
 
 from __future__ import annotations
 
