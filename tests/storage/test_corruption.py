@@ -28,6 +28,7 @@ from storage.blocks import BadBlock, Copy, Distance, SourceError, StoreSource
 from storage.commits import create_commit, read_commit, read_index
 from storage.durable import CheckpointFailed, load, write_part
 from storage.index import Index
+from storage.local import LocalTier
 from storage.manifest import Commit, ManifestError, RankPart, commit_name
 from storage.peer import PeerServer
 from storage.ram import HEADER_BYTES, drop_newer, ram_copy, snapshot_path
@@ -44,7 +45,7 @@ OLD, NEW = 5, 6
 RUN, TOKEN = "run", "a-token"
 KINDS = ("bit", "page", "cut", "swap", "stale", "index", "record")
 TRIALS = 5
-# In each place: a tier has two or three of them.
+# In each place: a tier has two or three of them, but a node's disk one.
 TRIALS_LONG = 150
 
 REFUSALS = (ManifestError, PeerError, SourceError, CheckpointFailed)
@@ -83,6 +84,8 @@ class Tiers:
     """The same two states in every tier: on the store, in the memory of nodes a and c, the older one also on b."""
 
     store: Path
+    local: LocalTier
+    """A node's disk with all parts."""
     ram: str
     peers: dict[str, str]
     """Addresses by node."""
@@ -130,7 +133,9 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiers]:
                 tier.snapshot(part_of(step, slot))
             tier.wait()
         with serving(ram, "a", "c") as peers, tcp_proxy(peers["a"]) as proxy:
-            tiers = Tiers(store, ram, {**peers, "a": proxy.address}, proxy)
+            local = LocalTier(str(tmp_path_factory.mktemp("disk") / "run"), keep=2)
+            shutil.copytree(store, local.root)
+            tiers = Tiers(store, local, ram, {**peers, "a": proxy.address}, proxy)
             tiers.fetch("a", [], [], OLD)
             tiers.fetch("a", [], [], NEW, "c")
             yield tiers
@@ -165,8 +170,13 @@ class serving:
 
 def damage_store(tiers: Tiers, kind: str, damage: Damage) -> str:
     """What of the newer checkpoint is damaged: the name that the refusal must say."""
+    return damage_files(tiers.store, tiers, kind, damage)
+
+
+def damage_files(root: Path, tiers: Tiers, kind: str, damage: Damage) -> str:
+    """The same of a folder with the store's files."""
     rank = damage.rng.randrange(2)
-    data = tiers.data(NEW, rank)
+    data = root / tiers.data(NEW, rank).relative_to(tiers.store)
     index = data.with_suffix(".json")
     # Per-rank values are not asked for by another number of ranks.
     spans = spans_of(Index.from_json(index.read_bytes()), 0, per_rank=False)
@@ -180,7 +190,7 @@ def damage_store(tiers: Tiers, kind: str, damage: Damage) -> str:
         return index.name
     if kind == "swap":
         suffix = damage.rng.choice([".bin", ".json"])
-        damage.swap(*(tiers.data(NEW, rank).with_suffix(suffix) for rank in (0, 1)))
+        damage.swap(*(data.with_name(f"rank-{rank:05d}{suffix}") for rank in (0, 1)))
         return suffix
     if kind == "stale":
         suffixes = damage.rng.choice([[".bin"], [".json"], [".bin", ".json"]])
@@ -424,16 +434,36 @@ def older_serves(outcome: str, restore: Callable[[TrainState], None], expected: 
     return "older served"
 
 
+def disk_beside_the_store(tiers: Tiers, kind: str, damage: Damage) -> str:
+    """A part on the node's disk whose index is not the store's is not used, which is no damage that load tells."""
+    root = Path(tiers.local.root)
+    commit = tiers.commit(NEW)
+    whole_ones = [tiers.local.copy(part.index) for part in commit.parts]
+    damage_files(root, tiers, kind, damage)
+    unused = [tiers.local.copy(part.index) for part in commit.parts] != whole_ones
+    state = blank(whole(NEW))
+
+    def restore() -> list[BadBlock]:
+        bad = load(str(tiers.store), commit, state, local=tiers.local)
+        return bad or ([told_of(tiers.local.root)] if unused else [])
+
+    outcome, _ = judge(restore, state, whole(NEW))
+    assert outcome == "repaired"
+    return outcome
+
+
 PLACES: dict[str, Callable[[Tiers, str, Damage], str]] = {
     "own memory alone": memory_alone,
     "own memory, a peer's beside": memory_beside_a_peer,
     "own memory, the store beside": memory_beside_the_store,
     "peer's memory alone": peer_alone,
     "peer's memory, another's beside": peer_beside_another,
+    "node's disk, the store beside": disk_beside_the_store,
     "store alone": store_alone,
     "store, memory beside": store_beside_memory,
 }
-CASES = [(place, kind) for place in PLACES for kind in KINDS]
+# A node's disk has no records.
+CASES = [(p, k) for p in PLACES for k in KINDS if (p, k) != ("node's disk, the store beside", "record")]
 WIRE = [("on the wire", kind) for kind in ("bit", "page", "cut")]
 
 
@@ -446,7 +476,8 @@ def test_damage_is_found(tiers, tally, place, kind):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("place", "kind"), CASES + WIRE)
 def test_damage_is_found_in_many_trials(tiers, tally, place, kind):
-    trials(tiers, tally, place, kind, range(TRIALS, TRIALS + TRIALS_LONG))
+    n_trials = TRIALS_LONG * (2 if place == "node's disk, the store beside" else 1)
+    trials(tiers, tally, place, kind, range(TRIALS, TRIALS + n_trials))
 
 
 def trials(tiers: Tiers, tally: Callable[..., None], place: str, kind: str, seeds: range) -> None:

@@ -1,4 +1,4 @@
-"""An S3 run directory (moto's server): exclusive commits among racing writers, and a checkpoint's round trip."""
+"""Parts on their way to S3 (moto's server): in several pieces, cut off, ended. For every store: tests/storage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from storage.commits import prune, verify
 from storage.durable import CheckpointFailed, write_part
 from storage.manifest import Commit, generation_dir
 from storage.state import TrainState
-from storage.urls import StoreError, list_names, probe, scratch_folder
+from storage.urls import list_names, scratch_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,6 @@ def make_state(step: int) -> TrainState:
 def save(url: str, step: int, generation: int = 1) -> Commit:
     part = write_part(url, make_state(step), step=step, epoch=1, generation=generation, rank=0)
     return Commit(run="r", step=step, epoch=1, generation=generation, mesh={}, parts=(part,), versions={})
-
-
-def test_probe_accepts_a_bucket_and_names_a_missing_one(url):
-    probe(url)
-    assert list_names("s3://bucket", "run") == []
-    with pytest.raises(StoreError, match=r"s3://missing/run.*bucket that exists"):
-        probe("s3://missing/run")
 
 
 def test_what_a_killed_save_left_in_the_temporary_folder_goes_with_the_next(tmp_path, monkeypatch):
