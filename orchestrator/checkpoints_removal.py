@@ -107,11 +107,19 @@ def plan_removal(
 def perform_removal(removal: Removal) -> None:
     """Remove it: each commit record before its data. A pin that was overruled goes, too."""
     with store_errors(removal.url):
+        # People take their time to answer: what was committed meanwhile is no leftover any more, what was pinned stays.
+        there = listing(removal.url)
+        pinned = {row.step for row in there.rows if row.pinned is not None}
+        late = [row.step for row in removal.rows if row.pinned is None and row.step in pinned]
+        if late:
+            raise CheckpointsError(f"steps {enumerated(late)} were pinned meanwhile: nothing was removed")
+        uncommitted = {left.folder for left in there.leftovers}
         for row in removal.rows:
             commits.delete_checkpoint(removal.url, row.step)
             pins.unpin(removal.url, row.step)
         for left in removal.leftovers:
-            remove(removal.url, left.folder)
+            if left.folder in uncommitted:
+                remove(removal.url, left.folder)
 
 
 def life(url: str, address: str | None) -> Life:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -94,9 +95,17 @@ class StoreSource:
         except FileNotFoundError:
             return 0
         except Exception as e:
+            if self._ends_by(path, start):
+                return 0
             raise SourceError(f"{self.name}: {index.data}: {type(e).__name__}: {e}") from e
         into[: len(raw)] = raw
         return len(raw)
+
+    def _ends_by(self, path: str, start: int) -> bool:
+        """Whether a file is over at `start`: S3 refuses such a range (416), which is damage and no failure to read."""
+        with contextlib.suppress(Exception):
+            return int(self.store.fs.size(path)) <= start
+        return False
 
 
 class Holder(Protocol):

@@ -250,7 +250,7 @@ class Writer(StorageWriter):
         path, names = self._local.path(content.part.data), (content.part.data, content.part.index)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._local.prune()
+            self._local.prune(self.step)
             self._local.drop(*names)
             self._write_files(path, content)
             return path

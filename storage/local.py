@@ -61,12 +61,13 @@ class LocalTier:
             with contextlib.suppress(OSError):
                 self.path(name).unlink()
 
-    def prune(self) -> None:
-        """Remove the parts of all but the `keep` newest steps that lie here. Other ranks may do the same meanwhile."""
+    def prune(self, step: int) -> None:
+        """Remove the parts of all but the `keep` newest steps up to `step`, which is being saved. Later ones are of a
+        history that was given up. Other ranks may do the same meanwhile."""
         folder = self.path(DATA_DIR)
         with contextlib.suppress(FileNotFoundError):
             found = [match for name in os.listdir(folder) if (match := _STEP_FOLDER.fullmatch(name))]
-            kept = sorted({int(match.group(1)) for match in found})[-self.keep :]
+            kept = sorted({n for match in found if (n := int(match.group(1))) <= step})[-self.keep :]
             for match in found:
                 if int(match.group(1)) not in kept:
                     shutil.rmtree(folder / match.group(), ignore_errors=True)
