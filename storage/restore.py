@@ -104,7 +104,7 @@ def _agreed_indices(parts: Sequence[Sequence[Copy]], group: dist.ProcessGroup | 
     """What each part is, the same to all ranks."""
     known = {number: copies[-1].index for number, copies in enumerate(parts) if copies}
     own = {number: _content(index) for number, index in known.items()}
-    # Of a checkpoint all ranks know all parts: one digest says so. Each part's own would be ranks x parts on every rank.
+    # Of a checkpoint all ranks know all parts: one digest says so. Each part's would be ranks x parts on every rank.
     whole = xxhash.xxh3_128_hexdigest(json.dumps(sorted(own.items())).encode()) if len(own) == len(parts) else ""
     wholes = set(gathered(whole, group))
     if len(wholes) == 1 and whole:
