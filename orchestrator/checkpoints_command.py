@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -19,7 +18,7 @@ from orchestrator import identity
 from orchestrator.need import size
 from orchestrator.observe.report_words import duration
 from orchestrator.runtime import journal
-from storage import commits, pins, statements
+from storage import commits, pins, statements, urls
 from storage.hugging_face import FormatError
 from storage.manifest import DATA_DIR, Commit, ManifestError, commit_name
 from storage.redact import redacted
@@ -88,9 +87,10 @@ def store_errors(url: str, option: str = "") -> Iterator[None]:
 
 def check_protocol(url: str) -> None:
     """Raises CheckpointsError when there is no file system for a URL."""
-    protocol = fsspec.core.split_protocol(url)[0] or "file"
-    if protocol not in fsspec.available_protocols():
-        raise CheckpointsError(f"{url}: no file system for {protocol}://; use a path, s3:// or the like")
+    try:
+        urls.check_protocol(url)
+    except StoreError as e:
+        raise CheckpointsError(f"{url}: {e}") from e
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from orchestrator.core.events import Layout, Limits
 from orchestrator.runtime.fanin import FAN_IN_FROM_NODES, PATIENCE_S
 from orchestrator.runtime.hangs import Patience
 from storage.manifest import WRITE_DEADLINE_S
+from storage.urls import SINGLE_WRITER, StoreError, check_protocol
 from trainer.contract import (
     AuditConfig,
     CheckpointConfig,
@@ -55,7 +56,8 @@ class RunSection(_Section):
     name: str = Field(description="Names the run in Ray, in shared memory and in metrics: a-z, 0-9 and -.")
     url: str = Field(
         default="",
-        description="Run directory: any fsspec URL; shared by all nodes. Empty: runs/<name> in the current folder.",
+        description="Run directory: any fsspec URL; shared by all nodes. Empty: runs/<name> in the current folder. "
+        "``single-writer::`` before it waives exclusive creation (docs/checkpoints.md, Stores).",
     )
     steps: int = Field(default=1000, ge=1, description="Training steps; the learning rate ends its cosine here.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Of the weights and of the order of samples.")
@@ -296,7 +298,9 @@ def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     """Agents and workers have other current folders. `~` stays each node's own, but in run.url, which all share."""
 
     def absolute(path: str) -> str:
-        return path if not path or "://" in path or path.startswith("~") else str(Path(path).absolute())
+        return (
+            path if not path or "://" in path or path.startswith(("~", SINGLE_WRITER)) else str(Path(path).absolute())
+        )
 
     run, data, cluster = spec.run, spec.data, spec.cluster
     url = run.url or str(Path("runs", run.name))
@@ -455,9 +459,10 @@ def _problems(spec: JobSpec) -> list[str]:
             f"recovery.node_silence_s = {spec.recovery.node_silence_s:g}: must be at least {least_s:g} with {nodes} "
             f"nodes; they notice after {PATIENCE_S:g} s that one through which they report is silent"
         )
-    protocol = fsspec.core.split_protocol(spec.run.url)[0] or "file"
-    if protocol not in fsspec.available_protocols():
-        problems.append(f"run.url = {spec.run.url!r}: no file system for {protocol}://; use a path, s3:// or the like")
+    try:
+        check_protocol(spec.run.url)
+    except StoreError as e:
+        problems.append(f"run.url = {spec.run.url!r}: {e}")
     return problems
 
 

@@ -34,6 +34,19 @@ CREATE_TRIES = 5
 CREATE_RETRY_S = 0.1
 
 
+SINGLE_WRITER = "single-writer::"
+"""Before a URL whose store cannot create a record exclusively: its user vouches for one controller at a time.
+
+Records are then created by looking first. The store still has to show what was written to whoever reads it next.
+"""
+
+
+_OR_ALONE = (
+    f"; or, if never more than one controller writes there, put {SINGLE_WRITER} before the URL "
+    "(docs/checkpoints.md, Stores)"
+)
+
+
 class StoreError(RuntimeError):
     """A URL cannot serve as a run directory, or a store did not answer in the allowed number of tries."""
 
@@ -46,6 +59,8 @@ class Store:
     fs: fsspec.AbstractFileSystem
     root: str
     local: bool
+    single_writer: bool = False
+    """Whether records are created by looking first: see SINGLE_WRITER."""
 
     def path(self, name: str) -> str:
         """The file system's path of `name`, which is relative to the URL.
@@ -61,8 +76,19 @@ class Store:
 
 def locate(url: str) -> Store:
     """The store behind `url` (any fsspec URL, or a plain local path), with listing caches off."""
-    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return Store(url=url, fs=fs, root=root, local=isinstance(fs, LocalFileSystem))
+    bare = url.removeprefix(SINGLE_WRITER)
+    fs, root = fsspec.core.url_to_fs(bare, use_listings_cache=False)
+    return Store(url=url, fs=fs, root=root, local=isinstance(fs, LocalFileSystem), single_writer=bare != url)
+
+
+def check_protocol(url: str) -> None:
+    """Raises StoreError when there is no file system for a URL."""
+    bare = url.removeprefix(SINGLE_WRITER)
+    protocol = fsspec.core.split_protocol(bare)[0] or "file"
+    if protocol not in fsspec.available_protocols():
+        raise StoreError(f"no file system for {protocol}://; use a path, s3:// or the like")
+    if bare != url and "://" not in bare:
+        raise StoreError(f"{SINGLE_WRITER} stands before a URL, such as {SINGLE_WRITER}file:///mnt/run")
 
 
 def write_exclusive(url: str, name: str, data: bytes) -> bool:
@@ -81,14 +107,17 @@ def write_exclusive(url: str, name: str, data: bytes) -> bool:
     store = locate(url)
     path = store.path(name)
     if store.local:
-        return _create_local(path, data)
+        return _create_local(path, data, store.single_writer)
     failure: Exception | None = None
     for attempt in range(CREATE_TRIES):
         if attempt:
             time.sleep(CREATE_RETRY_S * 2 ** (attempt - 1))
         try:
-            store.fs.pipe_file(path, data, mode="create")
-            return True
+            if not store.single_writer:
+                store.fs.pipe_file(path, data, mode="create")
+                return True
+            if not store.fs.exists(path):
+                store.fs.pipe_file(path, data)
         except (TypeError, NotImplementedError, PermissionError) as e:
             raise StoreError(f"{store.url}: cannot create {name}: {e!r}") from e
         except Exception as e:  # "exists" has no common type: on Ceph RGW it is OSError(22) with a 412 as its cause
@@ -102,7 +131,7 @@ def write_exclusive(url: str, name: str, data: bytes) -> bool:
     raise StoreError(f"{store.url}: cannot create {name} in {CREATE_TRIES} tries: {failure!r}") from failure
 
 
-def _create_local(path: str, data: bytes) -> bool:
+def _create_local(path: str, data: bytes, single_writer: bool) -> bool:
     # link() is both exclusive and complete; open("x") is exclusive, but a reader can see half of the content.
     folder, base = os.path.split(path)
     make_folder(folder)
@@ -113,7 +142,12 @@ def _create_local(path: str, data: bytes) -> bool:
             f.flush()
             os.fsync(f.fileno())
         try:
-            os.link(temporary, path)
+            if not single_writer:
+                os.link(temporary, path)
+            elif os.path.exists(path):
+                raise FileExistsError(path)
+            else:
+                os.rename(temporary, path)  # for file systems without links
         except FileExistsError:
             with open(path, "rb") as f:
                 return f.read() == data
@@ -187,7 +221,8 @@ def upload(store: Store, local_path: str, name: str) -> None:
 
 
 def probe(url: str) -> None:
-    """Check that `url` can be a run directory: writable, readable, and honouring exclusive creation.
+    """Check that `url` can be a run directory: writable, readable, and honouring exclusive creation (but where
+    SINGLE_WRITER waives that, for writers at the same time).
 
     Raises:
         StoreError: it cannot; the message names the URL and what to do.
@@ -195,7 +230,7 @@ def probe(url: str) -> None:
     name = f".probe-{secrets.token_hex(8)}"
     try:
         store = locate(url)
-        if not store.local and _checks_then_writes(store.fs):
+        if not store.local and not store.single_writer and _checks_then_writes(store.fs):
             raise StoreError(f"{type(store.fs).__name__} cannot create a file exclusively")
         first, second = secrets.token_bytes(16), secrets.token_bytes(16)
         try:
@@ -208,11 +243,13 @@ def probe(url: str) -> None:
         raise StoreError(
             f"run.url {url!r} cannot hold a run: {e}. Fix: give run.url a folder or bucket that exists and that this "
             "user can write, on a file system with hard links or a store with conditional writes (S3, GCS, Azure)"
+            f"{_OR_ALONE}"
         ) from e
     if not made or made_again or content != first:
         raise StoreError(
             f"run.url {url!r} does not honour exclusive creation: the same record was created twice. Two controllers "
             "could both commit. Fix: use a store with conditional writes (If-None-Match), or a local or NFS path"
+            f"{_OR_ALONE}"
         )
 
 

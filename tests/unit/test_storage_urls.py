@@ -17,7 +17,7 @@ from parallel_pool import CONTEXT
 from storage import urls
 from storage.commits import CommitConflict, create_commit, list_commits, read_commit
 from storage.manifest import Commit, ManifestError, commit_name
-from storage.urls import StoreError, list_names, locate, probe, read_bytes, remove, write_exclusive
+from storage.urls import SINGLE_WRITER, StoreError, list_names, locate, probe, read_bytes, remove, write_exclusive
 
 
 def make_commit(step: int = 3, epoch: int = 1) -> Commit:
@@ -112,6 +112,36 @@ def test_probe_refuses_a_file_system_that_checks_and_then_writes(monkeypatch, fa
     monkeypatch.setattr(Store, "pipe_file", fsspec.AbstractFileSystem.pipe_file)
     with pytest.raises(StoreError, match="cannot create a file exclusively"):
         probe(faulty(""))
+
+
+def test_a_store_that_lets_two_writers_win_serves_one_writer_who_asks_for_it(faulty):
+    url = SINGLE_WRITER + faulty("ignores-create")
+    probe(url)
+    assert write_exclusive(url, "epochs/1", b"mine")
+    assert write_exclusive(url, "epochs/1", b"mine")
+    assert not write_exclusive(url, "epochs/1", b"yours")
+    assert read_bytes(url, "epochs/1") == b"mine"
+    assert list_names(url, "epochs") == ["1"]
+
+
+def test_a_file_system_without_links_serves_one_writer_who_asks_for_it(tmp_path, monkeypatch):
+    def no_links(*args, **kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(urls.os, "link", no_links)
+    with pytest.raises(StoreError, match="put single-writer:: before the URL"):
+        probe(str(tmp_path))
+    url = f"{SINGLE_WRITER}file://{tmp_path}/run"
+    probe(url)
+    assert write_exclusive(url, "epochs/1", b"mine")
+    assert read_bytes(url, "epochs/1") == b"mine"
+    assert list_names(url, "epochs") == ["1"]
+
+
+@pytest.mark.parametrize("url", ["nosuch://x", f"{SINGLE_WRITER}nosuch://x", f"{SINGLE_WRITER}/mnt/run"])
+def test_what_no_file_system_serves_is_refused(url):
+    with pytest.raises(StoreError, match=r"no file system for nosuch://|stands before a URL"):
+        urls.check_protocol(url)
 
 
 def test_probe_names_an_unwritable_url():
