@@ -185,7 +185,7 @@ def verify(url: str, commit: Commit, progress: Callable[[int], None] = lambda n_
 
 def _check_data(store: Store, index: Index, progress: Callable[[int], None]) -> list[str]:
     """One pass over a data file: its damaged blocks, and padding that is not zero."""
-    copy, problems = Copy(index, StoreSource(store)), []
+    copy, problems = Copy(index, StoreSource(store)), list[str]()
     buffer = direct.memory(READ_BLOCKS * index.block_bytes + ALIGN_BYTES)
     for chunk in sorted(index.chunks, key=lambda chunk: chunk.file_offset):
         for begin in range(0, len(chunk.blocks), READ_BLOCKS):
