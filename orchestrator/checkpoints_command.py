@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,8 @@ from storage.redact import redacted
 from storage.urls import Store, StoreError, list_folders, locate
 
 _FOLDER = re.compile(r"step-(\d{8,})-e\d+-g\d+")
+_WRITTEN = ("LastModified", "mtime", "created")
+"""Where file systems' listings tell when a file was written; a local one's `created` is another time."""
 
 
 class CheckpointsError(RuntimeError):
@@ -178,7 +181,7 @@ def _leftovers(url: str, store: Store, named: set[str], unreadable: set[int]) ->
         # A record that cannot be read may name the folder: people want to look at both.
         if match and folder not in named and int(match.group(1)) not in unreadable:
             files = store.fs.find(store.path(folder), detail=True)
-            ages = [age for path in files if (age := _age_s(store, path)) is not None]
+            ages = [age for path, entry in files.items() if (age := _age_s(store, path, entry)) is not None]
             yield Leftover(
                 folder=folder,
                 step=int(match.group(1)),
@@ -187,9 +190,14 @@ def _leftovers(url: str, store: Store, named: set[str], unreadable: set[int]) ->
             )
 
 
-def _age_s(store: Store, path: str) -> float | None:
+def _age_s(store: Store, path: str, entry: Mapping[str, Any] | None = None) -> float | None:
+    """Since a file was written: as its entry in a listing tells, so that no request for each file is needed."""
+    told = (entry[key] for key in _WRITTEN if isinstance(entry.get(key), (datetime, int, float))) if entry else ()
     try:
-        return max(0.0, time.time() - float(store.fs.modified(path).timestamp()))
+        written = next(iter(told), None)
+        if written is None:
+            written = store.fs.modified(path)
+        return max(0.0, time.time() - (written.timestamp() if isinstance(written, datetime) else float(written)))
     except Exception:  # not every store knows, and each says so in its own way
         return None
 

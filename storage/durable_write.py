@@ -65,7 +65,9 @@ class SavePlanner(DefaultSavePlanner):
             digests = in_threads(lambda item: block_digests(self.content(item)), plan.items, direct.THREADS)
             self.digests = {item.index: own for item, own in zip(plan.items, digests, strict=True)}
             self._check()
-            return dataclasses.replace(plan, planner_data=self.digests)
+            # To the coordinator goes one digest an item: those of its blocks, of all ranks, would take it gigabytes.
+            wholes = {index: xxhash.xxh3_128_hexdigest("".join(own).encode()) for index, own in self.digests.items()}
+            return dataclasses.replace(plan, planner_data=wholes)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         _check_replicas(all_plans)
@@ -95,7 +97,7 @@ def described(item: WriteItem) -> TensorWriteData:
 def _check_replicas(plans: list[SavePlan]) -> None:
     """Check that ranks which hold the same box of a tensor hold the same content, before DCP keeps one of them."""
     kinds: dict[str, tuple[int, Any, Any]] = {}
-    seen: dict[MetadataIndex, tuple[int, Any, tuple[str, ...]]] = {}
+    seen: dict[MetadataIndex, tuple[int, Any, str]] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
             tensor, fqn = described(item), item.index.fqn

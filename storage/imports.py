@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from storage.blocks import block_digests
-from storage.commits import create_commit, list_commits
+from storage.commits import CommitConflict, create_commit, list_commits
 from storage.export import DIGESTS, Progress, cast, raw_bytes
 from storage.hugging_face import (
     CONFIG_FILE,
@@ -37,7 +37,16 @@ from storage.hugging_face import (
     read_header,
 )
 from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index
-from storage.manifest import DATA_DIR, IMPORT_EPOCH, Commit, RankPart, data_name, generation_dir, index_name
+from storage.manifest import (
+    DATA_DIR,
+    IMPORT_EPOCH,
+    Commit,
+    RankPart,
+    commit_name,
+    data_name,
+    generation_dir,
+    index_name,
+)
 from storage.redact import redacted
 from storage.urls import Store, StoreError, list_folders, locate, make_folder, remove, sync_folder, upload
 from storage.windows import WINDOW_BYTES
@@ -86,6 +95,7 @@ def import_model(source: Source, url: str, step: int, run: str, progress: Progre
     Raises:
         FormatError: a file is not what its digest in the index says, or is cut off.
         StoreError: there are checkpoints under `url` already.
+        CommitConflict: another writer was faster; what both have written stays.
     """
     check_unused(url)
     try:
@@ -100,8 +110,11 @@ def import_model(source: Source, url: str, step: int, run: str, progress: Progre
             versions={"imported": redacted(source.store.url)},
         )
         create_commit(url, commit)
+    except CommitConflict:
+        raise  # the record is somebody else's, and may name these files
     except BaseException:
         with contextlib.suppress(Exception):
+            remove(url, commit_name(step))  # first, so that no reader finds half of it; there was none before
             remove(url, generation_dir(step, IMPORT_EPOCH, GENERATION))
         raise
     return commit

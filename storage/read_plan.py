@@ -163,18 +163,22 @@ def plan_reads(
     """
     reads: list[list[Segment]] = [[] for _ in wants]
     load = [0] * len(wants)
-    sent: list[tuple[int, int, Segment]] = []
+    sent: list[tuple[Segment, list[tuple[int, int]]]] = []
+    wanted = [wants_by_chunk(own) for own in wants]
+    kinds = _kinds(wanted)
     # Those that fewest ranks want leave least choice.
-    for segment, wanters, told in sorted(_segments(places, wants, reach), key=lambda entry: len(entry[1])):
+    segments = _segments(places, _wanters(places, wanted, kinds), reach)
+    for segment, wanters, told in sorted(segments, key=lambda entry: len(entry[1])):
         readers = [rank for rank in wanters if told.get(rank) in (Distance.MEMORY, Distance.DISK)]
-        far = [rank for rank in wanters if rank not in readers]
+        far = [rank for rank in wanters if told.get(rank) not in (Distance.MEMORY, Distance.DISK)]
         if not readers:
             readers = [_reader(wanters, told, load)]
         for rank in readers:
             reads[rank].append(segment)
             load[rank] += segment.n_bytes
-        sent += [(readers[i % len(readers)], rank, segment) for i, rank in enumerate(far) if rank not in readers]
-    transfers = _rounds(places, wants, sent)
+        pairs = [(readers[i % len(readers)], rank) for i, rank in enumerate(far)]
+        sent.append((segment, [(sender, receiver) for sender, receiver in pairs if sender != receiver]))
+    transfers = _rounds(places, wanted, kinds, sent)
     return [
         Orders(tuple(sorted(reads[rank], key=lambda s: _position(places, s))), tuple(transfers[rank]))
         for rank in range(len(wants))
@@ -202,10 +206,11 @@ def _reader(wanters: Sequence[int], told: Mapping[int, Distance | None], load: S
 
 
 def _segments(
-    places: Sequence[Place], wants: Sequence[Sequence[Want]], reach: Sequence[Mapping[int, Distance | None]]
+    places: Sequence[Place],
+    wanters: Mapping[int, Sequence[tuple[int, ...]]],
+    reach: Sequence[Mapping[int, Distance | None]],
 ) -> list[tuple[Segment, tuple[int, ...], dict[int, Distance | None]]]:
     """All that is wanted, cut into segments: with the ranks that want each, and what was told of its reach by rank."""
-    wanters = _wanters(places, wants)
     told: dict[int, dict[int, Distance | None]] = defaultdict(dict)
     for rank, own in enumerate(reach):
         for number, distance in own.items():
@@ -232,18 +237,43 @@ def _segment(places: Sequence[Place], spans: list[Span]) -> Segment:
     return Segment(tuple(spans), -(-(spans[-1].at + end - begin) // ALIGN_BYTES) * ALIGN_BYTES)
 
 
-def _wanters(places: Sequence[Place], wants: Sequence[Sequence[Want]]) -> dict[int, list[list[int]]]:
+def _kinds(wanted: Sequence[Mapping[int, Sequence[Want]]]) -> list[dict[int, int]]:
+    """By rank and chunk, a number for all that the rank wants of it: replicas have the same, and share what it costs.
+
+    Not for a rank as a whole: some chunks, as those of its random state, no other rank wants.
+    """
+    numbers: dict[tuple[Want, ...], int] = {}
+    return [
+        {chunk: numbers.setdefault(tuple(wants), len(numbers)) for chunk, wants in by_chunk.items()}
+        for by_chunk in wanted
+    ]
+
+
+def _wanters(
+    places: Sequence[Place], wanted: Sequence[Mapping[int, Sequence[Want]]], kinds: Sequence[Mapping[int, int]]
+) -> dict[int, list[tuple[int, ...]]]:
     """By chunk and block, the ranks that want some of it, ascending."""
-    wanters: dict[int, list[list[int]]] = {}
-    for rank, own in enumerate(wants):
-        for want in own:
-            place = places[want.chunk]
-            blocks = wanters.setdefault(want.chunk, [[] for _ in place.chunk.blocks])
+    alike: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, own in enumerate(kinds):
+        for chunk, kind in own.items():
+            alike[chunk][kind].append(rank)
+    return {
+        chunk: _ranks_by_block(places[chunk], [(wanted[ranks[0]][chunk], ranks) for ranks in by_kind.values()])
+        for chunk, by_kind in alike.items()
+    }
+
+
+def _ranks_by_block(place: Place, alike: Sequence[tuple[Sequence[Want], Sequence[int]]]) -> list[tuple[int, ...]]:
+    """For each block of a chunk the ranks that want some of it, from different wants of it and the ranks with each."""
+    blocks: list[list[int]] = [[] for _ in place.chunk.blocks]
+    for number, (wants, _) in enumerate(alike):
+        for want in wants:
             for first, last in _blocks_of(place, want.box):
                 for block in range(first, last):
-                    if rank not in blocks[block][-1:]:
-                        blocks[block].append(rank)
-    return wanters
+                    if number not in blocks[block][-1:]:
+                        blocks[block].append(number)
+    ranks = {numbers: tuple(sorted(r for n in numbers for r in alike[n][1])) for numbers in set(map(tuple, blocks))}
+    return [ranks[tuple(numbers)] for numbers in blocks]
 
 
 def _blocks_of(place: Place, box: Box) -> Iterator[tuple[int, int]]:
@@ -269,36 +299,55 @@ def _extents(
         yield from _extents(place, sizes[1:], offsets[1:], lengths[1:], base + row * strides[0])
 
 
-def _runs(blocks: list[list[int]]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+def _runs(blocks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Runs [begin, end) of wanted blocks with one set of ranks, none longer than a segment."""
     begin = 0
     for end in range(1, len(blocks) + 1):
         if end == len(blocks) or blocks[end] != blocks[begin] or end - begin == SEGMENT_BLOCKS:
             if blocks[begin]:
-                yield begin, end, tuple(blocks[begin])
+                yield begin, end, blocks[begin]
             begin = end
 
 
 def _rounds(
-    places: Sequence[Place], wants: Sequence[Sequence[Want]], sent: Sequence[tuple[int, int, Segment]]
+    places: Sequence[Place],
+    wanted: Sequence[Mapping[int, Sequence[Want]]],
+    kinds: Sequence[Mapping[int, int]],
+    sent: Sequence[tuple[Segment, Sequence[tuple[int, int]]]],
 ) -> list[list[Transfer]]:
-    """What each rank sends and receives, in rounds in which no rank has more than ROUND_BYTES either way."""
-    wanted = [wants_by_chunk(own) for own in wants]
-    # By rank and direction: the last round that it has a part in so far, and its bytes in that.
-    last: dict[tuple[int, bool], tuple[int, int]] = defaultdict(lambda: (0, 0))
-    transfers: list[list[Transfer]] = [[] for _ in wants]
-    for sender, receiver, segment in sent:
-        needs = wants_of(wanted[receiver], segment)
-        n_bytes = sum(carried_bytes(places[span.chunk], box) for span, _, box in pieces_of(places, segment, needs))
-        assert 0 < n_bytes <= ROUND_BYTES, (n_bytes, segment)
-        sides = ((sender, True), (receiver, False))
-        number = max(
-            round_ if n_bytes + held <= ROUND_BYTES else round_ + 1 for round_, held in (last[side] for side in sides)
-        )
-        for side in sides:
-            round_, held = last[side]
-            last[side] = (number, n_bytes + (held if round_ == number else 0))
-        transfer = Transfer(number, sender, receiver, segment, needs, n_bytes)
-        transfers[sender].append(transfer)
-        transfers[receiver].append(transfer)
+    """What each rank sends and receives, in rounds in which no rank has more than ROUND_BYTES either way.
+
+    `sent` pairs each segment with senders and receivers.
+    """
+    # By rank: the last round in which it sends, or receives, so far, and its bytes in that.
+    sends, receives = ([(0, 0)] * len(wanted) for _ in range(2))
+    transfers: list[list[Transfer]] = [[] for _ in wanted]
+    for segment, pairs in sent:
+        chunks = list(dict.fromkeys(span.chunk for span in segment.spans))
+        known: dict[tuple[int | None, ...], tuple[tuple[Want, ...], int]] = {}
+        for sender, receiver in pairs:
+            kind = tuple(map(kinds[receiver].get, chunks))
+            if kind not in known:
+                needs = wants_of(wanted[receiver], segment)
+                known[kind] = needs, _carried_of(places, segment, needs)
+            needs, n_bytes = known[kind]
+            number = max(_fitting(sends[sender], n_bytes), _fitting(receives[receiver], n_bytes))
+            for last, rank in ((sends, sender), (receives, receiver)):
+                round_, held = last[rank]
+                last[rank] = (number, n_bytes + (held if round_ == number else 0))
+            transfer = Transfer(number, sender, receiver, segment, needs, n_bytes)
+            transfers[sender].append(transfer)
+            transfers[receiver].append(transfer)
     return [sorted(own, key=lambda t: (t.round, t.sender, t.receiver)) for own in transfers]
+
+
+def _fitting(last: tuple[int, int], n_bytes: int) -> int:
+    """The first round in which so many more bytes fit, after a last round with its bytes."""
+    return last[0] if last[1] + n_bytes <= ROUND_BYTES else last[0] + 1
+
+
+def _carried_of(places: Sequence[Place], segment: Segment, wants: Sequence[Want]) -> int:
+    """The bytes of a transfer."""
+    n_bytes = sum(carried_bytes(places[span.chunk], box) for span, _, box in pieces_of(places, segment, wants))
+    assert 0 < n_bytes <= ROUND_BYTES, (n_bytes, segment)
+    return n_bytes

@@ -38,7 +38,7 @@ from storage import pins, statements
 from storage.commits import list_commits, read_commit
 from storage.manifest import DATA_DIR, commit_name, generation_dir
 from storage.statements import Statement
-from storage.urls import list_folders, write_exclusive
+from storage.urls import list_folders, locate, write_exclusive
 from storage.windows import open_checkpoint
 
 FIELDS = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "preset"}
@@ -160,11 +160,16 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("store", ["memory", "s3"])
-def test_stores_are_listed_verified_and_cleaned_up_like_folders(store, request, tmp_path):
+def test_stores_are_listed_verified_and_cleaned_up_like_folders(store, request, tmp_path, monkeypatch):
     url = f"memory://{tmp_path.name}" if store == "memory" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
     save(url, make_state(10))
     save(url, make_state(20, seed=2), 2, committed=False)
+    asked: list[str] = []
+    fs = type(locate(url).fs)
+    actual = fs.modified
+    monkeypatch.setattr(fs, "modified", lambda self, path: asked.append(path) or actual(self, path))
     found = document("ls", url)
+    assert not [path for path in asked if DATA_DIR in path], "a listing tells the age of its files"
     assert [(row["step"], row["age_s"] < 3600) for row in found["checkpoints"]] == [(10, True)]
     assert [(left["folder"], left["age_s"] < 3600) for left in found["leftovers"]] == [(generation_dir(20, 1, 2), True)]
     assert found["leftovers"][0]["n_bytes"] > found["checkpoints"][0]["n_bytes"] > 1_000_000

@@ -26,12 +26,12 @@ from orchestrator.core.actions import OpenGeneration
 from orchestrator.core.events import Layout
 from orchestrator.core.supervisor import Supervisor
 from storage import blocks, export, imports, windows
-from storage.commits import list_commits, read_commit, verify
+from storage.commits import CommitConflict, create_commit, list_commits, read_commit, verify
 from storage.durable import load
 from storage.export import cast
 from storage.hugging_face import FormatError, LlamaShape, make_header, read_config, read_header
-from storage.manifest import ManifestError, StateMismatch
-from storage.urls import StoreError, locate
+from storage.manifest import ManifestError, StateMismatch, commit_name
+from storage.urls import StoreError, locate, remove
 from storage.windows import open_checkpoint
 from trainer.contract import ModelConfig, OptimizerConfig
 from trainer.llama import Llama
@@ -335,6 +335,48 @@ def test_a_file_that_changed_since_its_export_is_not_imported(home):
         imports.import_model(source, f"{home}/new", 0, "import")
     assert names(f"{home}/new") == []
     assert list_commits(f"{home}/new") == []
+
+
+@pytest.mark.parametrize("home", ["disk", "memory"], indirect=True)
+def test_an_import_that_is_interrupted_once_its_record_is_there_leaves_nothing(home, monkeypatch):
+    save(f"{home}/run", make_state(7))
+    exported(f"{home}/run", f"{home}/out")
+    source = imports.open_source(f"{home}/out")
+    removed: list[str] = []
+
+    def interrupted(url: str, commit: Any) -> None:
+        assert create_commit(url, commit)
+        raise KeyboardInterrupt
+
+    def noted(url: str, name: str) -> None:
+        removed.append(name)
+        remove(url, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, "create_commit", interrupted)
+        patch.setattr(imports, "remove", noted)
+        with pytest.raises(KeyboardInterrupt):
+            imports.import_model(source, f"{home}/new", 3, "import")
+    assert removed[0] == commit_name(3), "a record without data is a checkpoint that cannot be read"
+    assert names(f"{home}/new") == []
+    commit = imports.import_model(source, f"{home}/new", 3, "import")
+    assert verify(f"{home}/new", commit) == []
+
+
+def test_an_import_that_another_overtakes_takes_nothing_from_it(tmp_path, monkeypatch):
+    save(f"{tmp_path}/run", make_state(7))
+    exported(f"{tmp_path}/run", f"{tmp_path}/out")
+    url = f"{tmp_path}/new"
+
+    def overtaken(url: str, commit: Any) -> None:
+        assert create_commit(url, replace(commit, run="another"))
+        create_commit(url, commit)
+
+    monkeypatch.setattr(imports, "create_commit", overtaken)
+    with pytest.raises(CommitConflict):
+        imports.import_model(imports.open_source(f"{tmp_path}/out"), url, 0, "import")
+    commit = read_commit(url, 0)
+    assert commit.run == "another" and verify(url, commit) == []
 
 
 def test_an_export_that_fails_leaves_nothing(home):

@@ -14,12 +14,11 @@ import torch.distributed as dist
 from parallel_pool import CONTEXT, run_ranks
 from test_storage_ranks import check_against, ran, sharded_state, tmp_path_for
 
+from storage import restore
 from storage.peer import PeerServer
 from storage.ram import HEADER_BYTES, ram_copy, snapshot_path
 from storage.snapshots import RamTier
 from storage.transfer import PeerSource
-
-restore = pytest.importorskip("storage.restore")
 
 RANKS, STEP, TOKEN = 4, 12, "a-token"
 Mesh = tuple[int, int, int]

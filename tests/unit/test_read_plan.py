@@ -113,15 +113,20 @@ def test_what_lies_on_a_ranks_own_node_is_neither_sent_nor_read_from_afar(plan):
                 assert held not in (Distance.MEMORY, Distance.DISK)
 
 
-def test_replicas_share_the_reading_and_rounds_are_bounded():
-    rows, n_chunks, world = 4096, 24, 4  # 16 MiB each
-    places = []
-    for n in range(n_chunks):
-        chunk = Chunk(
+def large(n_chunks: int, rows: int) -> list[Place]:
+    """Chunks of rows of 4 KiB, in blocks of 1 MiB."""
+    return [
+        Place(0, Chunk(
             fqn=f"{n:02}", shape=(rows, 1024), dtype="float32", offsets=(0, 0), sizes=(rows, 1024),
             file_offset=n * rows * 4096, n_bytes=rows * 4096, blocks=("",) * (rows * 4096 >> 20),
-        )  # fmt: skip
-        places.append(Place(0, chunk, 1 << 20))
+        ), 1 << 20)
+        for n in range(n_chunks)
+    ]  # fmt: skip
+
+
+def test_replicas_share_the_reading_and_rounds_are_bounded():
+    rows, n_chunks, world = 4096, 24, 4  # 16 MiB each
+    places = large(n_chunks, rows)
     wants = [[Want(n, n, ((0, 0), (rows, 1024))) for n in range(n_chunks)] for _ in range(world)]
     orders = plan_reads(places, wants, [{}] * world)
     loads = [sum(segment.n_bytes for segment in order.reads) for order in orders]
@@ -133,3 +138,30 @@ def test_replicas_share_the_reading_and_rounds_are_bounded():
             rounds[transfer.round, transfer.sender == rank] += transfer.n_bytes
         assert max(rounds.values()) <= ROUND_BYTES
         assert len({number for number, _ in rounds}) < n_chunks, "rounds carry several segments"
+
+
+def test_what_replicas_share_is_worked_out_once(monkeypatch):
+    calls: Counter = Counter()
+
+    def counted(name):
+        actual = getattr(read_plan, name)
+
+        def call(*args):
+            calls[name] += 1
+            return actual(*args)
+
+        monkeypatch.setattr(read_plan, name, call)
+
+    counted("pieces")
+    counted("_extents")
+    places, shared = large(7, 4096), 6
+    worked = []
+    for world in (2, 16):
+        calls.clear()
+        columns = [Want(n, n, ((0, 0), (4096, 1000))) for n in range(shared)]
+        # A chunk that one rank alone wants, as its random state, makes its list differ from the others.
+        wants = [columns + [Want(shared, shared, ((0, 0), (16, 16)))] * (rank == 0) for rank in range(world)]
+        orders = plan_reads(places, wants, [{}] * world)
+        assert sum(transfer.receiver == 1 for transfer in orders[1].transfers) + len(orders[1].reads) == shared
+        worked.append(dict(calls))
+    assert worked[0] == worked[1] and all(worked[0].values()), worked

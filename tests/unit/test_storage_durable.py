@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parallel_pool import run_ranks
 
-from storage import commits, durable
+from storage import commits, direct, durable
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, list_commits, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
@@ -200,6 +200,33 @@ def test_what_stands_between_tensors_is_looked_at_by_verify_alone(copy):
     target = blank(make_state())
     load(str(folder), commit, target)
     assert same(TrainState(5, target.tensors, {}), TrainState(5, make_state().tensors, {}))
+
+
+def test_the_last_page_of_a_file_is_looked_at_to_its_end(copy):
+    folder, commit = copy
+    path = folder / commit.parts[0].data
+    last = max(Index.from_json((folder / commit.parts[0].index).read_bytes()).chunks, key=lambda c: c.file_offset)
+    raw = path.read_bytes()
+    assert last.file_offset + last.n_bytes < len(raw)
+    for damaged in (raw[:-1] + b"\1", raw[:-1]):
+        path.write_bytes(damaged)
+        (problem,) = verify(str(folder), commit)
+        assert problem.startswith(f"{commit.parts[0].data}: bytes {last.file_offset + last.n_bytes} to {len(raw)} ")
+
+
+def test_verify_reads_whole_pages_into_pages_so_that_it_reads_the_disk(two_ranks, monkeypatch):
+    folder, commit = two_ranks
+    asked: list[tuple[int, int, int]] = []
+    actual = direct.read
+
+    def read(path: Path, start: int, into: memoryview) -> int:
+        asked.append((start, len(into), direct.address(into)))
+        return actual(path, start, into)
+
+    monkeypatch.setattr(direct, "read", read)
+    assert verify(str(folder), commit) == []
+    assert sum(length for _, length, _ in asked) == sum(part.data_bytes for part in commit.parts)
+    assert all(number % direct.PAGE_BYTES == 0 for numbers in asked for number in numbers)
 
 
 def test_swapped_data_files_are_found(copy):
