@@ -267,9 +267,7 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-        assert s.order is not None
-        whole = trust.restored(s, s.order, event.at)
-        return whole + self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
+        return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
         s = self.state

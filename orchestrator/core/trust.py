@@ -2,9 +2,10 @@
 
 `committed` -> `verified` -> `certified`. A checkpoint is verified when a node has read it back and every digest has
 matched; so soon after its commit, and again each `scrub_us`, one at a time, in quiet moments and slowly. A restore
-reads and checks all that it needs before a tensor changes, so one that succeeds verifies, too. That is why a restore
-takes the newest committed checkpoint, verified or not: less work is lost, and if it is damaged, nothing is but the
-time to find out, and an older one serves.
+checks all that it uses before a tensor changes. That is why it takes the newest committed checkpoint, verified or not:
+less work is lost, and if it is damaged, nothing is but the time to find out, and an older one serves. It does not
+verify: what a node still has in memory or on its disk comes from there, so that one that succeeds may have read nothing
+of the store.
 
 Who finds damage may be the one that reads badly. So a second node is asked before a checkpoint is called `damaged`.
 If that finds it whole, the first gets a strike. A recovery does not wait for it: what a restore has refused is
@@ -187,14 +188,6 @@ def _whole(state: State, step: int, at: int, by: str, detail: str) -> list[Actio
     checkpoint.trust = "verified" if checkpoint.certificate is None else "certified"
     checkpoint.by, checkpoint.why = by, detail
     return publish(state, step)
-
-
-def restored(state: State, opened: OpenGeneration, at: int) -> list[Action]:
-    """Every rank stands before its first step: all that they have read of a checkpoint was whole."""
-    checkpoint = state.checkpoints.get(opened.step)
-    if opened.source != "durable" or checkpoint is None or checkpoint.trust not in USABLE:
-        return []
-    return _whole(state, opened.step, at, f"the restore of generation {opened.generation}", "read by all ranks")
 
 
 def refuse(state: State, opened: OpenGeneration, node: str, error: str) -> list[Action]:

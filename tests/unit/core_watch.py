@@ -133,12 +133,6 @@ class Watch:
                 self._verifying = None
             case ev.RunDeclared():
                 self._verifying = None
-            case ev.GenerationReady() if event.generation > self._ready:
-                order = self._opened.get(event.generation)
-                durable = order is not None and order.source == "durable" and order.step == event.step
-                newest = event.generation == max(self._opened)
-                if durable and newest and self._job == "starting" and event.step in self.books.committed:
-                    self.books.find_whole(event.step)
 
     def _check_trust(self, supervisor: Supervisor) -> None:
         """What is thought of checkpoints follows from what was read, and not from one node's word alone."""
