@@ -401,7 +401,9 @@ class Supervisor:
         s = self.state
         if event.generation != s.generation or s.job != "starting":
             return []
-        return interruption.fault(s, recovery.seen(s, event.at, event.node, None, "start", event.error))
+        assert s.order is not None and event.kind in ("start", "state"), event
+        told = self._distrust(s.order, event.node, event.error) if event.kind == "state" else []
+        return told + interruption.fault(s, recovery.seen(s, event.at, event.node, None, event.kind, event.error))
 
     def _on_worker_hung(self, event: ev.WorkerHung) -> list[Action]:
         """Its agent has lost patience with it; the halt's SIGKILL ends also what is stopped."""
@@ -509,7 +511,7 @@ class Supervisor:
     # --- small parts ------------------------------------------------------------------------------------------------
 
     def _distrust(self, order: OpenGeneration, node: str, error: str) -> list[Action]:
-        """A worker refused the state that it was given: do not give it again."""
+        """State that was to be restored is damaged: do not give it again."""
         s = self.state
         if order.source == "durable":
             return trust.refuse(s, order, node, error)

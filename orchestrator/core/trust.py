@@ -29,6 +29,9 @@ REST_US = 3600 * 1_000_000
 """A store or a mesh that does not let it be read now may do so in an hour."""
 PATIENCE = 4
 """Times what reading takes at the ordered pace. A store that gives a fourth of it is busy with more urgent things."""
+SLOWEST_BYTES_PER_S = 25_000_000
+"""Who reads so fast is waited for, too: the pace bounds the reader, and what the store gives is another thing. It is a
+fifth of what eight streams from an object store give (storage/commits.py); 840 GB take nine hours."""
 
 
 def next_verification(state: State, at: int) -> list[Action]:
@@ -70,7 +73,8 @@ def _order(state: State, asked: Verification, at: int) -> list[Action]:
     """The order, with a deadline by the size of the checkpoint; where that is not known, by that of the largest."""
     limits, known = state.declared_limits, state.checkpoints
     n_bytes = known[asked.step].bytes or max(c.bytes for c in known.values())
-    patience_us = limits.start_deadline_us + PATIENCE * 1_000_000 * n_bytes // limits.verify_bytes_per_s
+    slowest = max(1, min(limits.verify_bytes_per_s // PATIENCE, SLOWEST_BYTES_PER_S))
+    patience_us = limits.start_deadline_us + 1_000_000 * n_bytes // slowest
     return [
         VerifyCheckpoint(
             number=asked.number,
@@ -120,8 +124,10 @@ def may_judge(state: State, name: str) -> bool:
 def answered(state: State, event: ev.CheckpointVerified) -> list[Action]:
     """A node has read the checkpoint that it was asked to read, or could not."""
     asked = state.verification
-    if asked is None or (asked.step, asked.generation, asked.node) != (event.step, event.generation, event.node):
+    if asked is None or asked.number != event.number:
         return []
+    told = (event.step, event.generation, event.node)
+    assert told == (asked.step, asked.generation, asked.node), (event, asked)
     state.verification = None
     checkpoint = _still_asked(state, asked)
     if checkpoint is None:

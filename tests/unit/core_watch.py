@@ -114,7 +114,7 @@ class Watch:
         asked = self._verifying
         match event:
             case ev.CheckpointVerified() if asked is not None:
-                if (asked.step, asked.generation, asked.node) != (event.step, event.generation, event.node):
+                if asked.number != event.number:
                     return
                 self._verifying = None
                 known = self.books.committed.get(event.step)
@@ -198,6 +198,9 @@ class Watch:
                         self.books.doubts[order.step] = (event.node, len(order.nodes) == 1)
                 elif order.source == "ram":
                     self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
+            case ev.GenerationFailed(kind="state") if event.generation == current and self._job == "starting":
+                order = self._opened[event.generation]
+                self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
             case ev.WorkerFailed(kind="corrupt" | "diverged" | "unclean") if event.generation == current:
                 self._learn_of_corruption(supervisor, event)
             case ev.WorkerFailed(kind="exception" | "memory" | "audit"):
