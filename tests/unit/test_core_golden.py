@@ -395,3 +395,9 @@ def test_what_is_being_restored_from_must_not_be_deleted(monkeypatch: pytest.Mon
     text = (GOLDEN / "retention_while_starting.trace").read_text()
     core_breakages.what_is_being_restored_from_is_deleted(monkeypatch)
     assert play(text) != text
+
+
+def test_a_conviction_that_asks_for_no_certificate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "rewind.trace").read_text()
+    core_breakages.a_conviction_asks_for_no_certificate(monkeypatch)
+    assert play(text) != text
