@@ -15,7 +15,14 @@ from storage.blocks import READ_BLOCKS, Copy, StoreSource, check_blocks
 from storage.index import ALIGN_BYTES, Index, check_tensors
 from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, ManifestError, RankPart, commit_name
 from storage.statements import forget
+from storage.threads import in_threads
 from storage.urls import Store, list_folders, list_names, locate, read_bytes, remove, write_exclusive
+
+VERIFY_STREAMS = 8
+"""Files of a store that are read at a time: a connection gives some 16 MB a second. Local files have threads of their
+own, see direct.py."""
+PROBLEMS_KEPT = 8
+"""Of one data file: a store that lost its content has as many as blocks."""
 
 log = logging.getLogger(__name__)
 
@@ -161,20 +168,28 @@ def check_whole(commit: Commit, indices: list[Index]) -> None:
 
 
 def verify(url: str, commit: Commit, progress: Callable[[int], None] = lambda n_bytes: None) -> list[str]:
-    """Read the whole checkpoint back; every problem found, each naming its file. Empty: all digests match.
+    """Read the whole checkpoint back; the problems found, each naming its file. Empty: all digests match.
 
-    `progress` is called with the bytes that were read since the call before.
+    Of each file the first PROBLEMS_KEPT are told, and how many more there are. `progress` is called before an index is
+    read and after blocks are, with the bytes since the call before, from several threads; what it raises ends the
+    reading.
+
+    Raises:
+        SourceError: the store cannot be read.
     """
     store = locate(url)
-    problems: list[str] = []
-    indices: list[Index] = []
-    for part in commit.parts:
+
+    def check(part: RankPart) -> tuple[Index | None, list[str]]:
+        progress(0)
         try:
-            indices.append(read_index(store, commit, part))
+            index = read_index(store, commit, part)
         except ManifestError as e:
-            problems.append(str(e))
-    for index in indices:
-        problems += _check_data(store, index, progress)
+            return None, [str(e)]
+        return index, _check_data(store, index, progress)
+
+    checked = in_threads(check, commit.parts, 1 if store.local else VERIFY_STREAMS)
+    problems = [problem for _, found in checked for problem in found]
+    indices = [index for index, _ in checked if index is not None]
     if len(indices) == len(commit.parts):
         try:
             check_tensors(chunk for index in indices for chunk in index.chunks)
@@ -187,6 +202,7 @@ def _check_data(store: Store, index: Index, progress: Callable[[int], None]) -> 
     """One pass over a data file: its damaged blocks, and padding that is not zero."""
     copy, problems = Copy(index, StoreSource(store)), list[str]()
     buffer = direct.memory(READ_BLOCKS * index.block_bytes + ALIGN_BYTES)
+    more = 0
     for chunk in sorted(index.chunks, key=lambda chunk: chunk.file_offset):
         for begin in range(0, len(chunk.blocks), READ_BLOCKS):
             last = min(begin + READ_BLOCKS, len(chunk.blocks))
@@ -200,7 +216,8 @@ def _check_data(store: Store, index: Index, progress: Callable[[int], None]) -> 
                 beside = f"bytes {start + n_bytes} to {start + whole}"
                 problems.append(f"{index.data}: {beside} belong to no tensor and are not zero")
             progress(n_bytes)
-    return problems
+        more, problems = more + len(problems[PROBLEMS_KEPT:]), problems[:PROBLEMS_KEPT]
+    return [*problems, f"{index.data}: and {more} more"] if more else problems
 
 
 def state_digest(url: str, commit: Commit) -> str:

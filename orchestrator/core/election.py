@@ -9,6 +9,7 @@ as runs of slots (`Held`), and what is asked of it costs a look at each node, no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -129,6 +130,8 @@ class _Sources:
 
     A node that is quarantined, or should be, is read from, too, since what it holds carries digests; but only where
     nobody else holds the same.
+
+    Replicas take turns: a node gives so many copies at once and no more, and a rack that is lost may want hundreds.
     """
 
     def __init__(self, state: State, writers: Layout, snapshot: Snapshot) -> None:
@@ -137,23 +140,31 @@ class _Sources:
         self._elsewhere: dict[int, list[str]] | None = None
         mesh = set(state.mesh)
         self._strays = [node for node in state.inventory if node not in mesh]
+        self._turns: dict[int, int] = {}
+        """Shard to the replica that is asked first for it the next time, if not for the first."""
 
     def best(self, shard: int, slot: int | None) -> tuple[int, str] | None:
-        """A slot and a node that holds the shard as this slot. `slot` comes first: others hold less of a rank's own.
-
-        First asked are the nodes that have these places, and those that have none; then all, once.
-        """
-        width = self._writers.slots_per_node
-        own = () if slot is None else (slot,)
+        """A slot and a node that holds the shard as this slot. `slot` comes first: others hold less of a rank's own."""
         of_shard = placement.slots_of_shard(self._writers, shard)
-        for copy in chain(own, of_shard):
+        turn = self._turns.get(shard, 0)
+        own = () if slot is None else (slot,)
+        found = self._first((own, of_shard[turn:], of_shard[:turn]))
+        if found is not None:
+            self._turns[shard] = (of_shard.index(found[0]) + 1) % len(of_shard)
+        return found
+
+    def _first(self, slots: tuple[Sequence[int], ...]) -> tuple[int, str] | None:
+        """The first of `slots` that somebody holds. First asked are the nodes that have these places, and those that
+        have none; then all, once."""
+        width = self._writers.slots_per_node
+        for copy in chain(*slots):
             at_home = self._state.mesh[copy // width : copy // width + 1]
             for node in (*at_home, *self._strays):
                 if self._has(node, copy) and not self._is_suspect(node):
                     return copy, node
         if self._elsewhere is None:
             self._elsewhere = self._everywhere()
-        found = [(copy, node) for copy in chain(own, of_shard) for node in self._elsewhere.get(copy, ())]
+        found = [(copy, node) for copy in chain(*slots) for node in self._elsewhere.get(copy, ())]
         return min(found, key=lambda pair: self._is_suspect(pair[1]), default=None)
 
     def missing_shards(self, layout: Layout, mesh: tuple[str, ...]) -> Missing:

@@ -284,8 +284,11 @@ class GenerationFailed:
     at: int
     generation: int
     node: str
-    """Who is to blame: it gets a strike. Empty when that is not known."""
+    """Where. With "start" it is to blame, and gets a strike. Empty when that is not known."""
     error: str
+    kind: str = "start"
+    """"start", or "state": of the state that was to be restored some part is whole nowhere. Then it is not offered
+    again, an older snapshot is, and nobody is to blame: whose copy was damaged, CopyDamaged says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +373,8 @@ class CheckpointVerified:
     """The answer to VerifyCheckpoint: `node` has read the checkpoint, or could not."""
 
     at: int
+    number: int
+    """Of the order: what an older one of the same checkpoint comes to is no answer to a newer one."""
     step: int
     generation: int
     """As it was ordered."""

@@ -267,9 +267,7 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-        assert s.order is not None
-        whole = trust.restored(s, s.order, event.at)
-        return whole + self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
+        return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
         s = self.state
@@ -403,7 +401,9 @@ class Supervisor:
         s = self.state
         if event.generation != s.generation or s.job != "starting":
             return []
-        return interruption.fault(s, recovery.seen(s, event.at, event.node, None, "start", event.error))
+        assert s.order is not None and event.kind in ("start", "state"), event
+        told = self._distrust(s.order, event.node, event.error) if event.kind == "state" else []
+        return told + interruption.fault(s, recovery.seen(s, event.at, event.node, None, event.kind, event.error))
 
     def _on_worker_hung(self, event: ev.WorkerHung) -> list[Action]:
         """Its agent has lost patience with it; the halt's SIGKILL ends also what is stopped."""
@@ -511,7 +511,7 @@ class Supervisor:
     # --- small parts ------------------------------------------------------------------------------------------------
 
     def _distrust(self, order: OpenGeneration, node: str, error: str) -> list[Action]:
-        """A worker refused the state that it was given: do not give it again."""
+        """State that was to be restored is damaged: do not give it again."""
         s = self.state
         if order.source == "durable":
             return trust.refuse(s, order, node, error)

@@ -79,8 +79,6 @@ class CheckpointLog:
                 self._not_deleted(state)
             case ev.CheckpointVerified():
                 self._read(event.step, event.at, state)
-            case ev.GenerationReady() if state.order is not None and state.order.source == "durable":
-                self._read(state.order.step, event.at, state)
             case ev.IntervalChosen():
                 self.intervals.append(event)
             case ev.CheckpointFailed() if failed:

@@ -158,6 +158,8 @@ class Body:
         """Steps of checkpoints that are to be deleted, and are not yet."""
         self._unsaid: dict[tuple[int, int], Statement] = {}
         """By step and generation: what is to be said of checkpoints under run.url, and is not yet."""
+        self._put_off: set[tuple[int, int]] = set()
+        """Those of them that have been tried since the last was added."""
         self._saying: asyncio.Task[Any] | None = None
         self._keepers: dict[int, str] = {}
         """Slot to the node that keeps copies of its snapshots, in the generation that was opened last."""
@@ -498,6 +500,7 @@ class Body:
         self._post(
             ev.CheckpointVerified(
                 at=0,
+                number=action.number,
                 step=action.step,
                 generation=action.generation,
                 node=action.node,
@@ -519,19 +522,23 @@ class Body:
             detail=action.detail,
             certificate=action.certificate,
         )
+        self._put_off.clear()
         if self._saying is None or self._saying.done():
             self._saying = self._spawn(self._say())
 
     async def _say(self) -> None:
-        """What cannot be written now is with the next."""
-        while self._unsaid:
-            key, statement = next(iter(self._unsaid.items()))
+        """What cannot be written now is with the next, and keeps nothing else from being written."""
+        while left := [key for key in self._unsaid if key not in self._put_off]:
+            key, statement = left[0], self._unsaid[left[0]]
+            self._put_off.add(key)
             try:
                 work = asyncio.to_thread(statements.write, self._spec.run.url, statement)
                 await asyncio.wait_for(work, PUBLISH_DEADLINE_S)
             except Exception as e:
                 logger.warning("%s is not published yet: %r", statement.name, e)
-                return
+                if isinstance(e, TimeoutError):  # the store stands still, and so would a thread for each
+                    return
+                continue
             if self._unsaid.get(key) is statement:
                 del self._unsaid[key]
 

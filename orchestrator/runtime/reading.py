@@ -18,7 +18,7 @@ from storage.manifest import ManifestError
 from storage.redact import redacted
 
 NICENESS = 10
-"""Of the thread that reads and hashes: training and its saves have the cores first."""
+"""Of the thread that reads and hashes, and of those that it starts: training and its saves have the cores first."""
 PROBLEMS_TOLD = 8
 """Of a checkpoint; one is enough to distrust it."""
 
@@ -39,10 +39,11 @@ class Reading:
 
 class Pace:
     """Called with the bytes that were just read, it waits until so many may have been. Time that was lost is not made
-    up for, so that it never reads faster than it may."""
+    up for, so that it never reads faster than it may: all the threads that call it together."""
 
     def __init__(self, bytes_per_s: int) -> None:
         self._bytes_per_s, self._free_at = bytes_per_s, 0.0
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._why = ""
 
@@ -52,9 +53,10 @@ class Pace:
         self._ended.set()
 
     def __call__(self, n_bytes: int) -> None:
-        now = time.monotonic()
-        self._free_at = max(self._free_at, now) + n_bytes / self._bytes_per_s
-        if self._ended.wait(self._free_at - now):
+        with self._lock:
+            now = time.monotonic()
+            mine = self._free_at = max(self._free_at, now) + n_bytes / self._bytes_per_s
+        if self._ended.wait(mine - now):
             raise Interrupted(self._why)
 
 

@@ -198,6 +198,7 @@ def read_back(sim: Simulation, order: ac.VerifyCheckpoint) -> None:
         bad = not unread and (order.step in sim.rotten or sim.happens(back.misread))
         answer = ev.CheckpointVerified(
             at=sim.now,
+            number=order.number,
             step=order.step,
             generation=order.generation,
             node=node.name,

@@ -166,6 +166,13 @@ class Body:
                     failed = ev.GenerationFailed(at=0, generation=order.generation, node=node.name, error=gone)
                     node.slots = dict.fromkeys(node.slots, False)
                     return self.send(node.name, failed)
+                if wanted in self.bad_snapshots and self.tape.below(2) == 0:  # else the worker finds it
+                    whole = f"{source.name} and nobody else has slot {transfer.slot} whole"
+                    failed = ev.GenerationFailed(
+                        at=0, generation=order.generation, node=node.name, error=whole, kind="state"
+                    )
+                    node.slots = dict.fromkeys(node.slots, False)
+                    return self.send(node.name, failed)
                 assert wanted in source.ram[transfer.from_slot], (wanted, transfer)
                 node.ram.setdefault(transfer.slot, []).append(wanted)
         refused = order.source == "durable" and order.step in self.bad_steps

@@ -21,7 +21,7 @@ class Books:
         self._ordered: dict[int, ac.CommitCheckpoint] = {}
         """Commits that were ordered and not answered."""
         self.read: set[int] = set()
-        """Steps that were found whole since they were committed: by a node that was asked, or by a restore."""
+        """Steps that were found whole since they were committed: by a node that was asked."""
         self._certificates: set[int] = set()
         """Steps whose checkpoint as it stands has a certificate."""
         self.doubts: dict[int, tuple[str, bool]] = {}

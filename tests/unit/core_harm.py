@@ -221,6 +221,7 @@ def read_back(body: Body, order: ac.VerifyCheckpoint) -> None:
         node.name,
         ev.CheckpointVerified(
             at=0,
+            number=order.number,
             step=order.step,
             generation=order.generation,
             node=node.name,

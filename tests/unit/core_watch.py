@@ -114,7 +114,7 @@ class Watch:
         asked = self._verifying
         match event:
             case ev.CheckpointVerified() if asked is not None:
-                if (asked.step, asked.generation, asked.node) != (event.step, event.generation, event.node):
+                if asked.number != event.number:
                     return
                 self._verifying = None
                 known = self.books.committed.get(event.step)
@@ -133,12 +133,6 @@ class Watch:
                 self._verifying = None
             case ev.RunDeclared():
                 self._verifying = None
-            case ev.GenerationReady() if event.generation > self._ready:
-                order = self._opened.get(event.generation)
-                durable = order is not None and order.source == "durable" and order.step == event.step
-                newest = event.generation == max(self._opened)
-                if durable and newest and self._job == "starting" and event.step in self.books.committed:
-                    self.books.find_whole(event.step)
 
     def _check_trust(self, supervisor: Supervisor) -> None:
         """What is thought of checkpoints follows from what was read, and not from one node's word alone."""
@@ -204,6 +198,9 @@ class Watch:
                         self.books.doubts[order.step] = (event.node, len(order.nodes) == 1)
                 elif order.source == "ram":
                     self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
+            case ev.GenerationFailed(kind="state") if event.generation == current and self._job == "starting":
+                order = self._opened[event.generation]
+                self._refused.add(Snapshot(generation=order.snapshot_generation, step=order.step))
             case ev.WorkerFailed(kind="corrupt" | "diverged" | "unclean") if event.generation == current:
                 self._learn_of_corruption(supervisor, event)
             case ev.WorkerFailed(kind="exception" | "memory" | "audit"):

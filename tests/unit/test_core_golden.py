@@ -145,12 +145,13 @@ def _steps(at: int, w: list[str]) -> ev.StepsDone:
 
 
 def _read(at: int, w: list[str]) -> ev.CheckpointVerified:
-    word, words = w[3], " ".join(w[4:])
+    word, words = w[4], " ".join(w[5:])
     return ev.CheckpointVerified(
         at=at,
-        step=int(w[0]),
-        generation=_g(w[1]),
-        node=w[2],
+        number=int(w[0]),
+        step=int(w[1]),
+        generation=_g(w[2]),
+        node=w[3],
         bytes=100,
         read_us=SECOND,
         problems=(words,) if word == "damaged" else (),
@@ -216,6 +217,10 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "hung": _hung,
     # refused gN NODE ERROR
     "refused": lambda at, w: ev.GenerationFailed(at=at, generation=_g(w[0]), node=w[1], error=" ".join(w[2:])),
+    # nowhere-whole gN NODE ERROR
+    "nowhere-whole": lambda at, w: ev.GenerationFailed(
+        at=at, generation=_g(w[0]), node=w[1], error=" ".join(w[2:]), kind="state"
+    ),
     # halted-alike gN NODE,... SNAPSHOTS
     "halted-alike": lambda at, w: ev.NodesHalted(
         at=at, generation=_g(w[0]), nodes=tuple(w[1].split(",")), snapshots=_snapshots([f"0:{w[2]}"])[0]
@@ -231,7 +236,7 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "committed": lambda at, w: ev.CheckpointCommitted(at=at, step=int(w[1]), epoch=1, generation=_g(w[0])),
     # unsaved STEP ERROR
     "unsaved": lambda at, w: ev.CheckpointFailed(at=at, step=int(w[0]), error=" ".join(w[1:])),
-    # read STEP gN NODE whole|damaged|not [WHY]
+    # read NUMBER STEP gN NODE whole|damaged|not [WHY]
     "read": _read,
     # certified STEP gN
     "certified": _certified,
@@ -389,4 +394,10 @@ def test_an_interval_that_outlives_the_document_it_was_chosen_for_is_seen(monkey
 def test_what_is_being_restored_from_must_not_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (GOLDEN / "retention_while_starting.trace").read_text()
     core_breakages.what_is_being_restored_from_is_deleted(monkeypatch)
+    assert play(text) != text
+
+
+def test_a_conviction_that_asks_for_no_certificate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "rewind.trace").read_text()
+    core_breakages.a_conviction_asks_for_no_certificate(monkeypatch)
     assert play(text) != text

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from core_watch import LIMITS
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import OpenGeneration
+from orchestrator.core.actions import OpenGeneration, SetTimer, VerifyCheckpoint
 from orchestrator.core.events import Layout, Snapshot
 from orchestrator.core.recovery import EVIDENCE_KEPT
 from orchestrator.core.supervisor import Supervisor
+from storage.peer import MAX_TRANSFERS
 
 
-def started(nodes: int, slots_per_node: int, spares: int) -> Supervisor:
+def started(
+    nodes: int, slots_per_node: int, spares: int, capabilities: tuple[str, ...] = ("ram", "peer")
+) -> Supervisor:
     """A run whose first generation trains, one second after its declaration; its nodes are n0, n1, ..."""
     core = Supervisor()
     mesh = Layout(
@@ -24,7 +29,7 @@ def started(nodes: int, slots_per_node: int, spares: int) -> Supervisor:
         spares=spares,
     )
     core.handle(
-        ev.RunDeclared(at=0, run="run", layout=mesh, limits=LIMITS, total_steps=1000, capabilities=("ram", "peer"))
+        ev.RunDeclared(at=0, run="run", layout=mesh, limits=LIMITS, total_steps=1000, capabilities=capabilities)
     )
     core.handle(ev.EpochBegan(at=0, epoch=1, version="test"))
     for number in range(nodes + spares):
@@ -125,6 +130,36 @@ def test_ten_thousand_broken_connections_do_not_hide_the_one_cause() -> None:
         core.handle(ev.NodeHalted(at=at + 20_000, node=f"n{number}", generation=1, snapshots=held))
     assert core.state.job == "starting" and core.state.incident is not None
     assert (core.state.incident.cause, core.state.incident.culprit) == ("signal", "n875")
+
+
+def test_the_copies_after_the_loss_of_a_rack_come_from_all_the_nodes_that_are_left() -> None:
+    """Twenty nodes, each with a whole replica; nine go at once, and nine spares want eight slots each."""
+    core = started(nodes=20, slots_per_node=8, spares=9)
+    core.handle(steps(11_000_000, generation=1, first=1, last=10))
+    for number in range(9):
+        core.handle(ev.NodeLost(at=12_000_000, node=f"n{number}", cause="no power"))
+    actions = []
+    for number in range(9, 20):
+        held = {slot: (Snapshot(generation=1, step=10),) for slot in range(8 * number, 8 * number + 8)}
+        actions = core.handle(ev.NodeHalted(at=13_000_000, node=f"n{number}", generation=1, snapshots=held))
+    (opened,) = (action for action in actions if isinstance(action, OpenGeneration))
+    assert (opened.source, opened.step, len(opened.transfers)) == ("ram", 10, 72)
+    assert {t.slot for t in opened.transfers} == set(range(72))
+    assert all(t.from_slot % 8 == t.slot % 8 for t in opened.transfers), "of another shard"
+    given = Counter(t.from_node for t in opened.transfers)
+    assert max(given.values()) == 8 and len(given) == 9 and sum(given.values()) > MAX_TRANSFERS
+
+
+def test_who_verifies_as_fast_as_a_slow_store_lets_it_is_waited_for() -> None:
+    """840 GB, at 25 MB a second, where 500 were ordered."""
+    core = started(nodes=1, slots_per_node=1, spares=0, capabilities=("verify",))
+    core.handle(steps(11_000_000, generation=1, first=1, last=10))
+    size = 840_000_000_000
+    core.handle(ev.CheckpointWritten(at=12_000_000, generation=1, step=10, bytes=size, write_us=1))
+    order, timer = core.handle(ev.CheckpointCommitted(at=13_000_000, step=10, epoch=1, generation=1))
+    assert isinstance(order, VerifyCheckpoint) and isinstance(timer, SetTimer)
+    assert order.bytes_per_s == 500_000_000
+    assert timer.at == 13_000_000 + LIMITS.start_deadline_us + size // 25
 
 
 def test_of_ten_thousand_findings_the_earliest_step_decides_what_is_restored() -> None:

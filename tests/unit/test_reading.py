@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +19,7 @@ from orchestrator.core import events as ev
 from orchestrator.core.actions import DeleteCheckpoint, PublishTrust, VerifyCheckpoint
 from orchestrator.runtime import reading
 from orchestrator.runtime.reading import Interrupted, Pace, Reader, Reading
-from storage import pins, statements
+from storage import commits, pins, statements
 from storage.commits import create_commit, list_commits, read_commit
 from storage.durable import write_part
 from storage.manifest import Commit, RankPart
@@ -150,6 +152,52 @@ def test_who_was_ended_does_not_go_on() -> None:
         pace(1)
 
 
+@pytest.mark.parametrize("url", ["local", "memory://read-at-once"])
+def test_a_reading_ends_between_the_indices_too(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small files are read before the first block of some checkpoints."""
+    url = str(tmp_path) if url == "local" else url
+    commit, pace, indices = save(url, 5), Pace(FAST), []
+    many = dataclasses.replace(commit, parts=commit.parts * 20)
+    read_index = commits.read_index
+
+    def read_then_end(*args: Any) -> Any:
+        indices.append(args)
+        pace.end("a generation starts")
+        return read_index(*args)
+
+    monkeypatch.setattr(commits, "read_index", read_then_end)
+    with pytest.raises(Interrupted, match="a generation starts"):
+        commits.verify(url, many, lambda n_bytes: pace(0) if not n_bytes else None)
+    assert len(indices) <= commits.VERIFY_STREAMS
+
+
+def test_a_store_is_read_with_several_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One alone is too slow for what a large checkpoint has."""
+    streams = commits.VERIFY_STREAMS
+    commit, together = save("memory://streams", 5), threading.Barrier(streams)
+    read_index = commits.read_index
+
+    def meet(*args: Any) -> Any:
+        together.wait(DEADLINE_S)
+        return read_index(*args)
+
+    monkeypatch.setattr(commits, "read_index", meet)
+    many = dataclasses.replace(commit, parts=commit.parts * streams)
+    (problem,) = commits.verify("memory://streams", many)  # raises when fewer come together
+    assert "digest" not in problem, "only that all parts hold the same tensor"
+
+
+def test_of_a_file_with_many_damaged_blocks_the_first_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    state = TrainState(5, {"w": torch.ones(3 * 1024 * 1024)}, {})
+    part = write_part(str(tmp_path), state, step=5, epoch=1, generation=1, rank=0)
+    commit = Commit(run="r", step=5, epoch=1, generation=1, mesh={}, parts=(part,), versions={})
+    path = tmp_path / part.data
+    path.write_bytes(bytes(path.stat().st_size))
+    *named, rest = commits.verify(str(tmp_path), commit)
+    assert len(named) == commits.PROBLEMS_KEPT and all(part.data in problem for problem in named)
+    assert rest == f"{part.data}: and {12 - commits.PROBLEMS_KEPT} more"
+
+
 # --- the body ---
 
 
@@ -182,13 +230,13 @@ def test_what_a_node_has_read_is_told_to_the_core(tmp_path, answer, problems, un
     async def work() -> None:
         body = body_of(str(tmp_path), events)
         body.agents["a"] = agent
-        body.perform(order(5, generation=3))
+        body.perform(order(5, number=4, generation=3))
         await settled(lambda: bool(events))
 
     run(work)
     (event,) = events
-    assert isinstance(event, ev.CheckpointVerified) and agent.asked == [(1, order(5, generation=3))]
-    assert (event.step, event.generation, event.node) == (5, 3, "a")
+    assert isinstance(event, ev.CheckpointVerified) and agent.asked == [(1, order(5, number=4, generation=3))]
+    assert (event.number, event.step, event.generation, event.node) == (4, 5, 3, "a")
     assert (event.problems, event.unread) == (problems, unread)
 
 
@@ -217,6 +265,30 @@ def test_what_is_thought_is_published_and_what_could_not_be_is_with_the_next(tmp
     run(work)
     said = {step: [(s.trust, s.epoch, s.by) for s in of] for step, of in statements.read(url).items()}
     assert said == {5: [("verified", 2, "n1")], 6: [("damaged", 2, "n1")]}
+
+
+def test_a_statement_that_can_never_be_written_keeps_no_other_back(tmp_path, monkeypatch):
+    url, refused = str(tmp_path), []
+    write = statements.write
+
+    def full(url: str, statement: statements.Statement) -> None:
+        if statement.step == 5:
+            refused.append(statement.step)
+            raise StoreError("was written 100 times with other content")
+        write(url, statement)
+
+    monkeypatch.setattr(statements, "write", full)
+
+    async def work() -> None:
+        body = body_of(url, [])
+        for step in (5, 6):
+            body.perform(
+                PublishTrust(step=step, generation=1, epoch=2, trust="damaged", by="n1", detail="d", certificate=None)
+            )
+        await settled(lambda: list(statements.read(url)) == [6])
+
+    run(work)
+    assert refused == [5], "it is tried again with the next, not before"
 
 
 def test_a_pinned_checkpoint_is_not_deleted_and_the_core_is_told(tmp_path):
