@@ -47,6 +47,11 @@ class Source(Protocol):
     @property
     def step(self) -> int: ...
     @property
+    def generation(self) -> int:
+        """That wrote the snapshot, for ``ram``."""
+        ...
+
+    @property
     def commit(self) -> str: ...
 
 
@@ -240,7 +245,7 @@ class Checkpointer:
             CheckpointFailed, StoreError: a rank could not read the durable checkpoint. No tensor has changed.
         """
         if restore.source == "ram":
-            self._ram.restore(restore.step, state, holders, bad)
+            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation)
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.

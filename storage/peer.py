@@ -6,11 +6,12 @@ import asyncio
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from storage import wires
-from storage.transfer import in_thread, serve_snapshot, shut
+from storage.transfer import PLACE_S, in_thread, serve_snapshot, shut
 from storage.wires import (
     READ_BYTES,
     PeerError,
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 320
 # Of snapshots at once, each with a thread: to a buddy and to spares, for every slot of a node.
 MAX_TRANSFERS = 64
+# Who waits for one of those to end hears so often that he does; a fraction of wires.STALL_S.
+BUSY_S = 2.0
 
 Service = Callable[[dict[str, Any], Wire], Awaitable[None]]
 """Serves one wire whose request is the first argument, until it returns."""
@@ -45,7 +48,7 @@ class PeerServer:
         self._ram_dir, self._run, self._node = ram_dir, run, node
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
-        self._transfers = 0
+        self._transfers = asyncio.Semaphore(MAX_TRANSFERS)
 
     async def start(self) -> str:
         """Listen on a free port of the host; the address as ``host:port``."""
@@ -110,13 +113,30 @@ class PeerServer:
 
     async def _send_snapshot(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         """In a thread, which talks over the connection until it ends; nothing is read from it here any more."""
-        if self._transfers >= MAX_TRANSFERS:
-            return await refuse(writer, f"{MAX_TRANSFERS} transfers are under way")
-        cast(asyncio.ReadTransport, writer.transport).pause_reading()
-        with writer.get_extra_info("socket").dup() as sock:
-            place = (self._ram_dir, self._run, self._node)
-            self._transfers += 1
-            try:
-                await in_thread(lambda: serve_snapshot(sock, place, request), lambda: shut(sock))
-            finally:
-                self._transfers -= 1
+        place = asyncio.ensure_future(self._transfers.acquire())
+        try:
+            await self._wait_for(place, writer)
+            cast(asyncio.ReadTransport, writer.transport).pause_reading()
+            with writer.get_extra_info("socket").dup() as sock:
+                where = (self._ram_dir, self._run, self._node)
+                await in_thread(lambda: serve_snapshot(sock, where, request), lambda: shut(sock))
+        finally:
+            if not place.cancel():  # it was had
+                self._transfers.release()
+
+    async def _wait_for(self, place: asyncio.Future[Any], writer: asyncio.StreamWriter) -> None:
+        """Until a place is free; the other side is told meanwhile that it is waited for one.
+
+        Raises:
+            PeerError: none has become free in PLACE_S.
+            OSError: the other side is gone.
+        """
+        deadline = time.monotonic() + PLACE_S
+        await asyncio.sleep(0)  # most find one free
+        while not place.done():
+            if time.monotonic() > deadline:
+                await refuse(writer, f"{MAX_TRANSFERS} transfers are under way")
+                raise PeerError("no place for a transfer")
+            send_frame(writer, {"busy": True})
+            await asyncio.wait_for(writer.drain(), wires.STALL_S)
+            await asyncio.wait({place}, timeout=BUSY_S)

@@ -22,6 +22,7 @@ How many files a slot has:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -54,6 +55,11 @@ _PREFIX = struct.Struct("<8sQI16s")  # magic, sequence counter, length of the JS
 _SEQUENCE_OFFSET = 8
 _MAX_NAME = 64
 _FILE_NAME = re.compile(r"slot-(\d{5,})\.(\d)")
+
+# Through ctypes, which lets other threads run meanwhile; mmap's own methods and flags do not.
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_WRITE = 23  # of Linux 5.14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +150,12 @@ def held(ram_dir: str, run: str, node: str) -> dict[int, list[Header]]:
     return {slot: sorted(found[slot], key=lambda h: (h.step, h.generation)) for slot in sorted(found)}
 
 
-def snapshot_path(ram_dir: str, run: str, node: str, slot: int, step: int) -> Path | None:
-    """The file that holds a slot's complete snapshot of `step`; of several, the one of the newest generation."""
-    found = [(header.generation, path) for path, header in _headers(ram_dir, run, node, slot) if header.step == step]
+def snapshot_path(
+    ram_dir: str, run: str, node: str, slot: int, step: int, generation: int | None = None
+) -> Path | None:
+    """The file that holds a slot's complete snapshot of `step`, which `generation` wrote; for None, the newest has."""
+    held = [(header, path) for path, header in _headers(ram_dir, run, node, slot) if header.step == step]
+    found = [(header.generation, path) for header, path in held if generation in (None, header.generation)]
     return max(found)[1] if found else None
 
 
@@ -229,8 +238,9 @@ class SnapshotFile:
         try:
             # Allocated here, or a full file system would be a SIGBUS in the middle of a copy.
             os.posix_fallocate(fd, 0, self._size)
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            self._map = mmap.mmap(fd, self._size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._map = mmap.mmap(fd, self._size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            found = os.fstat(fd)
+            self._identity = (found.st_dev, found.st_ino)
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise
@@ -243,6 +253,7 @@ class SnapshotFile:
             ) from e
         finally:
             os.close(fd)
+        _map_pages(self._map)
         # One aligned 8-byte store, so that no reader sees half of the counter.
         self._sequence = np.frombuffer(self._map, dtype="<u8", count=1, offset=_SEQUENCE_OFFSET)
 
@@ -254,6 +265,15 @@ class SnapshotFile:
     @property
     def room(self) -> int:
         return self._size - HEADER_BYTES
+
+    @property
+    def stands(self) -> bool:
+        """Whether its path still leads to it: it may have been deleted, and another made in its place."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity and found.st_size >= self._size
 
     def header(self) -> Header | None:
         return parse_header(self._map[:HEADER_BYTES])[1]
@@ -282,6 +302,16 @@ class SnapshotFile:
         self._map[after : _PREFIX.size] = prefix[after:]
         self._map[_PREFIX.size : _PREFIX.size + len(text)] = text
         self._sequence[0] += 1
+
+
+def _map_pages(mapped: mmap.mmap) -> None:
+    """Map all pages now, or each would be a fault in the middle of a copy; other threads run meanwhile.
+
+    MAP_POPULATE would keep the interpreter for itself: a second a GiB, in which an agent and its node seem dead.
+    """
+    memory = np.frombuffer(mapped, dtype=np.uint8)
+    if _madvise(memory.ctypes.data, memory.nbytes, _MADV_POPULATE_WRITE):  # an older kernel
+        memory[:: mmap.PAGESIZE].max()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 import xxhash
 
 from storage import wires
-from storage.blocks import BadBlock, Copy, Distance, Holder, SourceError, fetch_block
+from storage.blocks import BadBlock, Copy, Distance, SourceError, fetch_block
 from storage.index import BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.ram import (
@@ -55,9 +55,12 @@ RANGE_BYTES = 256 * 1024 * 1024
 CAPPED_RANGE_BYTES = 8 * 1024 * 1024
 # A reader that has not asked for so long is dropped; it connects again. Longer than a capped range takes at 100 kB/s.
 IDLE_S = 120.0
+# A holder that sends as many snapshots as it may is waited for: 64 of 13 GiB over 25 Gbit/s take 290 s.
+PLACE_S = 300.0
 # Of one call to the kernel, between looks at the clock.
 _SEND_BYTES = 16 * 1024 * 1024
-_RECEIVE_BYTES = 1024 * 1024
+# The check of what has come is woken after each.
+_RECEIVE_BYTES = 8 * 1024 * 1024
 # Of a snapshot of 10,000 tensors and 1 TB.
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 # The next snapshot's index may be a few digits longer.
@@ -92,7 +95,7 @@ def serve_snapshot(sock: socket.socket, place: tuple[str, str, str], request: di
     """
     slot, step, generation = int(request["slot"]), int(request["step"]), request.get("generation")
     sock.settimeout(wires.STALL_S)
-    path = snapshot_path(*place, slot, step)
+    path = snapshot_path(*place, slot, step, generation) or snapshot_path(*place, slot, step)
     if path is None:
         return sock.sendall(frame_of({"error": f"no complete snapshot of slot {slot}, step {step}"}))
     with open(path, "rb") as file:
@@ -232,9 +235,8 @@ class PeerSource:
             raise PeerError("ended")
         if self._sock is not None:
             return False
-        sock = _connected(self._address, self._token, self._request)
-        self._sock = sock
-        header = Header(**_receive_frame(sock)["header"])
+        sock = _connected(self._address, self._token, self._request, self._opened)
+        header = Header(**_receive_admitted(sock)["header"])
         asked = self._request
         if (header.step, header.slot, header.format_version) != (asked["step"], asked["slot"], FORMAT_VERSION):
             raise PeerError(f"asked for slot {asked['slot']}, step {asked['step']}, got {header}")
@@ -246,6 +248,12 @@ class PeerSource:
             raise PeerError("the snapshot was overwritten")
         self._header, self._raw = header, bytes(raw)
         return True
+
+    def _opened(self, sock: socket.socket) -> None:
+        """From here on `close` ends the connection, whatever this thread waits for."""
+        self._sock = sock
+        if self.ended.is_set():
+            raise PeerError("ended")
 
     def _drop(self) -> None:
         if self._sock is not None:
@@ -283,7 +291,7 @@ async def fetch_snapshot(
     files: int = FILES,
     keep: int | None = None,
     generation: int | None = None,
-    others: Sequence[Holder] = (),
+    others: Sequence[PeerSource] = (),
     rate: Rate | None = None,
     mapped: dict[Path, SnapshotFile] | None = None,
     bad: list[BadBlock] | None = None,
@@ -293,7 +301,7 @@ async def fetch_snapshot(
     Args:
         files: of the slot, which this may use.
         keep: the one step that must stay, whatever else is overwritten; None: the newest.
-        others: who is asked, in this order, for blocks that are damaged at the peer.
+        others: who is asked, in this order, for blocks that are damaged at the peer. They are closed at the end.
         rate: a cap for copies that can wait.
         mapped: files of before, to be used again: to allocate and map one takes as long as to fill it.
         bad: what is found damaged where it lies is added here.
@@ -313,10 +321,12 @@ async def fetch_snapshot(
             held = [read_header(p) for p in places]
             path = places[choose_file([h if h and keep in (None, h.step) else None for h in held])]
             file = None if mapped is None else mapped.get(path)
-            if file is None or file.room < header.n_bytes:
+            if file is None or file.room < header.n_bytes or not file.stands:
                 file = SnapshotFile(path, header.n_bytes + INDEX_SLACK_BYTES)
                 if mapped is not None:
                     mapped[path] = file
+            if source.ended.is_set():  # nobody waits for the end of an allocation that takes too long
+                raise PeerFailed("ended")
             file.begin()
             payload = file.payload(header.payload_bytes).data
             for chunk, block in _receive_payload(source, payload, rate):
@@ -327,9 +337,13 @@ async def fetch_snapshot(
             here = dataclasses.replace(header, run=safe_name(run), node=safe_name(node), slot=slot)
             file.finish(here, raw)
         finally:
-            source.close()
+            end()
 
-    await in_thread(fetch, source.close)
+    def end() -> None:
+        for each in (source, *others):
+            each.close()
+
+    await in_thread(fetch, end)
 
 
 def _receive_payload(source: PeerSource, payload: memoryview, rate: Rate | None) -> list[tuple[Chunk, int]]:
@@ -388,11 +402,14 @@ class _There:
 # --- sockets and threads ----------------------------------------------------------------------------------------------
 
 
-def _connected(address: str, token: str, request: dict[str, Any]) -> socket.socket:
-    """A connection on which both sides have proved the token and the request is sent."""
+def _connected(
+    address: str, token: str, request: dict[str, Any], opened: Callable[[socket.socket], None]
+) -> socket.socket:
+    """A connection on which both sides have proved the token and the request is sent; `opened` has it before that."""
     host, _, port = address.rpartition(":")
     sock = socket.create_connection((host.strip("[]"), int(port)), timeout=wires.HANDSHAKE_S)
     try:
+        opened(sock)
         theirs, nonce = str(_receive_frame(sock)["nonce"]), secrets.token_hex(16)
         sock.sendall(frame_of({"nonce": nonce, "proof": proof(token.encode(), "client", theirs, nonce)}))
         answer = _receive_frame(sock)
@@ -404,6 +421,15 @@ def _connected(address: str, token: str, request: dict[str, Any]) -> socket.sock
         sock.close()
         raise
     return sock
+
+
+def _receive_admitted(sock: socket.socket) -> dict[str, Any]:
+    """The first frame of a holder that has a place for this transfer. Raises PeerError when that takes too long."""
+    deadline = time.monotonic() + PLACE_S
+    while "busy" in (frame := _receive_frame(sock)):
+        if time.monotonic() > deadline:
+            raise PeerError(f"it has been busy with other transfers for {PLACE_S:g} s")
+    return frame
 
 
 def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
@@ -418,15 +444,15 @@ def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
 
 
 def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int], None]) -> None:
-    """Fill `into`; each wait for more ends after STALL_S.
+    """Fill `into`; each wait for more ends after the socket's own timeout.
 
     The kernel does the waiting, for a whole piece at a time: Python's own timeouts return with each packet's worth,
     and each return costs a turn at the interpreter, which the check of what has come wants, too.
     """
-    deadline = time.monotonic() + wires.STALL_S + len(into) / MIN_BYTES_PER_S
-    seconds = int(wires.STALL_S)
-    stall = struct.pack("@ll", seconds, int((wires.STALL_S - seconds) * 1_000_000))
     timeout = sock.gettimeout()
+    assert timeout, "every wait has a deadline"
+    deadline = time.monotonic() + timeout + len(into) / MIN_BYTES_PER_S
+    stall = struct.pack("@ll", int(timeout), int(timeout % 1 * 1_000_000))
     sock.setblocking(True)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
     try:
@@ -440,7 +466,7 @@ def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int]
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{done} of {len(into)} bytes in time")
     except BlockingIOError as e:
-        raise TimeoutError(f"no more for {wires.STALL_S:g} s, after {done} of {len(into)} bytes") from e
+        raise TimeoutError(f"no more for {timeout:g} s, after {done} of {len(into)} bytes") from e
     finally:
         sock.settimeout(timeout)
 

@@ -26,7 +26,7 @@ from typing import Any
 import ray
 
 from orchestrator.chaos import node as chaos
-from orchestrator.core.actions import InjectFault, Transfer, VerifyCheckpoint
+from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
 from orchestrator.runtime import copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
@@ -130,7 +130,9 @@ class Agent:
         self._buddies.serve(self._serves)
         self._keeper = ""
         """Who keeps copies of this node's snapshots, in the generation that trains."""
-        self._copied_step = self._restored_step = 0
+        self._copied_step = self._restored_step = self._supposed_copied = 0
+        """The newest step that was copied from every node; that of the restore; and of the newest restore to before
+        what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
         services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report, copies.KEEP: self._buddies.keep}
         self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node, services)
         self._token = token
@@ -214,45 +216,79 @@ class Agent:
         return self._store[1]
 
     async def fetch(
-        self, epoch: int, generation: int, order: Transfer, step: int, address: str, source_node: str
+        self,
+        epoch: int,
+        generation: int,
+        slot: int,
+        snapshot: Snapshot,
+        source: contract.Holder,
+        others: tuple[contract.Holder, ...],
     ) -> None:
-        """Copy a slot's snapshot from the node at `address` into this node's shared memory, before `generation` opens.
+        """Copy a snapshot from `source` into this node's shared memory as that of `slot`, before `generation` opens.
 
         Nothing is copied under the feet of a generation that has opened: then the order has come again.
+
+        Args:
+            others: who may have blocks that are damaged at `source`.
+
+        Raises:
+            ManifestError: a block is whole nowhere.
         """
         self._accept(epoch)
         self._refuse_ended(generation)
         if self._fold is not None and generation <= self._fold.generation:
             return
-        copying = self._copies.get((generation, order.slot))
+        copying = self._copies.get((generation, slot))
         if copying is None or (copying.done() and copying.exception() is not None):
-            place = (address, source_node)
-            fetching = self._fetch(generation, order, step, *place)
-            copying = self._copies[generation, order.slot] = asyncio.create_task(fetching)
+            fetching = self._fetch(generation, slot, snapshot, source, others)
+            copying = self._copies[generation, slot] = asyncio.create_task(fetching)
         # A controller that comes back orders it again: two must not write one file.
         await asyncio.shield(copying)
 
-    async def _fetch(self, generation: int, order: Transfer, step: int, address: str, source_node: str) -> None:
+    async def _fetch(
+        self,
+        generation: int,
+        slot: int,
+        snapshot: Snapshot,
+        source: contract.Holder,
+        others: tuple[contract.Holder, ...],
+    ) -> None:
         bad: list[BadBlock] = []
         try:
             await transfer.fetch_snapshot(
-                address,
+                source.address,
                 self._token,
                 run=self._run,
-                source_node=source_node,
-                source_slot=order.from_slot,
-                step=step,
+                source_node=source.ray_node,
+                source_slot=source.slot,
+                step=snapshot.step,
+                generation=snapshot.generation,
                 ram_dir=self._ram_dir,
                 node=self._ray_node,
-                slot=order.slot,
+                slot=slot,
+                others=[
+                    transfer.PeerSource(
+                        other.address,
+                        self._token,
+                        self._run,
+                        other.ray_node,
+                        other.slot,
+                        snapshot.step,
+                        snapshot.generation,
+                    )
+                    for other in others
+                ],
                 bad=bad,
             )
         finally:
-            if bad:
-                damaged = contract.Damaged(
-                    generation=generation, rank=order.slot, step=step, node=order.from_node, detail=str(bad[0])
-                )
-                self._outbox.push(damaged)
+            first = {block.source: block for block in reversed(bad)}
+            for holder in (source, *others):
+                if holder.ray_node in first:
+                    detail = str(first.pop(holder.ray_node))
+                    damaged = contract.Damaged(
+                        generation=generation, rank=slot, step=snapshot.step, node=holder.node, detail=detail
+                    )
+                    self._outbox.push(damaged)
 
     async def _end_copies(self) -> None:
         """Nothing is written into the tier from outside any more."""
@@ -281,7 +317,11 @@ class Agent:
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
-        self._copied_step = min(self._copied_step, plan.restore.step)
+        # An agent that is new here knows of none, and its first copy would take the place of the only one.
+        copied_step = max(self._copied_step, plan.copied_step)
+        self._copied_step = min(copied_step, plan.restore.step)
+        if copied_step > plan.restore.step:
+            self._supposed_copied = plan.restore.step
         here = dataclasses.replace(
             plan, ram_dir=self._ram_dir, copied_step=self._copied_step, token=self._token if plan.holders else ""
         )
@@ -297,12 +337,8 @@ class Agent:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
         self._watch = None
-        await self._end_copies()
-        deadline_s = self._spec.recovery.halt_deadline_s
-        words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
-        if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
-            logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
-        await asyncio.to_thread(self._workers.halt, deadline_s - words_s)
+        # Side by side: a peer that has stopped must not keep the workers from their end.
+        await asyncio.gather(self._end_copies(), self._end_workers(generation, hear_out))
         # The controller may not know yet that state was found corrupt: one word says it as well as all.
         for word in () if hear_out else list(self._held.values())[:1]:
             self._fact(word)
@@ -310,6 +346,13 @@ class Agent:
         await asyncio.to_thread(self._drop_scratch)
         slots = self._fold.ranks if self._fold is not None and self._fold.generation == generation else ()
         self._fact(halted(generation, slots, self._inventory()))
+
+    async def _end_workers(self, generation: int, hear_out: bool) -> None:
+        deadline_s = self._spec.recovery.halt_deadline_s
+        words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
+        if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
+            logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
+        await asyncio.to_thread(self._workers.halt, deadline_s - words_s)
 
     async def ask_stop(self, epoch: int, generation: int) -> None:
         """Ask the workers to end at their next common step boundary."""
@@ -362,6 +405,7 @@ class Agent:
             task.cancel()
         self._reader.interrupt("the agent ends")
         await self._end_copies()
+        self._buddies.unmap()
         try:
             await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
         finally:
@@ -397,6 +441,8 @@ class Agent:
             self._watch.hear(_now_us(), message)
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
+                if report.copied_step <= self._supposed_copied:
+                    report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
                 self._outbox.push(report)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
@@ -414,17 +460,25 @@ class Agent:
         return fold is not None and fold.generation == generation and generation > self._ended_generation
 
     async def _copy(self, order: contract.CopyStep) -> None:
-        """Have a rank's snapshot copied to the buddy, and tell the rank."""
+        """Have a rank's snapshot copied to the buddy, and tell the rank what came of it: all ranks wait for that."""
+        try:
+            error = await self._copied(order)
+        except Exception as e:
+            logger.exception("slot %d, step %d is not copied", order.rank, order.step)
+            error = f"{type(e).__name__}: {e}"
+        if self._serves(order.generation):
+            with contextlib.suppress(LookupError, OSError):  # it has ended, which is told otherwise
+                copied = contract.Copied(step=order.step, error=error)
+                await asyncio.to_thread(self._workers.send, order.rank, copied)
+
+    async def _copied(self, order: contract.CopyStep) -> str:
+        """Why a copy was not made, or nothing."""
         if order.complete > self._copied_step:
             self._copied_step = order.complete
             if order.complete > self._restored_step and self._fold is not None:
                 await self._buddies.drop_others(self._fold.ranks)
         wanted = (order.generation, order.rank, order.step, order.complete)
-        error = await self._buddies.send(self._keeper, self._address, *wanted)
-        if self._serves(order.generation):
-            with contextlib.suppress(LookupError, OSError):  # it has ended, which is told otherwise
-                copied = contract.Copied(step=order.step, error=error)
-                await asyncio.to_thread(self._workers.send, order.rank, copied)
+        return await self._buddies.send(self._keeper, self._address, *wanted)
 
     def _on_exit(self, exit_: WorkerExit) -> None:
         if self._fold is None or exit_.generation != self._fold.generation:

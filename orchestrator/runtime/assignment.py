@@ -27,7 +27,7 @@ class NodeAssignment:
     keeper: str = ""
     """Address of the agent that keeps copies of this node's snapshots; empty: nobody's are kept."""
     copied_step: int = 0
-    """See contract.Assign, as the two that follow."""
+    """See contract.Assign, as the two that follow. From the controller: it may be after the step of the restore."""
     holders: dict[int, tuple[contract.Holder, ...]] = field(default_factory=dict)
     """By rank."""
     token: str = field(default="", repr=False)

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -104,6 +104,14 @@ class OtherData(RuntimeError):
     """A node would feed other tokens than the run has."""
 
 
+class NowhereWhole(RuntimeError):
+    """No node has all of a snapshot whole that `node` was to have."""
+
+    def __init__(self, node: str, error: str) -> None:
+        super().__init__(error)
+        self.node = node
+
+
 class Body:
     def __init__(
         self,
@@ -163,6 +171,8 @@ class Body:
         self._saying: asyncio.Task[Any] | None = None
         self._keepers: dict[int, str] = {}
         """Slot to the node that keeps copies of its snapshots, in the generation that was opened last."""
+        self._copied_step = self._restored_step = 0
+        """The newest step that was copied from every node, and that of the restore, in the generation opened last."""
         self._joins: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -248,6 +258,7 @@ class Body:
         match action:
             case OpenGeneration():
                 if self.fold is None or self.fold.generation != action.generation:
+                    self._note_copied(action.step)
                     self.fold = MeshFold(
                         generation=action.generation,
                         nodes=action.nodes,
@@ -289,6 +300,12 @@ class Body:
             case EndRun():
                 raise AssertionError("the controller ends the run")
 
+    def _note_copied(self, step: int) -> None:
+        """Before a generation opens at `step`: what was copied before is known of the last one's steps only."""
+        last = self.fold.last if self.fold is not None else None
+        before = min(self._copied_step, self._restored_step)
+        self._copied_step, self._restored_step = max(before, last.copied_step if last is not None else 0), step
+
     def _stop_opening(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
@@ -296,14 +313,18 @@ class Body:
     async def _open(self, action: OpenGeneration) -> None:
         """Copies first, then the store, then every node's assignment."""
         try:
-            copies = (self._transfer(action.generation, t, action.step) for t in action.transfers)
-            await asyncio.gather(*copies)
+            without = {transfer.to_node for transfer in action.transfers}
+            await asyncio.gather(*(self._transfer(action, transfer, without) for transfer in action.transfers))
             lead = self._agent(action.nodes[0])
             port = await call(lead.actor.open_store.remote(self._epoch, action.generation), STORE_PORT_DEADLINE_S)
             assert lead.info is not None
             plans = self._plans(action, lead.info.host, port)
+            self._keepers = self._kept_by(action)
             orders = (call(self._agent(n).actor.open.remote(self._epoch, p), ORDER_DEADLINE_S) for n, p in plans)
             await asyncio.gather(*orders)
+        except NowhereWhole as e:
+            logger.warning("generation %d does not open: %s", action.generation, e)
+            self._post(ev.GenerationFailed(at=0, generation=action.generation, node=e.node, error=str(e), kind="state"))
         except Exception as e:
             logger.warning("generation %d does not open: %r", action.generation, e)
             error = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -320,7 +341,7 @@ class Body:
             generation=action.snapshot_generation,
             commit=commit_name(action.step) if action.source == "durable" else "",
         )
-        holders = self._holders(action)
+        restored = action.source == "ram"
         return [
             (
                 node,
@@ -337,7 +358,11 @@ class Body:
                     config=config,
                     ram_dir="",  # each agent knows its own
                     keeper=self._address(action.nodes[action.buddies[index]]) if action.buddies else "",
-                    holders={rank: holders[rank] for rank in placement.slots_of(spec.layout, index) if rank in holders},
+                    copied_step=self._copied_step,
+                    holders={
+                        rank: self._holders(action, rank, {node})
+                        for rank in (placement.slots_of(spec.layout, index) if restored else ())
+                    },
                 ),
             )
             for index, node in enumerate(action.nodes)
@@ -348,22 +373,17 @@ class Body:
         assert info is not None
         return info.address
 
-    def _holders(self, action: OpenGeneration) -> dict[int, tuple[contract.Holder, ...]]:
-        """For each slot who else may hold what it restores from shared memory: one of its replicas' nodes, and who
-        kept copies of it until now. They are asked only for what is damaged, and may not have it."""
-        before, self._keepers = self._keepers, self._kept_by(action)
-        if action.source != "ram":
-            return {}
+    def _holders(self, action: OpenGeneration, slot: int, without: Collection[str]) -> tuple[contract.Holder, ...]:
+        """Who else may hold what `slot` restores from shared memory, but for nodes `without` it: one of its replicas'
+        nodes, and who kept copies of it until now. They are asked only for what is damaged, and may not have it."""
         layout = self._spec.layout.with_replicas(action.dp_replicate)
-        found: dict[int, tuple[contract.Holder, ...]] = {}
-        for place, node in enumerate(action.nodes):
-            for slot in placement.slots_of(layout, place):
-                at = {c: action.nodes[c // layout.slots_per_node] for c in placement.replicas(layout, slot)}
-                replica = next(((copy, name) for copy, name in at.items() if name != node), None)
-                kept = (slot, before[slot]) if slot in before and before[slot] != node else None
-                asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
-                found[slot] = tuple(self._holder(name, copy) for copy, name in asked)
-        return found
+        copies = placement.slots_of_shard(layout, placement.shard_of(layout, slot))
+        at = ((copy, action.nodes[copy // layout.slots_per_node]) for copy in copies if copy != slot)
+        replica = next(((copy, node) for copy, node in at if node not in without), None)
+        keeper = self._keepers.get(slot)
+        kept = (slot, keeper) if keeper is not None and keeper not in without else None
+        asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
+        return tuple(self._holder(node, copy) for copy, node in asked)
 
     def _kept_by(self, action: OpenGeneration) -> dict[int, str]:
         """Slot to the node that keeps copies of its snapshots."""
@@ -376,13 +396,19 @@ class Body:
     def _holder(self, node: str, slot: int) -> contract.Holder:
         return contract.Holder(node=node, address=self._address(node), ray_node=self._agent(node).ray_node, slot=slot)
 
-    async def _transfer(self, generation: int, transfer: Transfer, step: int) -> None:
-        source, target = self._agent(transfer.from_node), self._agent(transfer.to_node)
-        assert source.info is not None
-        place = (source.info.address, source.ray_node)
-        fetched = target.actor.fetch.remote(self._epoch, generation, transfer, step, *place)
-        # The copy itself is bounded by its size (storage/transfer.py), and the whole start by its timer.
-        await call(fetched, self._spec.recovery.start_deadline_s)
+    async def _transfer(self, action: OpenGeneration, transfer: Transfer, without: set[str]) -> None:
+        """Raises NowhereWhole when no node that may hold the snapshot has all of it whole."""
+        source = self._holder(transfer.from_node, transfer.from_slot)
+        others = self._holders(action, transfer.slot, {*without, transfer.from_node})
+        snapshot = ev.Snapshot(generation=action.snapshot_generation, step=action.step)
+        order = (self._epoch, action.generation, transfer.slot, snapshot, source, others)
+        try:
+            # The copy itself is bounded by its size (storage/transfer.py), and the whole start by its timer.
+            fetched = self._agent(transfer.to_node).actor.fetch.remote(*order)
+            await call(fetched, self._spec.recovery.start_deadline_s)
+        except ManifestError as e:
+            cause = e.cause if isinstance(e, ray.exceptions.RayTaskError) else e  # its own text is a whole traceback
+            raise NowhereWhole(transfer.to_node, f"slot {transfer.slot}: {cause}".splitlines()[0]) from e
 
     async def _order(self, node: str, method: str, *args: Any) -> None:
         """An order whose effect the agent reports; an agent that is dead answers with its loss."""

@@ -132,14 +132,24 @@ class Copies:
     # --- both -----------------------------------------------------------------------------------------------------
 
     async def end(self) -> None:
-        """No copy is written any more, and none is mapped."""
+        """No copy is written any more. Files stay mapped for the next generation's, but for those that are deleted."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._files.clear()
+        self._unmap_deleted()
         self._kept.clear()
+
+    def unmap(self) -> None:
+        """Let go of all files. After `end`."""
+        self._files.clear()
 
     async def drop_others(self, own: tuple[int, ...]) -> None:
         """Delete what lies here of slots that are neither `own` nor kept: their copies are complete elsewhere."""
         await asyncio.to_thread(ram.drop_slots, self._ram_dir, self._run, self._node, {*own, *self._kept})
+        self._unmap_deleted()
+
+    def _unmap_deleted(self) -> None:
+        """Their memory is free only then."""
+        for path in [path for path, file in self._files.items() if not file.stands]:
+            del self._files[path]

@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.actions import Transfer
+from orchestrator.core.events import Snapshot
 from orchestrator.runtime import agent as agents
 from orchestrator.runtime.agent import Agent
+from orchestrator.runtime.assignment import NodeAssignment
+from orchestrator.runtime.reporting import Outbox
+from orchestrator.runtime.reports import NodeStep
+from orchestrator.spec import parse
+from storage.blocks import BadBlock
+from storage.manifest import ManifestError
+from trainer import contract
 
 DEADLINE_S = 30.0
-COPY = Transfer(slot=1, to_node="a", from_slot=3, from_node="b")
+SOURCE = contract.Holder(node="b", address="host:1", ray_node="y", slot=3)
+OTHER = contract.Holder(node="c", address="host:2", ray_node="z", slot=5)
 
 
 async def nothing() -> None:
@@ -31,7 +39,7 @@ def agent() -> Agent:
 
 
 async def fetch(on: Agent, epoch: int = 1) -> None:
-    await on.fetch(epoch, 2, COPY, 7, "host:1", "y")
+    await on.fetch(epoch, 2, 1, Snapshot(generation=1, step=7), SOURCE, (OTHER,))
 
 
 def test_an_order_that_comes_again_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +52,7 @@ def test_an_order_that_comes_again_waits_for_the_first(monkeypatch: pytest.Monke
             began.append(slot)
             await arrived.wait()
 
-        monkeypatch.setattr(agents, "transfer", SimpleNamespace(fetch_snapshot=copy))
+        monkeypatch.setattr(agents.transfer, "fetch_snapshot", copy)
         on = agent()
         first, second = asyncio.create_task(fetch(on)), asyncio.create_task(fetch(on, epoch=2))
         while not began:
@@ -70,7 +78,7 @@ def test_a_copy_that_failed_is_made_again_and_a_halt_ends_those_under_way(monkey
             finally:
                 ends.append("cancelled")
 
-        monkeypatch.setattr(agents, "transfer", SimpleNamespace(fetch_snapshot=copy))
+        monkeypatch.setattr(agents.transfer, "fetch_snapshot", copy)
         on = agent()
         with pytest.raises(OSError, match="reset"):
             await fetch(on)
@@ -84,3 +92,115 @@ def test_a_copy_that_failed_is_made_again_and_a_halt_ends_those_under_way(monkey
             await again
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+
+
+def test_others_are_asked_for_what_is_damaged_and_every_holder_of_damage_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    async def copy(*args: Any, bad: list[BadBlock], **kwargs: Any) -> None:
+        asked.update(kwargs)
+        places = [("y", 1), ("y", 2), ("z", 1)]
+        bad += [BadBlock(source=s, data="d", fqn="w", offsets=(0,), block=n, problem="is damaged") for s, n in places]
+        raise ManifestError("nobody has it")
+
+    monkeypatch.setattr(agents.transfer, "fetch_snapshot", copy)
+    on = agent()
+    on._outbox = Outbox()
+    with pytest.raises(ManifestError):
+        asyncio.run(fetch(on))
+    (other,) = asked["others"]
+    assert (asked["step"], asked["generation"]) == (7, 1)
+    assert other._request == {"op": "snapshot", "run": "r", "node": "z", "slot": 5, "step": 7, "generation": 1}
+    told = on._outbox.reports()
+    assert [(report.node, report.rank, report.step) for report in told] == [("b", 1, 7), ("c", 1, 7)]
+
+
+def test_whatever_comes_of_a_copy_the_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it counts as busy for good, and no rank's copies go on."""
+    sent: list[Any] = []
+    on = agent()
+
+    async def drop_others(own: Any) -> None:
+        raise OSError("no such folder")
+
+    on._buddies = SimpleNamespace(drop_others=drop_others)
+    on._fold = SimpleNamespace(generation=2, ranks=(1,))
+    on._copied_step = on._restored_step = 0
+    on._workers = SimpleNamespace(send=lambda rank, message: sent.append((rank, message)))
+    asyncio.run(on._copy(contract.CopyStep(generation=2, rank=1, step=9, complete=8)))
+    assert sent == [(1, contract.Copied(step=9, error="OSError: no such folder"))]
+
+
+def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        halted = asyncio.Event()
+        on = agent()
+        on._loop = asyncio.get_running_loop()
+        on._spec = SimpleNamespace(recovery=SimpleNamespace(halt_deadline_s=1.0))
+        on._workers = SimpleNamespace(halt=lambda within_s: on._loop.call_soon_threadsafe(halted.set))
+        on._buddies = SimpleNamespace(end=halted.wait)  # a peer that has stopped
+        on._held, on._facts, on._outbox, on._watch = {}, [], Outbox(), None
+        await on.halt(1, 2, False)
+        assert on._outbox.reports()
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+
+
+# --- what was copied before -------------------------------------------------------------------------------------------
+
+CONFIG = parse({"run": {"name": "r", "url": "/nowhere"}, "model": {"preset": "tiny"}}).worker_config
+
+
+def opened(on: Agent, generation: int, step: int, copied_step: int) -> int:
+    """Open a generation of one worker; what it is told of copies."""
+    told: list[NodeAssignment] = []
+    on._workers = SimpleNamespace(assign=told.append)
+    restore = contract.Restore(source="ram", step=step, generation=1)
+    plan = NodeAssignment(
+        epoch=1, generation=generation, group_rank=0, group_world_size=1, ranks=(0,), world_size=1, store_host="",
+        store_port=1, restore=restore, config=CONFIG, ram_dir="", copied_step=copied_step,
+    )  # fmt: skip
+    asyncio.run(on.open(1, plan))
+    return told[0].copied_step
+
+
+def reported(on: Agent, generation: int, step: int, copied_step: int) -> int:
+    """What the agent makes of a rank's word."""
+    on._outbox = Outbox()
+    done = contract.StepDone(
+        generation=generation, rank=0, step=step, step_us=1, data_us=0, snapshot_us=0, save_us=0, tokens=1, loss=1.0,
+        grad_norm=1.0, lr=1.0, snapshot_step=step, copied_step=copied_step,
+    )  # fmt: skip
+    on._on_message(done)
+    (report,) = [report for report in on._outbox.reports() if isinstance(report, NodeStep)]
+    return report.copied_step
+
+
+def opening() -> Agent:
+    on = agent()
+    on._copied_step = on._restored_step = on._supposed_copied = 0
+    on._spec = SimpleNamespace(patience=None)
+    on._facts, on._kept, on._held, on._watch = [], [], {}, None
+    on._reader = SimpleNamespace(interrupt=lambda why: None)
+    return on
+
+
+def test_an_agent_that_is_new_learns_what_was_copied_before_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first copies would else take the place of the only ones that there are."""
+    monkeypatch.setattr(agents, "NodeWatch", lambda *args: None)
+    on = opening()
+    assert opened(on, 2, step=12, copied_step=10) == 10
+    assert reported(on, 2, 13, 10) == 10
+
+
+def test_copies_of_what_was_given_up_are_neither_kept_nor_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "NodeWatch", lambda *args: None)
+    on = opening()
+    assert opened(on, 2, step=12, copied_step=12) == 12
+    assert opened(on, 3, step=9, copied_step=12) == 9, "should one have stayed, it stays"
+    assert reported(on, 3, 10, 9) == 0
+    assert opened(on, 4, step=10, copied_step=9) == 9
+    assert reported(on, 4, 11, 9) == 0
+    assert reported(on, 4, 12, 11) == 11

@@ -204,3 +204,30 @@ def test_what_is_neither_own_nor_kept_is_deleted(folder: str) -> None:
         assert inventory(folder, "run", "b") == {1: [1], 3: [7]}
 
     between(folder, work)
+
+
+def test_files_stay_mapped_over_generations_until_they_are_deleted(folder: str) -> None:
+    async def work(send, keeper) -> None:
+        for step in (1, 2):
+            take(folder, step)
+            assert await send(step, 1) == ""
+        mapped = dict(keeper._files)
+        assert len(mapped) == COPY_FILES
+        await keeper.end()
+        take(folder, 3)
+        assert await send(3, 2) == ""
+        assert all(keeper._files[path] is file for path, file in mapped.items()), "not mapped anew"
+        await keeper.end()
+        for path in mapped:
+            path.unlink()
+        await keeper.end()
+        assert keeper._files == {}, "their memory is given back"
+        take(folder, 4)
+        assert await send(4, 3) == ""
+        (path,) = keeper._files
+        path.unlink()
+        take(folder, 5)
+        assert await send(5, 4) == ""
+        assert inventory(folder, "run", "b") == {3: [5]}, "into a file that others can open"
+
+    between(folder, work)

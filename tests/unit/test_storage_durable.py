@@ -407,7 +407,7 @@ def test_the_checkpointer_restores_from_every_source(tmp_path):
     second = checkpointer(2)
     assert second.newest_snapshot == 6
     restored = blank(state)
-    second.restore(restored, Restore(source="ram", step=6))
+    second.restore(restored, Restore(source="ram", step=6, generation=1))
     assert same(restored, state)
     assert restored.step == 6
     restored = blank(state)
@@ -418,7 +418,7 @@ def test_the_checkpointer_restores_from_every_source(tmp_path):
     with pytest.raises(ManifestError, match="step 4 was assigned"):
         second.restore(restored, Restore(source="durable", step=4, commit=commit_name(5)))
     with pytest.raises(ManifestError, match="no complete snapshot"):
-        second.restore(restored, Restore(source="ram", step=6))
+        second.restore(restored, Restore(source="ram", step=6, generation=1))
 
 
 @pytest.mark.parametrize("damaged", ["store", "memory"])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from parallel_pool import CONTEXT
 
-from storage import transfer, wires
+from storage import peer, transfer, wires
 from storage.blocks import SourceError, read_blocks
 from storage.manifest import ManifestError
 from storage.peer import PeerServer
@@ -403,6 +403,140 @@ def test_a_fetch_that_is_cancelled_writes_nothing_any_more(folder, monkeypatch, 
 
     asyncio.run(main())
     assert inventory(folder, "run", "b") == {}
+
+
+def test_who_finds_all_places_taken_waits_for_one(folder, monkeypatch):
+    monkeypatch.setattr(peer, "MAX_TRANSFERS", 1)
+    monkeypatch.setattr(peer, "BUSY_S", 0.01)
+    waits = asyncio.Event()
+    actual = peer.send_frame
+
+    def send_frame(writer, document) -> None:
+        if "busy" in document:
+            waits.set()
+        actual(writer, document)
+
+    monkeypatch.setattr(peer, "send_frame", send_frame)
+
+    async def client(address: str) -> None:
+        first = PeerSource(address, TOKEN, "run", "a", 3, 8)
+        await asyncio.to_thread(first.copy)
+        second = asyncio.create_task(fetch(address, folder))
+        await waits.wait()
+        assert not second.done()
+        first.close()
+        await second
+        await fetch(address, folder)  # the place was given back
+
+    serving(folder, client)
+    assert inventory(folder, "run", "b") == {5: [8]}
+
+
+def test_the_wait_for_a_place_ends(folder, monkeypatch):
+    monkeypatch.setattr(peer, "MAX_TRANSFERS", 1)
+    monkeypatch.setattr(peer, "BUSY_S", 0.01)
+    monkeypatch.setattr(transfer, "PLACE_S", 0.1)
+
+    async def client(address: str) -> None:
+        first = PeerSource(address, TOKEN, "run", "a", 3, 8)
+        await asyncio.to_thread(first.copy)
+        with pytest.raises(PeerError, match="busy with other transfers"):
+            await fetch(address, folder)
+        monkeypatch.setattr(transfer, "PLACE_S", 300.0)
+        monkeypatch.setattr(peer, "PLACE_S", 0.1)
+        with pytest.raises(PeerError, match="1 transfers are under way"):
+            await fetch(address, folder)
+        first.close()
+        await fetch(address, folder)
+
+    serving(folder, client)
+
+
+def test_of_two_generations_that_was_asked_for_is_sent(folder):
+    newer = state_of(8)
+    newer.tensors["w"].fill_(5.0)
+    take(RamTier(folder, "run", "a", 3, generation=5), newer)
+    serving(folder, lambda address: fetch(address, folder, slot=3, generation=4))
+    restored = state_of(0)
+    RamTier(folder, "run", "b", 3).restore(8, restored, generation=4)
+    assert torch.equal(restored.tensors["w"], state_of(8).tensors["w"])
+
+
+def stopped_peer(client) -> None:
+    """Run `client(address, accepted)` with a peer that accepts and says nothing, as a stopped process does."""
+
+    async def main() -> None:
+        accepted = asyncio.Event()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set()
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        async with asyncio.timeout(60):
+            await client(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", accepted)
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_a_fetch_from_a_peer_that_is_silent_is_cancelled_at_once(folder, monkeypatch):
+    monkeypatch.setattr(wires, "STALL_S", 600.0)
+    monkeypatch.setattr(wires, "HANDSHAKE_S", 600.0)
+
+    async def client(address: str, accepted: asyncio.Event) -> None:
+        fetching = asyncio.create_task(fetch(address, folder))
+        await accepted.wait()
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+
+    stopped_peer(client)
+
+
+def test_a_fetch_is_cancelled_at_once_while_it_waits_for_another_holder(folder, monkeypatch):
+    damage(folder)
+    monkeypatch.setattr(wires, "STALL_S", 600.0)
+    monkeypatch.setattr(wires, "HANDSHAKE_S", 600.0)
+
+    async def client(silent: str, accepted: asyncio.Event) -> None:
+        server = PeerServer("127.0.0.1", TOKEN, folder, "run", "a")
+        other = PeerSource(silent, TOKEN, "run", "c", 3, 8)
+        fetching = asyncio.create_task(fetch(await server.start(), folder, others=(other,)))
+        await accepted.wait()
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+        await server.close()
+
+    stopped_peer(client)
+
+
+def test_a_peer_that_is_silent_fails_the_handshake(folder, monkeypatch):
+    monkeypatch.setattr(wires, "STALL_S", 600.0)
+    monkeypatch.setattr(wires, "HANDSHAKE_S", 0.2)
+
+    async def client(address: str, accepted: asyncio.Event) -> None:
+        with pytest.raises(PeerError, match="stalled"):
+            await fetch(address, folder)
+
+    stopped_peer(client)
+
+
+def test_a_fetch_that_ended_while_memory_was_allocated_leaves_the_file_as_it_is(folder, monkeypatch):
+    take(RamTier(folder, "run", "b", 5), state_of(7))
+    sources = []
+    actual = PeerSource.copy
+    monkeypatch.setattr(PeerSource, "copy", lambda self: (sources.append(self), actual(self))[1])
+    on_allocation(monkeypatch, lambda: sources[0].close())
+
+    async def client(address: str) -> None:
+        with pytest.raises(PeerError, match="ended"):
+            await fetch(address, folder, files=1, keep=99)
+
+    serving(folder, client)
+    assert inventory(folder, "run", "b") == {5: [7]}
 
 
 # --- wires -----------------------------------------------------------------------------------------------------------

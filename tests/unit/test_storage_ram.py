@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import shutil
@@ -419,3 +420,63 @@ def test_two_steps_stay_where_copies_are_sent(folder):
     for step in range(4, 9):
         take(snapshots, state_of(step))
         assert {1, 3, step} <= set(inventory(folder, RUN, NODE)[SLOT])
+
+
+# --- mapping ----------------------------------------------------------------------------------------------------------
+
+
+def mapped_kib(path: Path) -> int:
+    """How much of a file this process has mapped with its pages in place, as the kernel says."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if line.endswith(str(path)))
+    return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_a_file_is_mapped_page_by_page_before_it_is_used_and_not_by_mmap(folder, monkeypatch, kernel):
+    """mmap itself would keep all other threads from running, for a second a GiB."""
+    actual, flags = ram.mmap.mmap, []
+    monkeypatch.setattr(ram.mmap, "mmap", lambda *args, **more: (flags.append(more["flags"]), actual(*args, **more))[1])
+    if kernel == "old":
+        monkeypatch.setattr(ram, "_madvise", lambda *args: -1)
+    path = Path(folder, RUN, NODE, "slot-00000.0")
+    file = ram.SnapshotFile(path, 64 << 20)
+    assert mapped_kib(path) * 1024 == file.room + HEADER_BYTES
+    assert flags == [mmap.MAP_SHARED]
+
+
+def test_a_file_stands_until_it_is_deleted(folder):
+    path = Path(folder, RUN, NODE, "slot-00000.0")
+    file = ram.SnapshotFile(path, 4096)
+    assert file.stands
+    path.unlink()
+    assert not file.stands
+    ram.SnapshotFile(path, 4096)
+    assert not file.stands, "another of the same name"
+
+
+def test_the_snapshot_that_was_ordered_is_restored_and_no_other_generations(folder):
+    for generation, value in ((1, 1.0), (2, 2.0)):
+        tier = RamTier(folder, RUN, NODE, SLOT, generation=generation)
+        tier.snapshot(TrainState(5, {"w": torch.full((3,), value)}, {}))
+        tier.wait()
+    restored = TrainState(0, {"w": torch.zeros(3)}, {})
+    for generation, value in ((1, 1.0), (2, 2.0), (None, 2.0)):
+        RamTier(folder, RUN, NODE, SLOT).restore(5, restored, generation=generation)
+        assert restored.tensors["w"].tolist() == [value] * 3
+    with pytest.raises(ManifestError, match=r"no complete snapshot of slot .*, step 5 that generation 3 wrote"):
+        RamTier(folder, RUN, NODE, SLOT).restore(5, restored, generation=3)
+
+
+def test_tensors_that_move_between_snapshots_are_found_where_they_are(folder):
+    """Of the same names and shapes: in other memory, and in the same with another order of the elements."""
+    tier = RamTier(folder, RUN, NODE, SLOT)
+    memory = torch.arange(9.0)
+    moved = (memory.view(3, 3), memory.view(3, 3).T, torch.ones(3, 3), memory.view(3, 3))
+    for step, tensor in enumerate((tensor for tensor in moved for _ in range(4)), start=1):
+        memory += 1
+        tier.snapshot(TrainState(step, {"w": tensor}, {}))
+        tier.wait()
+        restored = TrainState(0, {"w": torch.zeros(3, 3)}, {})
+        RamTier(folder, RUN, NODE, SLOT).restore(step, restored)
+        assert torch.equal(restored.tensors["w"], tensor), step

@@ -153,7 +153,7 @@ def test_a_run_continues_with_the_same_numbers_from_memory_and_from_a_checkpoint
     assert restored.versions["torch"] == torch.__version__
     assert min(restored.rendezvous_us, restored.build_us, restored.restore_us) > 0
 
-    from_memory = run_to_the_end(PAIR, tmp_path, Restore(source="ram", step=5), generation=2)
+    from_memory = run_to_the_end(PAIR, tmp_path, Restore(source="ram", step=5, generation=1), generation=2)
     assert numbers(from_memory[0]) == {6: numbers(first[0])[6]}
 
     commit = Commit(

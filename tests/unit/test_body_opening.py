@@ -1,0 +1,139 @@
+"""What the body makes of an order to open a generation: copies first, who is asked for what is damaged, who is told."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_body_nodes import body_of
+
+from orchestrator.core import events as ev
+from orchestrator.core.actions import OpenGeneration, Transfer
+from orchestrator.runtime import body as bodies
+from orchestrator.runtime.body import Body
+from orchestrator.runtime.nodes import AgentHandle
+from orchestrator.runtime.reports import MeshFold, NodeStep
+from storage.manifest import ManifestError
+from storage.wires import PeerError
+
+MESH = ("a", "b", "c", "s")
+
+
+def order(source: str = "ram", transfers: tuple[Transfer, ...] = (), step: int = 12, **fields: Any) -> OpenGeneration:
+    """Of four nodes with a slot each, all replicas of one shard."""
+    fixed = {"snapshot_generation": 2, "reason": "", "dp_replicate": 4, "snapshot_dp_replicate": 4}
+    opening = {"generation": 3, "nodes": MESH, "source": source, "step": step, "transfers": transfers}
+    return OpenGeneration(**{**fixed, **opening, **fields})
+
+
+class Calls:
+    """Agents that note what they are ordered, and fail a fetch with `error`."""
+
+    def __init__(self, body: Body, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.fetched: list[tuple[Any, ...]] = []
+        self.opened: dict[str, Any] = {}
+
+        async def fetch(*args: Any) -> None:
+            self.fetched.append(args)
+            if error is not None:
+                raise error
+
+        async def open_store(*args: Any) -> int:
+            return 1
+
+        for node in (*MESH, "k"):
+            actor = SimpleNamespace(
+                fetch=SimpleNamespace(remote=fetch),
+                open_store=SimpleNamespace(remote=open_store),
+                open=SimpleNamespace(remote=lambda epoch, plan, node=node: self._open(node, plan)),
+            )
+            handle = AgentHandle(node=node, ray_node=f"ray-{node}", actor=actor, group=None, heard_at=0.0)
+            handle.info = SimpleNamespace(address=f"{node}:1", host=node)
+            body.agents[node] = handle
+
+        async def call(work: Any, deadline_s: float) -> Any:
+            return await work
+
+        monkeypatch.setattr(bodies, "call", call)
+
+    async def _open(self, node: str, plan: Any) -> None:
+        self.opened[node] = plan
+
+
+SPARE = (Transfer(slot=3, to_node="s", from_slot=0, from_node="a"),)
+
+
+def test_a_copy_for_a_spare_names_who_else_holds_the_snapshot(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = body_of(tmp_path, [])
+    calls = Calls(body, monkeypatch)
+    body._keepers = {3: "k", 2: "a"}
+    asyncio.run(body._open(order(transfers=SPARE)))
+    ((epoch, generation, slot, snapshot, source, others),) = calls.fetched
+    assert (epoch, generation, slot, snapshot) == (1, 3, 3, ev.Snapshot(generation=2, step=12))
+    assert (source.ray_node, source.address, source.slot) == ("ray-a", "a:1", 0)
+    assert [(other.ray_node, other.slot) for other in others] == [("ray-b", 1), ("ray-k", 3)]
+    holders = {node: plan.holders for node, plan in calls.opened.items()}
+    assert [(h.node, h.slot) for h in holders["s"][3]] == [("a", 0), ("k", 3)]
+    assert [(h.node, h.slot) for h in holders["c"][2]] == [("a", 0), ("a", 2)]
+    assert body._keepers == {}, "nobody keeps copies of this generation"
+
+
+@pytest.mark.parametrize("source", ["init", "durable"])
+def test_nobody_is_looked_for_where_nothing_is_restored_from_memory(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Of 16,384 slots with 2,048 replicas each, that took 15 s."""
+    body = body_of(tmp_path, [])
+    calls = Calls(body, monkeypatch)
+    monkeypatch.setattr(body, "_holders", lambda *args: pytest.fail("looked for"))
+    asyncio.run(body._open(order(source)))
+    assert [plan.holders for plan in calls.opened.values()] == [{}] * 4
+
+
+def test_replicas_are_looked_at_until_one_is_found(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = body_of(tmp_path, [])
+    Calls(body, monkeypatch)
+    looked: list[int] = []
+    slots = bodies.placement.slots_of_shard
+    watched = lambda *args: (looked.append(slot) or slot for slot in slots(*args))  # noqa: E731
+    monkeypatch.setattr(bodies.placement, "slots_of_shard", watched)
+    assert [h.node for h in body._holders(order(), 3, {"s"})] == ["a"]
+    assert looked == [0]
+
+
+def test_what_is_whole_nowhere_is_no_fault_of_the_start(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    body = body_of(tmp_path, events)
+    Calls(body, monkeypatch, ManifestError("w, block 4 is damaged"))
+    asyncio.run(body._open(order(transfers=SPARE)))
+    (failed,) = events
+    assert (failed.generation, failed.node, failed.kind) == (3, "s", "state")
+    assert failed.error == "slot 3: w, block 4 is damaged"
+
+
+def test_a_peer_that_is_gone_is_a_fault_of_the_start(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    body = body_of(tmp_path, events)
+    Calls(body, monkeypatch, PeerError("gone"))
+    asyncio.run(body._open(order(transfers=SPARE)))
+    assert events == [ev.GenerationFailed(at=0, generation=3, node="", error="PeerError: gone")]
+
+
+def told(step: int, copied_step: int) -> NodeStep:
+    return NodeStep(
+        generation=1, step=step, step_us=1, data_us=0, checkpoint_us=0, validation_us=0, tokens=1, loss=None,
+        grad_norm=None, lr=None, copied_step=copied_step,
+    )  # fmt: skip
+
+
+def test_what_was_copied_is_known_over_generations(tmp_path: Any) -> None:
+    body = body_of(tmp_path, [])
+    known = []
+    for step, last in ((12, (12, 10)), (12, None), (9, (13, 12)), (10, (10, 0)), (14, (14, 13))):
+        body.fold = MeshFold(generation=1, nodes=MESH, ranks=4, done=0)
+        body.fold.last = told(*last) if last is not None else None
+        body._note_copied(step)
+        known.append(body._copied_step)
+    assert known == [10, 10, 12, 9, 13], "one that never trained takes nothing along; after a rewind, no later step"
