@@ -107,6 +107,8 @@ def truth_of(log: Path) -> Truth:
     fed: dict[int, dict[int, set[str]]] = {}
     executions = 0
     for line in log.read_text().splitlines():
+        if not line.endswith("}"):
+            continue  # empty, or of a writer that was killed
         entry = json.loads(line)
         executions += entry["rank"] == 0 and "begins" in entry
         if "done" in entry:

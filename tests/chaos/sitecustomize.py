@@ -32,7 +32,8 @@ def written_down(train_step):
 
         def note(**what):
             with open(folder / f"{run}.log", "ab", buffering=0) as log:
-                log.write(json.dumps({**who, **what}).encode() + b"\n")
+                # On a line of its own, wherever the one before was cut: a kill ends a write at a page of the file.
+                log.write(b"\n" + json.dumps({**who, **what}).encode() + b"\n")
 
         note(begins=session.state.step + 1)
         time.sleep(float((folder / f"{run}.pause").read_text()))

@@ -153,7 +153,10 @@ class Killer:
             self._rest += piece
             if not piece.endswith("\n"):
                 return  # it is being written
-            entry, self._rest = json.loads(self._rest), ""
+            line, self._rest = self._rest.rstrip("\n"), ""
+            if not line.endswith("}"):
+                continue  # empty, or of a writer that was killed
+            entry = json.loads(line)
             self._pids[entry["rank"]] = entry["pid"]
             self._step = max(self._step, entry.get("begins", 0))
 
