@@ -63,6 +63,7 @@ def test_a_spare_takes_the_state_of_the_copies_that_a_buddy_kept(
     await_nothing_left(tmp_path / "ram")
 
 
+@pytest.mark.long
 def test_without_copies_the_last_checkpoint_is_all_there_is(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
     saves = {"interval_steps": 5, "copies": "off"}
     spec = spec_of(job("not-copied", tmp_path, parallel=MESH, checkpoint=saves, cluster={"spares": 1}))
