@@ -10,6 +10,7 @@ from orchestrator.core import placement
 from orchestrator.core.events import Limits, Snapshot
 from orchestrator.core.goodput import LABELS
 from orchestrator.core.recovery import EVIDENCE_KEPT
+from orchestrator.core.state import Checkpoint
 from orchestrator.core.supervisor import Supervisor
 
 LIMITS = Limits(
@@ -100,6 +101,8 @@ class Watch:
         asked = lives and isinstance(event, ev.FaultRequested)
         assert sum(isinstance(action, ac.InjectFault) for action in actions) == asked, "harm that nobody asked for now"
         self._check_health(supervisor)
+        if isinstance(event, ev.EpochBegan) and self._verifying is not None and self._verifying not in actions:
+            self._give_up(state.checkpoints.get(self._verifying.step), self._verifying)
         for action in actions:
             self._check_order(supervisor, event, action)
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
@@ -133,6 +136,12 @@ class Watch:
                 self._verifying = None
             case ev.RunDeclared():
                 self._verifying = None
+
+    def _give_up(self, known: Checkpoint | None, asked: ac.VerifyCheckpoint) -> None:
+        """A controller that comes back does not order again what nobody wants to know any more."""
+        gone = known is None or known.generation != asked.generation
+        assert gone or (known.trust in ("damaged", "revoked") and known.doubt is None), "a verification is forgotten"
+        self._verifying = None
 
     def _check_trust(self, supervisor: Supervisor) -> None:
         """What is thought of checkpoints follows from what was read, and not from one node's word alone."""
