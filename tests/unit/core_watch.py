@@ -101,8 +101,9 @@ class Watch:
         asked = lives and isinstance(event, ev.FaultRequested)
         assert sum(isinstance(action, ac.InjectFault) for action in actions) == asked, "harm that nobody asked for now"
         self._check_health(supervisor)
-        if isinstance(event, ev.EpochBegan) and self._verifying is not None and self._verifying not in actions:
-            self._give_up(state.checkpoints.get(self._verifying.step), self._verifying)
+        given_up = self._verifying if isinstance(event, ev.EpochBegan) else None
+        if given_up and (state.verification is None or state.verification.number != given_up.number):
+            self._give_up(state.checkpoints.get(given_up.step), given_up)
         for action in actions:
             self._check_order(supervisor, event, action)
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
