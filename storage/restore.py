@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
@@ -38,7 +37,7 @@ from storage.read_plan import (
     wants_by_chunk,
     wants_of,
 )
-from storage.state import RANK_PREFIX, TrainState, named_tensors
+from storage.state import RANK_PREFIX, TrainState, copy_tensor, named_tensors
 from storage.threads import in_threads
 from storage.urls import portable_errors
 
@@ -273,7 +272,7 @@ class _Load:
         at = 0
         for transfer in transfers:
             for span, _, box in pieces_of(self._places, transfer.segment, transfer.wants):
-                _copy(self._carried(message, at, span, box), self._piece(transfer.segment, span, box))
+                copy_tensor(self._carried(message, at, span, box), self._piece(transfer.segment, span, box))
                 at += carried_bytes(self._places[span.chunk], box)
         return _bytes(message)
 
@@ -285,12 +284,12 @@ class _Load:
 
     def _fill_read(self, segment: Segment) -> None:
         for span, want, box in pieces_of(self._places, segment, wants_of(self._wants, segment)):
-            _copy(self._target(want, box), self._piece(segment, span, box))
+            copy_tensor(self._target(want, box), self._piece(segment, span, box))
 
     def _fill_received(self, transfer: Transfer, message: memoryview) -> None:
         at = 0
         for span, want, box in pieces_of(self._places, transfer.segment, transfer.wants):
-            _copy(self._target(want, box), self._carried(message, at, span, box))
+            copy_tensor(self._target(want, box), self._carried(message, at, span, box))
             at += carried_bytes(self._places[span.chunk], box)
 
     def _target(self, want: Want, box: Box) -> torch.Tensor:
@@ -320,12 +319,3 @@ class _Load:
 
 def _bytes(memory: memoryview) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    assert (target.shape, target.dtype) == (source.shape, source.dtype), (target, source)
-    if target.device.type == "cpu" and target.is_contiguous() and source.is_contiguous():
-        # numpy's copy is 1.8 times as fast as one thread of Tensor.copy_ between host buffers.
-        np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source.reshape(-1).view(torch.uint8).numpy())
-    else:
-        target.copy_(source)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
 from storage import direct
-from storage.state import TrainState, local_tensor
+from storage.state import TrainState, copy_tensor, local_tensor
 
 
 class Staging:
@@ -43,7 +42,7 @@ class Staging:
             self._stream.wait_stream(torch.cuda.current_stream(on_cuda[0].device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
             for (_, live), (_, copy) in zip(_named(state), _named(self._copy), strict=True):
-                _copy_into(local_tensor(copy), local_tensor(live))
+                copy_tensor(local_tensor(copy), local_tensor(live), non_blocking=True)
         if on_cuda:
             assert self._stream is not None
             self._copied = self._stream.record_event()
@@ -107,11 +106,3 @@ def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         return buffer
     # Not from_local, which would move the buffer to the mesh's device.
     return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-
-
-def _copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    if source.device.type == "cpu" and source.is_contiguous():
-        # numpy's copy is 1.8 times as fast as one thread of Tensor.copy_ between host buffers.
-        np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source.reshape(-1).view(torch.uint8).numpy())
-    else:
-        target.copy_(source, non_blocking=True)

@@ -47,6 +47,17 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return local.detach()
 
 
+def copy_tensor(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
+    """Copy all elements; `non_blocking` concerns copies between a device and pinned memory."""
+    assert (target.shape, target.dtype) == (source.shape, source.dtype), (target, source)
+    on_host = target.device.type == source.device.type == "cpu"
+    if on_host and target.is_contiguous() and source.is_contiguous():
+        # numpy's copy is 1.8 times as fast as one thread of Tensor.copy_ between host buffers.
+        np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source.reshape(-1).view(torch.uint8).numpy())
+    else:
+        target.copy_(source, non_blocking=non_blocking)
+
+
 def host_bytes(tensor: torch.Tensor) -> np.typing.NDArray[np.uint8]:
     """A tensor's elements in row-major order as uint8, shape [n_bytes]; a view when it is contiguous on the host."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

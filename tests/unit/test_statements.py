@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from storage import pins, statements
+from storage import statements
 from storage.commits import delete_checkpoint
 from storage.manifest import Certificate, ManifestError
 from storage.statements import Statement
@@ -79,15 +79,3 @@ def test_with_a_checkpoint_goes_what_was_said_of_it(tmp_path: Path) -> None:
         statements.write(url, statement)
     delete_checkpoint(url, 120)
     assert statements.read(url) == {40: (other,)}
-
-
-def test_pins(tmp_path: Path) -> None:
-    url = str(tmp_path)
-    assert pins.pinned(url) == set()
-    assert pins.pin(url, 120, "for the paper") and pins.pin(url, 120, "for the paper")
-    assert not pins.pin(url, 120, "for another")
-    pins.pin(url, 40, "")
-    assert pins.pinned(url) == {40, 120}
-    pins.unpin(url, 120)
-    pins.unpin(url, 120)
-    assert pins.pinned(url) == {40}

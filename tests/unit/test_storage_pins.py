@@ -33,11 +33,12 @@ def test_a_pin_stays_until_it_is_taken_away(url):
     assert pin(url, 100_000_000, "nine digits")
     assert pin(url, 120, "for the paper")
     assert not pin(url, 120, "a second reason")
-    assert pinned(url) == {120, 100_000_000}
+    assert pin(url, 40, "")
+    assert pinned(url) == {40, 120, 100_000_000}
     assert why_pinned(url, 120) == "for the paper"
     unpin(url, 120)
     unpin(url, 120)
-    assert pinned(url) == {100_000_000}
+    assert pinned(url) == {40, 100_000_000}
     with pytest.raises(FileNotFoundError):
         why_pinned(url, 120)
 
