@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage.blocks import BadBlock, Copy, StoreSource
-from storage.commits import check_whole, read_index
+from storage.commits import check_whole, index_of, read_index_bytes
 from storage.durable_write import SavePlanner, Writer
 from storage.index import Index
 from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
-from storage.ranks import CheckpointFailed, agree, dcp_errors, gathered, rank_of, size_of
+from storage.ranks import CheckpointFailed, agreed, dcp_errors, rank_of, size_of
 from storage.restore import load_copies
 from storage.state import TrainState, named_tensors
 from storage.urls import locate, portable_errors
@@ -97,18 +97,19 @@ def load(
 
 def _indices(url: str, commit: Commit, group: dist.ProcessGroup | None) -> list[Index]:
     """The indices of all parts, each read by one rank."""
-    own: dict[int, Index] = {}
+    own: dict[int, bytes] = {}
+    indices: dict[int, Index] = {}
     error: Exception | None = None
     try:
         with portable_errors():
             store = locate(url)
             for number in range(rank_of(group), len(commit.parts), size_of(group)):
-                own[number] = read_index(store, commit, commit.parts[number])
+                own[number] = read_index_bytes(store, commit, commit.parts[number])
+                indices[number] = index_of(own[number], commit, commit.parts[number])
     except Exception as e:
         error = e
-    agree(error, group)
-    told = gathered([(number, index.to_json()) for number, index in own.items()], group)
-    others = {number: raw for entries in told for number, raw in entries if number not in own}
-    indices = [own[n] if n in own else Index.from_json(others[n]) for n in range(len(commit.parts))]
-    check_whole(commit, indices)
-    return indices
+    for told in agreed(own, error, group):
+        indices.update({n: index_of(raw, commit, commit.parts[n]) for n, raw in told.items() if n not in indices})
+    found = [indices[number] for number in range(len(commit.parts))]
+    check_whole(commit, found)
+    return found
