@@ -20,7 +20,7 @@ from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
 from storage.ranks import CheckpointFailed, agreed, dcp_errors, rank_of, size_of
 from storage.restore import load_copies
-from storage.state import TrainState, named_tensors
+from storage.state import TrainState, check_usable, named_tensors
 from storage.urls import locate, portable_errors
 
 __all__ = ["CheckpointFailed", "load", "save_part", "write_part"]
@@ -49,13 +49,18 @@ def save_part(
 
     Raises:
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
-        CheckpointFailed: a rank could not write; nothing may be committed.
+        CheckpointFailed: a rank could not write, or has a state into which a load has failed; nothing may be committed.
     """
     assert rank == rank_of(None), f"rank {rank} saves as rank {rank_of(None)} of its process group"
+
+    def checks() -> None:
+        check_usable(state)
+        check()
+
     try:
         with dcp_errors():
             named = named_tensors(state, rank)
-            dcp_save(named, storage_writer=writer, planner=SavePlanner(check), process_group=group)
+            dcp_save(named, storage_writer=writer, planner=SavePlanner(checks), process_group=group)
     except Exception:
         writer.discard()
         raise
@@ -80,8 +85,8 @@ def load(
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
             dtype. No tensor has changed.
-        ManifestError: a file is missing or damaged (named with its block). No tensor has changed.
-        CheckpointFailed: a rank could not read. No tensor has changed.
+        ManifestError: a file is missing or damaged (named with its block). The state is spoilt, unless it was an index.
+        CheckpointFailed: a rank could not read. The state is spoilt, unless it was an index.
     """
     source = StoreSource(locate(url))
     parts = [[Copy(index, source)] for index in _indices(url, commit, group)]

@@ -35,7 +35,7 @@ from storage.ram import (
     safe_name,
     snapshot_path,
 )
-from storage.state import TrainState, dtype_name, local_tensor
+from storage.state import TrainState, check_usable, dtype_name, local_tensor
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,9 @@ class RamTier:
         Raises:
             OSError: the memory file system is full; earlier snapshots stay.
             TimeoutError: see `wait`.
+            ValueError: a load into `state` has failed.
         """
+        check_usable(state)
         self.wait()
         layout = self._layout_of(state)
         if not self._files or self._files[0].room < layout.room:

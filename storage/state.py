@@ -63,11 +63,20 @@ def copy_tensor(target: torch.Tensor, source: torch.Tensor, *, non_blocking: boo
 
 
 def spoil(state: TrainState, tensors: Iterable[torch.Tensor]) -> None:
-    """Make a state of which only some was filled useless to whoever goes on with it: NaN in its numbers, no step."""
+    """Make a state useless whose `tensors` may be filled in part: a loss computed from it is NaN, and it has no step.
+
+    Integers and booleans keep what they hold: the older content, or the newer one that was checked.
+    """
     state.step = SPOILT_STEP
     for tensor in map(local_tensor, tensors):
         if tensor.is_floating_point() or tensor.is_complex():
             tensor.fill_(float("nan"))
+
+
+def check_usable(state: TrainState) -> None:
+    """Raises ValueError when a load into `state` has failed."""
+    if state.step == SPOILT_STEP:
+        raise ValueError("a load into this state has failed: load into it again, or build it anew")
 
 
 def host_bytes(tensor: torch.Tensor) -> np.typing.NDArray[np.uint8]:
