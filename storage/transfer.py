@@ -2,9 +2,10 @@
 
 One-way: who wants a snapshot asks for it. On a connection on which both sides have proved the token (storage/wires.py)
 the holder sends the snapshot's header and its index, and then, as often as it is asked, a range of the payload as raw
-bytes and a closing frame, which says whether the snapshot still stands. Bytes go from one mapping straight into the
-other, in threads that talk over a blocking socket. The receiver trusts nothing but the blocks' digests: it checks them
-while the next ones arrive, asks once more for what is damaged, and then asks another holder.
+bytes and a closing frame, which says whether the snapshot still stands. Bytes go from the holder's file straight into
+the receiver's mapping, on each side in a thread that talks over a blocking socket. The receiver trusts nothing but the
+blocks' digests: it checks each block as soon as it is there, while the processor still has it in its cache, asks once
+more for what is damaged, and then asks another holder.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import os
 import secrets
 import socket
 import struct
@@ -59,8 +61,10 @@ IDLE_S = 120.0
 PLACE_S = 300.0
 # Of one call to the kernel, between looks at the clock.
 _SEND_BYTES = 16 * 1024 * 1024
-# The check of what has come is woken after each.
-_RECEIVE_BYTES = 8 * 1024 * 1024
+# A block: small enough to be in the processor's cache when it is checked.
+_RECEIVE_BYTES = BLOCK_BYTES
+# Who waits is woken when so much is there: woken for each packet, both sides take twice as long.
+_WAKE_BYTES = 256 * 1024
 # Of a snapshot of 10,000 tensors and 1 TB.
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 # The next snapshot's index may be a few digits longer.
@@ -99,7 +103,7 @@ def serve_snapshot(sock: socket.socket, place: tuple[str, str, str], request: di
     if path is None:
         return sock.sendall(frame_of({"error": f"no complete snapshot of slot {slot}, step {step}"}))
     with open(path, "rb") as file:
-        before, header = parse_header(file.read(HEADER_BYTES))
+        before, header = parse_header(_header_page(file))
         if header is None or header.step != step:
             return sock.sendall(frame_of({"error": f"the snapshot of slot {slot}, step {step} was overwritten"}))
         if generation not in (None, header.generation):
@@ -112,11 +116,15 @@ def serve_snapshot(sock: socket.socket, place: tuple[str, str, str], request: di
             if not 0 <= start <= start + n_bytes <= header.payload_bytes:
                 raise PeerError(f"asked for [{start}, {start} + {n_bytes}) of {header.payload_bytes} bytes")
             _send_range(sock, file, HEADER_BYTES + start, n_bytes)
-            file.seek(0)
-            unchanged = parse_header(file.read(HEADER_BYTES))[0] == before
+            unchanged = parse_header(_header_page(file))[0] == before
             sock.sendall(frame_of({"ok": True} if unchanged else {"error": "overwritten during the transfer"}))
             if not unchanged:
                 return
+
+
+def _header_page(file: BinaryIO) -> bytes:
+    """As it is now, not as it was when the file was last read."""
+    return os.pread(file.fileno(), HEADER_BYTES, 0)
 
 
 def _next_range(sock: socket.socket) -> tuple[int, int] | None:
@@ -131,15 +139,16 @@ def _next_range(sock: socket.socket) -> tuple[int, int] | None:
 
 
 def _send_range(sock: socket.socket, file: BinaryIO, start: int, n_bytes: int) -> None:
-    deadline = time.monotonic() + wires.STALL_S + n_bytes / MIN_BYTES_PER_S
-    done = 0
-    while done < n_bytes:
-        sent = sock.sendfile(file, start + done, min(_SEND_BYTES, n_bytes - done))
-        if not sent:
-            raise PeerError("the snapshot's file is cut off")
-        done += sent
-        if time.monotonic() > deadline:
-            raise PeerError(f"{done} of {n_bytes} bytes were taken in time")
+    with _kernel_waits(sock, socket.SO_SNDTIMEO) as stall_s:
+        deadline = time.monotonic() + stall_s + n_bytes / MIN_BYTES_PER_S
+        done = 0
+        while done < n_bytes:
+            sent = os.sendfile(sock.fileno(), file.fileno(), start + done, min(_SEND_BYTES, n_bytes - done))
+            if not sent:
+                raise PeerError("the snapshot's file is cut off")
+            done += sent
+            if time.monotonic() > deadline:
+                raise PeerError(f"{done} of {n_bytes} bytes were taken in time")
 
 
 # --- the reader's side ------------------------------------------------------------------------------------------------
@@ -204,16 +213,27 @@ class PeerSource:
         Raises:
             SourceError: the other side broke off, stalled, refuses, or the snapshot was overwritten meanwhile.
         """
+        done = 0
+
+        def ask() -> None:
+            before = done
+            self._ask(start + before, into[before:], lambda more: tell(before + more))
+
+        def tell(n_bytes: int) -> None:
+            nonlocal done
+            done = n_bytes
+            arrived(done)
+
         with self._turn, self._failing():
             fresh = self._connect()
             try:
-                self._ask(start, into, arrived)
+                ask()
             except (ConnectionError, EOFError):
                 if fresh or self.ended.is_set():
                     raise
                 self._drop()  # it may have been idle for too long
                 self._connect()
-                self._ask(start, into, arrived)
+                ask()  # for the rest: what has arrived may have been checked, and must not change any more
             return len(into)
 
     def close(self) -> None:
@@ -329,74 +349,62 @@ async def fetch_snapshot(
                 raise PeerFailed("ended")
             file.begin()
             payload = file.payload(header.payload_bytes).data
-            for chunk, block in _receive_payload(source, payload, rate):
-                begin = chunk.file_offset + block * BLOCK_BYTES
-                into = payload[begin : min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes)]
+            for begin, end, chunk, block in _receive_payload(source, payload, rate):
                 # Once more from the same: it may have been damaged on its way.
-                fetch_block(chunk, block, into, [source, *others], [] if bad is None else bad)
+                fetch_block(chunk, block, payload[begin:end], [source, *others], [] if bad is None else bad)
             here = dataclasses.replace(header, run=safe_name(run), node=safe_name(node), slot=slot)
             file.finish(here, raw)
         finally:
-            end()
+            close()
 
-    def end() -> None:
+    def close() -> None:
         for each in (source, *others):
             each.close()
 
-    await in_thread(fetch, end)
+    await in_thread(fetch, close)
 
 
-def _receive_payload(source: PeerSource, payload: memoryview, rate: Rate | None) -> list[tuple[Chunk, int]]:
-    """Fill `payload`, checking blocks while the next ones arrive; those that are not what they must be."""
-    there = _There(source.copy().index, payload)
-    checked: Future[list[tuple[Chunk, int]]] = Future()
-    _start(there.check, checked, "check")
-    try:
-        at_once = RANGE_BYTES if rate is None else CAPPED_RANGE_BYTES
-        for start in range(0, len(payload), at_once):
-            into = payload[start : start + at_once]
-            if rate is not None:
-                rate.wait(len(into), source.ended)
-            source.receive(start, into, lambda done, start=start: there.reach(start + done))  # type: ignore[misc]
-        there.reach(len(payload))
-        return checked.result(wires.STALL_S + len(payload) / MIN_BYTES_PER_S)
-    finally:
-        there.end()
+def _receive_payload(source: PeerSource, payload: memoryview, rate: Rate | None) -> list[_Block]:
+    """Fill `payload`, checking each block when it is there; those that are not what they must be."""
+    check = _Check(source.copy().index, payload)
+    at_once = RANGE_BYTES if rate is None else CAPPED_RANGE_BYTES
+    for start in range(0, len(payload), at_once):
+        into = payload[start : start + at_once]
+        if rate is not None:
+            rate.wait(len(into), source.ended)
+        source.receive(start, into, lambda done, start=start: check.reach(start + done))  # type: ignore[misc]
+    check.reach(len(payload))
+    return check.damaged
 
 
-class _There:
-    """How much of a payload has arrived, and the check that follows it."""
+_Block = tuple[int, int, Chunk, int]
+"""Where it begins in the payload, where it ends, its chunk, its number there."""
+
+
+class _Check:
+    """The check of a payload's blocks, which follows its arrival."""
 
     def __init__(self, index: Index, payload: memoryview) -> None:
-        self._index, self._payload = index, payload
-        self._changed = threading.Condition()
-        self._arrived = 0
-        self._ended = False
+        self._payload = payload
+        self._blocks = _blocks(index)
+        self._next = next(self._blocks, None)
+        self.damaged: list[_Block] = []
 
     def reach(self, n_bytes: int) -> None:
-        with self._changed:
-            self._arrived = n_bytes
-            self._changed.notify()
+        """Check the blocks that lie in the first `n_bytes` and have not been checked."""
+        while self._next is not None and self._next[1] <= n_bytes:
+            begin, end, chunk, block = self._next
+            if xxhash.xxh3_128_hexdigest(self._payload[begin:end]) != chunk.blocks[block]:
+                self.damaged.append(self._next)
+            self._next = next(self._blocks, None)
 
-    def end(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
 
-    def check(self) -> list[tuple[Chunk, int]]:
-        """The damaged blocks."""
-        damaged: list[tuple[Chunk, int]] = []
-        for chunk in sorted(self._index.chunks, key=lambda chunk: chunk.file_offset):
-            for block, expected in enumerate(chunk.blocks):
-                begin = chunk.file_offset + block * BLOCK_BYTES
-                end = min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes)
-                with self._changed:
-                    self._changed.wait_for(lambda end=end: self._ended or self._arrived >= end)  # type: ignore[misc]
-                    if self._arrived < end:
-                        return damaged
-                if xxhash.xxh3_128_hexdigest(self._payload[begin:end]) != expected:
-                    damaged.append((chunk, block))
-        return damaged
+def _blocks(index: Index) -> Iterator[_Block]:
+    """All blocks in the order of the data file."""
+    for chunk in sorted(index.chunks, key=lambda chunk: chunk.file_offset):
+        for block in range(len(chunk.blocks)):
+            begin = chunk.file_offset + block * BLOCK_BYTES
+            yield begin, min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes), chunk, block
 
 
 # --- sockets and threads ----------------------------------------------------------------------------------------------
@@ -444,29 +452,40 @@ def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
 
 
 def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int], None]) -> None:
-    """Fill `into`; each wait for more ends after the socket's own timeout.
-
-    The kernel does the waiting, for a whole piece at a time: Python's own timeouts return with each packet's worth,
-    and each return costs a turn at the interpreter, which the check of what has come wants, too.
-    """
-    timeout = sock.gettimeout()
-    assert timeout, "every wait has a deadline"
-    deadline = time.monotonic() + timeout + len(into) / MIN_BYTES_PER_S
-    stall = struct.pack("@ll", int(timeout), int(timeout % 1 * 1_000_000))
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
-    try:
+    """Fill `into`; each wait for more ends after the socket's own timeout."""
+    with _kernel_waits(sock, socket.SO_RCVTIMEO) as stall_s:
+        deadline = time.monotonic() + stall_s + len(into) / MIN_BYTES_PER_S
         done = 0
         while done < len(into):
-            n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES], 0, socket.MSG_WAITALL)
+            # A call that has taken fewer than _WAKE_BYTES is woken when so many more are there: they must be to come.
+            many = len(into) - done >= 2 * _WAKE_BYTES
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WAKE_BYTES if many else 1)
+            n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES], 0, 0 if many else socket.MSG_WAITALL)
             if not n_bytes:
                 raise EOFError(f"after {done} of {len(into)} bytes")
             done += n_bytes
             arrived(done)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{done} of {len(into)} bytes in time")
+
+
+@contextlib.contextmanager
+def _kernel_waits(sock: socket.socket, option: int) -> Iterator[float]:
+    """Have the kernel do the waiting in the socket's calls, for at most its timeout in seconds, which is given.
+
+    Python's own timeouts return to it with each packet's worth, and each return costs a turn at the interpreter.
+
+    Raises:
+        TimeoutError: a call has waited for so long.
+    """
+    timeout = sock.gettimeout()
+    assert timeout, "every wait has a deadline"
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(timeout), int(timeout % 1 * 1_000_000)))
+    try:
+        yield timeout
     except BlockingIOError as e:
-        raise TimeoutError(f"no more for {timeout:g} s, after {done} of {len(into)} bytes") from e
+        raise TimeoutError(f"the peer stands still for {timeout:g} s") from e
     finally:
         sock.settimeout(timeout)
 
