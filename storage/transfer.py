@@ -10,20 +10,16 @@ more for what is damaged, and then asks another holder.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
-import hmac
 import os
-import secrets
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -45,12 +41,9 @@ from storage.ram import (
     safe_name,
     snapshot_path,
 )
-from storage.wires import MAX_FRAME_BYTES, PeerError, document_of, frame_of, proof
+from storage.sockets import connected, in_thread, receive_frame, receive_into, send_range, shut
+from storage.wires import PeerError, frame_of
 
-T = TypeVar("T")
-
-# The slowest rate that a range may have, so that a trickle ends: a tenth of a 1 Gbit/s link.
-MIN_BYTES_PER_S = 12_500_000
 # Asked for at a time: a round trip between is nothing beside it, and one that was overwritten is noticed so soon.
 RANGE_BYTES = 256 * 1024 * 1024
 # With a cap on the rate: small beside what a second brings, so that the link is not taken in bursts.
@@ -59,12 +52,6 @@ CAPPED_RANGE_BYTES = 8 * 1024 * 1024
 IDLE_S = 120.0
 # A holder that sends as many snapshots as it may is waited for: 64 of 13 GiB over 25 Gbit/s take 290 s.
 PLACE_S = 300.0
-# Of one call to the kernel, between looks at the clock.
-_SEND_BYTES = 16 * 1024 * 1024
-# A block: small enough to be in the processor's cache when it is checked.
-_RECEIVE_BYTES = BLOCK_BYTES
-# Who waits is woken when so much is there: woken for each packet, both sides take twice as long.
-_WAKE_BYTES = 256 * 1024
 # Of a snapshot of 10,000 tensors and 1 TB.
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 # The next snapshot's index may be a few digits longer.
@@ -110,12 +97,12 @@ def serve_snapshot(sock: socket.socket, place: tuple[str, str, str], request: di
             error = f"the snapshot of slot {slot}, step {step} is of generation {header.generation}, not {generation}"
             return sock.sendall(frame_of({"error": error}))
         sock.sendall(frame_of({"header": dataclasses.asdict(header)}))
-        _send_range(sock, file, HEADER_BYTES + header.payload_bytes, header.index_bytes)
+        send_range(sock, file, HEADER_BYTES + header.payload_bytes, header.index_bytes)
         while (asked := _next_range(sock)) is not None:
             start, n_bytes = asked
             if not 0 <= start <= start + n_bytes <= header.payload_bytes:
                 raise PeerError(f"asked for [{start}, {start} + {n_bytes}) of {header.payload_bytes} bytes")
-            _send_range(sock, file, HEADER_BYTES + start, n_bytes)
+            send_range(sock, file, HEADER_BYTES + start, n_bytes)
             unchanged = parse_header(_header_page(file))[0] == before
             sock.sendall(frame_of({"ok": True} if unchanged else {"error": "overwritten during the transfer"}))
             if not unchanged:
@@ -134,21 +121,8 @@ def _next_range(sock: socket.socket) -> tuple[int, int] | None:
     if not first:
         return None
     sock.settimeout(wires.STALL_S)
-    request = _receive_frame(sock, first)
+    request = receive_frame(sock, first)
     return int(request["start"]), int(request["n_bytes"])
-
-
-def _send_range(sock: socket.socket, file: BinaryIO, start: int, n_bytes: int) -> None:
-    with _kernel_waits(sock, socket.SO_SNDTIMEO) as stall_s:
-        deadline = time.monotonic() + stall_s + n_bytes / MIN_BYTES_PER_S
-        done = 0
-        while done < n_bytes:
-            sent = os.sendfile(sock.fileno(), file.fileno(), start + done, min(_SEND_BYTES, n_bytes - done))
-            if not sent:
-                raise PeerError("the snapshot's file is cut off")
-            done += sent
-            if time.monotonic() > deadline:
-                raise PeerError(f"{done} of {n_bytes} bytes were taken in time")
 
 
 # --- the reader's side ------------------------------------------------------------------------------------------------
@@ -246,8 +220,8 @@ class PeerSource:
     def _ask(self, start: int, into: memoryview, arrived: Callable[[int], None]) -> None:
         assert self._sock is not None
         self._sock.sendall(frame_of({"start": start, "n_bytes": len(into)}))
-        _receive_into(self._sock, into, arrived)
-        _receive_frame(self._sock)
+        receive_into(self._sock, into, arrived)
+        receive_frame(self._sock)
 
     def _connect(self) -> bool:
         """Whether there was no connection before."""
@@ -255,7 +229,7 @@ class PeerSource:
             raise PeerError("ended")
         if self._sock is not None:
             return False
-        sock = _connected(self._address, self._token, self._request, self._opened)
+        sock = connected(self._address, self._token, self._request, self._opened)
         header = Header(**_receive_admitted(sock)["header"])
         asked = self._request
         if (header.step, header.slot, header.format_version) != (asked["step"], asked["slot"], FORMAT_VERSION):
@@ -263,7 +237,7 @@ class PeerSource:
         if not 0 < header.index_bytes <= MAX_INDEX_BYTES or header.payload_bytes < 0:
             raise PeerError(f"sizes that cannot be: {header}")
         raw = bytearray(header.index_bytes)
-        _receive_into(sock, memoryview(raw), lambda done: None)
+        receive_into(sock, memoryview(raw), lambda done: None)
         if self._header is not None and self._header != header:
             raise PeerError("the snapshot was overwritten")
         self._header, self._raw = header, bytes(raw)
@@ -291,6 +265,15 @@ class PeerSource:
                 raise
             told = str(e) if isinstance(e, PeerError) else f"the peer broke off, stalled or speaks otherwise: {e!r}"
             raise PeerFailed(f"{self._address}: {told}") from e
+
+
+def _receive_admitted(sock: socket.socket) -> dict[str, Any]:
+    """The first frame of a holder that has a place for this transfer. Raises PeerError when that takes too long."""
+    deadline = time.monotonic() + PLACE_S
+    while "busy" in (frame := receive_frame(sock)):
+        if time.monotonic() > deadline:
+            raise PeerError(f"it has been busy with other transfers for {PLACE_S:g} s")
+    return frame
 
 
 class PeerFailed(PeerError, SourceError):
@@ -405,116 +388,3 @@ def _blocks(index: Index) -> Iterator[_Block]:
         for block in range(len(chunk.blocks)):
             begin = chunk.file_offset + block * BLOCK_BYTES
             yield begin, min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes), chunk, block
-
-
-# --- sockets and threads ----------------------------------------------------------------------------------------------
-
-
-def _connected(
-    address: str, token: str, request: dict[str, Any], opened: Callable[[socket.socket], None]
-) -> socket.socket:
-    """A connection on which both sides have proved the token and the request is sent; `opened` has it before that."""
-    host, _, port = address.rpartition(":")
-    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=wires.HANDSHAKE_S)
-    try:
-        opened(sock)
-        theirs, nonce = str(_receive_frame(sock)["nonce"]), secrets.token_hex(16)
-        sock.sendall(frame_of({"nonce": nonce, "proof": proof(token.encode(), "client", theirs, nonce)}))
-        answer = _receive_frame(sock)
-        if not hmac.compare_digest(str(answer.get("proof")), proof(token.encode(), "server", theirs, nonce)):
-            raise PeerError("the peer does not know the token")
-        sock.sendall(frame_of(request))
-        sock.settimeout(wires.STALL_S)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _receive_admitted(sock: socket.socket) -> dict[str, Any]:
-    """The first frame of a holder that has a place for this transfer. Raises PeerError when that takes too long."""
-    deadline = time.monotonic() + PLACE_S
-    while "busy" in (frame := _receive_frame(sock)):
-        if time.monotonic() > deadline:
-            raise PeerError(f"it has been busy with other transfers for {PLACE_S:g} s")
-    return frame
-
-
-def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
-    prefix = bytearray(4)
-    prefix[: len(begun)] = begun
-    _receive_into(sock, memoryview(prefix)[len(begun) :], lambda done: None)
-    (length,) = struct.unpack("<I", prefix)
-    wires.check_length(length, MAX_FRAME_BYTES)
-    body = bytearray(length)
-    _receive_into(sock, memoryview(body), lambda done: None)
-    return document_of(bytes(body))
-
-
-def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int], None]) -> None:
-    """Fill `into`; each wait for more ends after the socket's own timeout."""
-    with _kernel_waits(sock, socket.SO_RCVTIMEO) as stall_s:
-        deadline = time.monotonic() + stall_s + len(into) / MIN_BYTES_PER_S
-        done = 0
-        while done < len(into):
-            # A call that has taken fewer than _WAKE_BYTES is woken when so many more are there: they must be to come.
-            many = len(into) - done >= 2 * _WAKE_BYTES
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WAKE_BYTES if many else 1)
-            n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES], 0, 0 if many else socket.MSG_WAITALL)
-            if not n_bytes:
-                raise EOFError(f"after {done} of {len(into)} bytes")
-            done += n_bytes
-            arrived(done)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{done} of {len(into)} bytes in time")
-
-
-@contextlib.contextmanager
-def _kernel_waits(sock: socket.socket, option: int) -> Iterator[float]:
-    """Have the kernel do the waiting in the socket's calls, for at most its timeout in seconds, which is given.
-
-    Python's own timeouts return to it with each packet's worth, and each return costs a turn at the interpreter.
-
-    Raises:
-        TimeoutError: a call has waited for so long.
-    """
-    timeout = sock.gettimeout()
-    assert timeout, "every wait has a deadline"
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(timeout), int(timeout % 1 * 1_000_000)))
-    try:
-        yield timeout
-    except BlockingIOError as e:
-        raise TimeoutError(f"the peer stands still for {timeout:g} s") from e
-    finally:
-        sock.settimeout(timeout)
-
-
-def shut(sock: socket.socket) -> None:
-    """End a connection, so that a thread which waits for it goes on."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-async def in_thread(work: Callable[[], T], end: Callable[[], None]) -> T:
-    """Do `work` in a thread of its own. When this is cancelled, `end` must end it, and its end is waited for."""
-    result: Future[T] = Future()
-    _start(work, result, "transfer")
-    done = asyncio.wrap_future(result)
-    try:
-        return await asyncio.shield(done)
-    except asyncio.CancelledError:
-        end()
-        await asyncio.wait({done}, timeout=wires.STALL_S)
-        done.cancelled() or done.exception()
-        raise
-
-
-def _start(work: Callable[[], T], result: Future[T], name: str) -> None:
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as e:
-            result.set_exception(e)
-
-    threading.Thread(target=run, name=name, daemon=True).start()

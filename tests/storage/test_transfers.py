@@ -17,7 +17,7 @@ import pytest
 import torch
 from tcp_proxy import tcp_proxy
 
-from storage import transfer, wires
+from storage import sockets, transfer, wires
 from storage.peer import PeerServer
 from storage.ram import HEADER_BYTES, snapshot_path
 from storage.snapshots import RamTier
@@ -77,7 +77,7 @@ def unread(source: PeerSource) -> int:
 def test_a_receiver_that_has_taken_a_part_is_woken_for_a_small_rest(folder: str, monkeypatch) -> None:
     """It finds some bytes there, takes them and waits; what is to come then is less than it is else woken for."""
     monkeypatch.setattr(wires, "STALL_S", 10 * DEADLINE_S)
-    wake = transfer._WAKE_BYTES
+    wake = sockets.WAKE_BYTES
     into = memoryview(bytearray(2 * wake + wake // 4))
     more, waits = threading.Event(), threading.Event()
 
