@@ -133,7 +133,7 @@ def test_a_block_that_is_damaged_in_memory_is_mended_from_a_buddys_copy(
     (damaged,) = damage_told(spec)
     assert (damaged.node, damaged.slot, damaged.step) == (status.mesh[0], 0, incident.step)
     assert damaged.detail.count("is damaged") == 1 and "block 0 is damaged" in damaged.detail
-    assert status.strikes == {status.mesh[0]: 1}
+    assert status.strikes == {status.mesh[0]: 2}, "one for its worker's death, one for its copy"
     assert final_digest(spec) == untouched
 
 

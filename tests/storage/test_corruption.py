@@ -93,6 +93,8 @@ class Tiers:
     """Addresses by node."""
     proxy: Proxy
     """Before node a."""
+    wire_bytes: int = 0
+    """That pass it when a snapshot is fetched."""
 
     def commit(self, step: int) -> Commit:
         return read_commit(str(self.store), step)
@@ -110,6 +112,10 @@ class Tiers:
 
     def peer(self, node: str, slot: int, step: int = NEW) -> PeerSource:
         return PeerSource(self.peers[node], TOKEN, RUN, node, slot, step)
+
+    def count(self, before: int, piece: bytes) -> bytes:
+        self.wire_bytes = before + len(piece)
+        return piece
 
     def fetch(self, node: str, bad: list[BadBlock], others: list[PeerSource], step: int = NEW, to: str = "b") -> None:
         asyncio.run(
@@ -139,7 +145,9 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiers]:
             shutil.copytree(store, local.root)
             tiers = Tiers(store, local, ram, {**peers, "a": proxy.address}, proxy)
             tiers.fetch("a", [], [], OLD)
+            proxy.passing = tiers.count
             tiers.fetch("a", [], [], NEW, "c")
+            proxy.passing = unchanged
             yield tiers
     finally:
         shutil.rmtree(ram, ignore_errors=True)
@@ -320,8 +328,7 @@ def peer_beside_another(tiers: Tiers, kind: str, damage: Damage) -> str:
 
 def wire_alone(tiers: Tiers, kind: str, damage: Damage) -> str:
     """What is damaged on its way is asked for once more; a connection that says nonsense is an error."""
-    path = tiers.snapshot(NEW, 0)
-    at, hits = damage.rng.randrange(path.stat().st_size), []
+    at, hits = damage.rng.randrange(tiers.wire_bytes), []
 
     def passing(before: int, piece: bytes) -> bytes:
         if hits or not before <= at < before + len(piece):
@@ -340,12 +347,14 @@ def wire_alone(tiers: Tiers, kind: str, damage: Damage) -> str:
 
     def fetch() -> list[BadBlock]:
         tiers.fetch("a", [], [])
-        return [told_of("a")] if hits else []
+        return [told_of("a")]
 
     try:
-        return taken_over(tiers, state, fetch)
+        outcome = taken_over(tiers, state, fetch)
     finally:
         tiers.proxy.passing = unchanged
+    assert hits, "nothing was damaged"
+    return outcome
 
 
 def taken_over(tiers: Tiers, state: TrainState, fetch: Callable[[], list[BadBlock] | None]) -> str:
