@@ -137,7 +137,7 @@ class Checkpointer:
         must not change before `await_reads`.
 
         Args:
-            unchanged: asked about the copy first; when it names any, nothing is written.
+            unchanged: asked about the copy once its digests are taken; when it names any, the save fails.
             done: called from the saving thread with the part, or with the reason why nothing may be committed.
         """
         assert not self.busy, "one save at a time"
@@ -149,8 +149,6 @@ class Checkpointer:
             failure = error  # told by the thread, which must meet the other ranks' in any case
 
         def check() -> None:
-            if failure is not None:
-                raise failure
             try:
                 _check_unchanged(copy, unchanged)
             except ManifestError:
@@ -165,7 +163,9 @@ class Checkpointer:
                 failure = error
             writer = self._writer = self._make_writer(copy.step)
             try:
-                result: RankPart | Exception = save_part(writer, copy, self._rank, check=check, group=self._group)
+                result: RankPart | Exception = save_part(
+                    writer, copy, self._rank, check=check, failure=failure, group=self._group
+                )
             except Exception as error:
                 result = error
             try:
@@ -201,18 +201,19 @@ class Checkpointer:
             ManifestError, CheckpointFailed: nothing may be committed; training can go on.
         """
         assert self._told.is_set(), "one save at a time"
-        before = self._writer
-        hangs = before is not None and before.step == state.step and before.hangs
-
-        def check() -> None:
-            if hangs:  # it would come back to files of the same names
-                raise StoreError("the save before still waits for the store")
-            _check_unchanged(state, unchanged)
-
-        writer = self._make_writer(state.step)
-        if not hangs:
+        before, writer, failure = self._writer, self._make_writer(state.step), None
+        if before is not None and before.step == state.step and before.hangs:  # it would come back to the same names
+            failure = StoreError("the save before still waits for the store")
+        else:
             self._writer = writer
-        return save_part(writer, state, self._rank, check=check, group=self._group)
+        return save_part(
+            writer,
+            state,
+            self._rank,
+            check=lambda: _check_unchanged(state, unchanged),
+            failure=failure,
+            group=self._group,
+        )
 
     def _make_writer(self, step: int) -> Writer:
         return Writer(

@@ -37,6 +37,7 @@ def save_part(
     rank: int,
     *,
     check: Callable[[], None] = lambda: None,
+    failure: Exception | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> RankPart:
     """Save this rank's part of a checkpoint; durable when this returns. Collective over `group`, or over the default.
@@ -45,7 +46,8 @@ def save_part(
     rank fails, every rank does, and removes what it has written.
 
     Args:
-        check: called on this rank first; when it raises, nothing is written.
+        check: called on this rank once digests of all that it holds are taken; when it raises, the save fails.
+        failure: why this rank can save nothing; it is told to the others, and nothing is written.
 
     Raises:
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
@@ -55,7 +57,7 @@ def save_part(
     try:
         with dcp_errors():
             named = named_tensors(state, rank)
-            dcp_save(named, storage_writer=writer, planner=SavePlanner(check), process_group=group)
+            dcp_save(named, storage_writer=writer, planner=SavePlanner(check, failure), process_group=group)
     except Exception:
         writer.discard()
         raise

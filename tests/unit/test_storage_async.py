@@ -15,7 +15,7 @@ import torch.distributed as dist
 from parallel_pool import run_ranks
 from test_storage_ranks import check_against, ran, sharded_state, tmp_path_for
 
-from storage import blocks, durable_write
+from storage import blocks, direct, durable_write
 from storage import checkpointer as checkpointers
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, read_commit, state_digest, verify
@@ -195,22 +195,30 @@ def test_a_try_that_hangs_is_not_tried_again_over_itself(tmp_path, monkeypatch):
     assert verify(str(tmp_path), commit_of(saver.save(small_state()))) == []
 
 
-def test_what_changes_in_memory_while_it_is_written_fails_the_save(tmp_path, monkeypatch):
-    """The audit has passed the copy, and block digests are those of what is written: only the chunk's can tell."""
-    state = small_state()
-    saver, ended = checkpointer(str(tmp_path)), Ended()
-    content = durable_write.SavePlanner.content
-    asked: dict[str, int] = {}
+@pytest.mark.parametrize(("flipped", "found"), [("before", "state changed at rest: w"), ("between", "w: changed")])
+def test_what_changes_in_memory_around_the_write_fails_the_save(tmp_path, monkeypatch, flipped, found):
+    """What changes before it is digested is for the audit to find, what changes afterwards for the second look."""
+    saver, ended, state, actual = checkpointer(str(tmp_path)), Ended(), small_state(), direct.write
 
-    def flipped_at_the_second_look(planner: Any, item: Any) -> memoryview:
-        asked[item.index.fqn] = asked.get(item.index.fqn, 0) + 1
-        if item.index.fqn == "w" and asked["w"] == 2:
-            planner.resolve_data(item).view(torch.int32).reshape(-1)[7] ^= 1 << 20
-        return content(planner, item)
+    def flip(pieces: Any) -> None:
+        (piece,) = (piece for _, piece in pieces if len(piece) == state.tensors["w"].nbytes)
+        piece[7] ^= 1 << 4
 
-    monkeypatch.setattr(durable_write.SavePlanner, "content", flipped_at_the_second_look)
-    saver.begin_save(state, lambda copies: [], ended)
-    assert "w: changed in memory while it was written" in str(ended.result())
+    def write(path: Path, pieces: Any, size: int, look: Any, buffers: Any) -> None:
+        if flipped == "before":
+            flip(pieces)
+        else:  # as if between the disk's read of it and the second look
+            for number, (_, piece) in enumerate(pieces):
+                look(number, 0, piece)
+            flip(pieces)
+        actual(path, pieces, size, look, buffers)
+
+    def unchanged(copies: Any) -> list[str]:
+        return [name for name, tensor in copies.items() if not torch.equal(tensor, state.tensors[name])]
+
+    monkeypatch.setattr(direct, "write", write)
+    saver.begin_save(state, unchanged, ended)
+    assert found in str(ended.result())
     assert not list(tmp_path.rglob("rank-*"))
     saver._saving.join(WAIT_S)
 
