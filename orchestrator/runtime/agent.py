@@ -130,6 +130,8 @@ class Agent:
         self._buddies.serve(self._serves)
         self._keeper = ""
         """Who keeps copies of this node's snapshots, in the generation that trains."""
+        self._drop_after = 0
+        """Once this step is done, what lies here of slots that are not this node's is of no use; 0: copies are kept."""
         self._copied_step = self._restored_step = self._supposed_copied = 0
         """The newest step that was copied from every node; that of the restore; and of the newest restore to before
         what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
@@ -316,7 +318,12 @@ class Agent:
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
+        if plan.snapshot_slots:
+            # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
+            await self._buddies.drop_others(plan.ranks, but=(plan.restore.generation, plan.restore.step))
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
+        every = self._spec.checkpoint.snapshot_interval_steps
+        self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
         # An agent that is new here knows of none, and its first copy would take the place of the only one.
         copied_step = max(self._copied_step, plan.copied_step)
         self._copied_step = min(copied_step, plan.restore.step)
@@ -445,6 +452,7 @@ class Agent:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
                 self._outbox.push(report)
+                self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
                 self._held[report.rank] = report  # until its process ends, a second later
             else:
@@ -454,6 +462,17 @@ class Agent:
             copying = asyncio.ensure_future(self._copy(message))
             self._sending.add(copying)
             copying.add_done_callback(self._sending.discard)
+
+    def _drop_stale(self, step: int) -> None:
+        """Where no copies are kept, snapshots of other slots are stale as soon as all ranks have one of this mesh.
+
+        That is when the step after it is done: see trainer/loop.py.
+        """
+        if self._drop_after and step > self._drop_after and self._fold is not None:
+            self._drop_after = 0
+            dropping = asyncio.ensure_future(self._buddies.drop_others(self._fold.ranks))
+            self._sending.add(dropping)
+            dropping.add_done_callback(self._sending.discard)
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
