@@ -322,7 +322,7 @@ class Agent:
             # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
             await self._buddies.drop_others(plan.ranks, but=(plan.restore.generation, plan.restore.step))
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
-        every = self._spec.checkpoint.snapshot_interval_steps
+        every = plan.config.checkpoint.snapshot_interval_steps
         self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
         # An agent that is new here knows of none, and its first copy would take the place of the only one.
         copied_step = max(self._copied_step, plan.copied_step)

@@ -628,7 +628,7 @@ class Body:
         if state.interval is not None:
             self._save_every_steps = state.interval.every_steps
         if state.order is not None:
-            self._layout = state.mesh_layout
+            self._layout = self._spec.layout.with_replicas(state.order.dp_replicate)
             self._note_filled(state.order)
             self.fold = MeshFold(
                 generation=state.generation,

@@ -1,4 +1,4 @@
-"""A mesh goes on with fewer replicas when a node dies or leaves and no spare is left, and takes them back when one comes.
+"""A mesh goes on with fewer replicas when a node is gone and no spare is left, and takes them back when one comes.
 
 The oracle is a run that nobody touches: each step has the same samples, and losses that differ by rounding only.
 """
@@ -17,7 +17,7 @@ from herd import await_nothing_left, job, replace_dead_nodes, spec_of, train
 from orchestrator.chaos import faults
 from orchestrator.core import events as ev
 from orchestrator.observe.status import Status
-from orchestrator.runtime import driver, journal
+from orchestrator.runtime import journal
 from orchestrator.runtime.controller import namespace_of
 from orchestrator.spec import JobSpec
 from storage.commits import read_commit, verify
@@ -102,7 +102,9 @@ def hurt_and_mend(cluster: Cluster, hurt: Callable[[Status], None]) -> tuple[Cal
         if settled(status) and status.step >= 8 and not done:
             done.append("hurt")
             hurt(status)
-        elif settled(status) and status.replicas == 1 and done == ["hurt"] and status.step > status.incidents[0].step + 1:
+        elif (
+            settled(status) and status.replicas == 1 and done == ["hurt"] and status.step > status.incidents[0].step + 1
+        ):
             done.append("mended")
             replace_dead_nodes(cluster.ray, CPUS)
 

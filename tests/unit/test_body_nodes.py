@@ -29,6 +29,7 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         "run": {"name": "r", "url": str(tmp_path), "steps": 9},
         "model": {"preset": "tiny"},
         "parallel": {"dp_replicate": 4},
+        "recovery": {"min_replicas": 4},
     }
     body = Body(
         parse(document),
