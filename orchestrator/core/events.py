@@ -46,9 +46,9 @@ class Layout:
         return self.pp * self.dp_replicate * self.dp_shard * self.tp
 
     @property
-    def fewest_nodes(self) -> int:
-        """Of the smallest mesh that it shrinks to."""
-        return self.with_replicas(min((self.dp_replicate, *self.shrinks_to))).nodes
+    def smallest(self) -> Layout:
+        """The smallest mesh that it shrinks to."""
+        return self.with_replicas(min((self.dp_replicate, *self.shrinks_to)))
 
     def with_replicas(self, dp_replicate: int) -> Layout:
         """The same mesh with another number of replicas."""

@@ -686,7 +686,7 @@ class Body:
 
         Nodes that are not there may still come: for them the wait's deadline decides.
         """
-        wanted = self._spec.layout.fewest_nodes
+        wanted = self._spec.layout.smallest.nodes
         refused = [self._given_up[node.id] for node in found if node.id in self._given_up]
         hopeless = len(found) >= wanted and len(found) - len(refused) < wanted and not self._starting
         if hopeless and not self._refusal_told:

@@ -6,7 +6,10 @@ The oracle is a run that nobody touches: each step has the same samples, and los
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import os
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,17 @@ from herd import await_nothing_left, job, replace_dead_nodes, spec_of, train
 from orchestrator.chaos import faults
 from orchestrator.core import events as ev
 from orchestrator.observe.status import Status
-from orchestrator.runtime import journal
+from orchestrator.runtime import driver, journal
 from orchestrator.runtime.controller import namespace_of
 from orchestrator.spec import JobSpec
-from storage.commits import read_commit, verify
+from storage.commits import list_commits, read_commit, verify
 
 pytestmark = pytest.mark.timeout(300)
 
-# Of float32 sums in another order, over 40 steps: measured is 1e-5.
+# Of float32 sums in another order, over 60 steps.
 TOLERANCE = 1e-4
 
-# Each rank notes which samples it feeds; a shrunk mesh takes its time, so that a node can come meanwhile.
+# Each rank notes which samples it feeds. A shrunk mesh takes its time, so that a node can come meanwhile.
 RECORD = """
 import hashlib, json, time
 step, rows = session.state.step + 1, session.stage.rows
@@ -36,15 +39,36 @@ if session.stage.is_first:
     fed = {row: hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for row, tokens in samples.items()}
     with open(FED, "a") as file:
         file.write(json.dumps([session.generation, step, fed]) + "\\n")
-parallel = session.config.parallel
-time.sleep(1.0 if parallel.dp_replicate == 1 else 0.3 if session.generation == 1 and step > 5 and PATIENT else 0.0)
+shrunk = session.config.parallel.dp_replicate < REPLICAS
+time.sleep(1.0 if shrunk else 0.3 if session.generation == 1 and 5 < step < 30 else 0.0)
 """
 
 
-def recorded(cluster: Cluster, folder: Path, name: str, patient: bool, **sections: dict[str, Any]) -> JobSpec:
-    (cluster.faults / f"{name}.py").write_text(f"FED, PATIENT = {str(folder / f'{name}.fed')!r}, {patient}\n{RECORD}")
-    sections["recovery"] = {"grow_settle_s": 1} | sections.get("recovery", {})
-    return spec_of(job(name, folder, run={"steps": 40}, cluster={"slots_per_node": 1}, **sections))
+STEPS = 60
+
+
+def recorded(cluster: Cluster, folder: Path, name: str, **parallel: int) -> JobSpec:
+    """A job on four nodes of one slot each."""
+    script = f"FED, REPLICAS = {str(folder / f'{name}.fed')!r}, {parallel.get('dp_replicate', 2)}\n{RECORD}"
+    (cluster.faults / f"{name}.py").write_text(script)
+    sections: dict[str, Any] = {"parallel": parallel, "recovery": {"grow_settle_s": 1}}
+    sections["run"] = {"steps": STEPS, "validation_interval_steps": 15}
+    return spec_of(job(name, folder, cluster={"slots_per_node": 1}, **sections))
+
+
+@dataclass(frozen=True)
+class Untouched:
+    fed: dict[int, dict[str, str]]
+    losses: tuple[dict[int, float], dict[int, float]]
+
+
+@pytest.fixture(scope="module")
+def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Untouched:
+    folder = tmp_path_factory.mktemp("untouched")
+    spec = recorded(cluster, folder, "calm")
+    status, told = train(spec)
+    assert (status.exit_code, status.incidents) == (0, ()), told
+    return Untouched(fed=fed(spec, folder), losses=losses(spec))
 
 
 def fed(spec: JobSpec, folder: Path) -> dict[int, dict[str, str]]:
@@ -76,62 +100,91 @@ def losses(spec: JobSpec) -> tuple[dict[int, float], dict[int, float]]:
     return trained, validated
 
 
-def check_like_untouched(calm: JobSpec, hurt: JobSpec, folder: Path) -> None:
+def check_like(untouched: Untouched, hurt: JobSpec, folder: Path) -> None:
     samples = fed(hurt, folder)
-    assert samples == fed(calm, folder)
+    assert samples == untouched.fed
     assert {len(rows) for rows in samples.values()} == {hurt.data.global_batch}
-    for ours, theirs in zip(losses(hurt), losses(calm), strict=True):
+    for ours, theirs in zip(losses(hurt), untouched.losses, strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=0)
     assert len(losses(hurt)[0]) == hurt.run.steps
-    assert verify(hurt.run.url, read_commit(hurt.run.url, hurt.run.steps)) == []
-
-
-def kill(spec: JobSpec, status: Status, node: str) -> None:
-    faults.kill_node(namespace_of(spec.run.name), node, spec.run.name, status.step)
+    for step in list_commits(hurt.run.url):
+        commit = read_commit(hurt.run.url, step)
+        assert math.prod(commit.mesh.values()) == len(commit.parts)
+        assert verify(hurt.run.url, commit) == []
 
 
 def settled(status: Status) -> bool:
     return status.job == "training" and all(i.total_s is not None for i in status.incidents)
 
 
-def hurt_and_mend(cluster: Cluster, hurt: Callable[[Status], None]) -> tuple[Callable[[Status], None], list[str]]:
-    """What to do at each look: `hurt` once at step 8, and a new node once the mesh has done steps without the other."""
+def kill(spec: JobSpec, status: Status, node: str) -> None:
+    faults.kill_node(namespace_of(spec.run.name), node, spec.run.name, status.step)
+
+
+def check_story(status: Status, told: list[str], replicas: int) -> None:
+    assert status.exit_code == 0, told
+    assert [(i.cause, i.rung) for i in status.incidents] == [("node", "shrink"), ("grow", "grow")], told
+    assert [i.steps_lost <= 1 for i in status.incidents] == [True, True], told
+    assert (status.replicas, len(status.mesh)) == (replicas, 4)
+    assert status.ledger_us["degraded_capacity"] > 0
+    assert sum(status.ledger_us.values()) == status.owed_us == round(status.wall_clock_s * 1e6) * status.places
+
+
+def test_a_mesh_shrinks_when_a_node_dies_and_grows_back(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
+    """The dead node's place is taken by its stage's other replica, and the last stage gets another number."""
+    spec = recorded(cluster, tmp_path, "shrinks")
     done: list[str] = []
 
     def look(status: Status) -> None:
         if settled(status) and status.step >= 8 and not done:
-            done.append("hurt")
-            hurt(status)
-        elif (
-            settled(status) and status.replicas == 1 and done == ["hurt"] and status.step > status.incidents[0].step + 1
-        ):
+            done.append(status.mesh[0])
+            kill(spec, status, status.mesh[0])
+        elif settled(status) and status.replicas == 1 and len(done) == 1 and status.step > status.incidents[0].step + 1:
             done.append("mended")
             replace_dead_nodes(cluster.ray, CPUS)
 
-    return look, done
-
-
-def test_a_mesh_shrinks_when_a_node_dies_and_grows_back(cluster: Cluster, tmp_path: Path) -> None:
-    """The place of the dead node is taken by its stage's other replica: snapshots have other numbers from then on."""
-    calm, spec = recorded(cluster, tmp_path, "calm", False), recorded(cluster, tmp_path, "shrinks", True)
-    assert train(calm)[0].exit_code == 0
-    killed: list[str] = []
-
-    def hurt(status: Status) -> None:
-        killed.append(status.mesh[0])
-        kill(spec, status, status.mesh[0])
-
-    look, done = hurt_and_mend(cluster, hurt)
     try:
         status, told = train(spec, look)
     finally:
         replace_dead_nodes(cluster.ray, CPUS)
-    assert (status.exit_code, done) == (0, ["hurt", "mended"]), told
-    assert [(i.cause, i.rung) for i in status.incidents] == [("node", "shrink"), ("grow", "grow")], told
-    assert [i.steps_lost <= 1 for i in status.incidents] == [True, True], told
-    assert status.incidents[0].culprit == killed[0] and killed[0] not in status.mesh
-    assert (status.replicas, len(status.mesh)) == (2, 4)
-    check_like_untouched(calm, spec, tmp_path)
-    assert status.ledger_us["degraded_capacity"] > 0
-    assert sum(status.ledger_us.values()) == status.owed_us == round(status.wall_clock_s * 1e6) * status.places
+    check_story(status, told, replicas=2)
+    assert status.incidents[0].culprit == done[0] and done[0] not in status.mesh
+    check_like(untouched, spec, tmp_path)
+    await_nothing_left(tmp_path / "ram")
+
+
+@pytest.mark.long
+def test_an_uneven_mesh_outlives_its_controller_and_grows_back(
+    cluster: Cluster, untouched: Untouched, tmp_path: Path
+) -> None:
+    """Three of four replicas take four microbatches; the node that goes was drained, and nobody came for it."""
+    spec = recorded(cluster, tmp_path, "uneven", pp=1, dp_replicate=4, microbatches=1)
+    done: dict[str, Any] = {}
+
+    def look(status: Status) -> None:
+        if not settled(status) or status.step < 8:
+            return
+        if "drained" not in done:
+            done["drained"] = status.mesh[1]
+            driver.drain(
+                driver.find("uneven"), driver.read_token(spec.cluster.log_dir, "uneven"), status.mesh[1], by="me"
+            )
+        elif "killed" not in done and status.standings.get(done["drained"]) == "leaving":
+            done["killed"] = status.step
+            assert done["drained"] in status.mesh, "it works on"
+            kill(spec, status, done["drained"])
+        elif status.replicas == 3 and "controller" not in done:
+            done["controller"] = status.step
+            os.kill(status.controller_pid, signal.SIGKILL)
+        elif status.epoch == 2 and status.step > done["controller"] + 1 and "mended" not in done:
+            done["mended"] = status.step
+            replace_dead_nodes(cluster.ray, CPUS)
+
+    try:
+        status, told = train(spec, look)
+    finally:
+        replace_dead_nodes(cluster.ray, CPUS)
+    check_story(status, told, replicas=4)
+    assert status.epoch == 2
+    check_like(untouched, spec, tmp_path)
     await_nothing_left(tmp_path / "ram")
