@@ -81,6 +81,11 @@ class ClusterSection(_Section):
     cpus_per_slot: float = Field(
         default=1, gt=0, description="CPUs that Ray reserves for each rank, and its threads; at least one thread."
     )
+    admission: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Before a node joins, its devices compute products whose exact result is known, for a second each "
+        "(trainer/admission.py); one that is wrong keeps the node out. ``auto``: on CUDA.",
+    )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
     )
@@ -203,6 +208,10 @@ class JobSpec(_Section):
             spares=self.cluster.spares,
             shrinks_to=tuple(range(p.dp_replicate - 1, self.recovery.min_replicas - 1, -1)) if whole_nodes else (),
         )
+
+    @property
+    def checks_admission(self) -> bool:
+        return self.cluster.admission == "on" or (self.cluster.admission, self.cluster.device) == ("auto", "cuda")
 
     @property
     def limits(self) -> Limits:

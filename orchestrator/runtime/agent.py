@@ -64,6 +64,14 @@ ZYGOTE_DEADLINE_S = 240.0
 """Importing torch takes 3 s alone and 37 s for eight at once on two cores."""
 
 
+ADMISSION_DEADLINE_S = 300.0
+"""For the known products on each device of the node; the process imports torch first, and opens eight devices."""
+
+
+class NotAdmitted(RuntimeError):
+    """A device of this node computes what is wrong."""
+
+
 class StaleOrder(RuntimeError):
     """An order of an older controller, or for a generation that is over."""
 
@@ -161,10 +169,11 @@ class Agent:
     # --- orders ---------------------------------------------------------------------------------------------------
 
     async def prepare(self) -> NodeInfo:
-        """Data on this node, workers' zygote warm, peer server up.
+        """Data on this node, devices checked, workers' zygote warm, peer server up.
 
         Raises:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
+            NotAdmitted: a device is wrong.
             ZygoteError: the worker's module cannot be imported.
         """
         reporter = Reporter(
@@ -181,6 +190,8 @@ class Agent:
             asyncio.create_task(self._watch_ranks()),
         ]
         self._data_digest = await self._prepare_data()
+        if self._spec.checks_admission:
+            await self._check_devices()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
         return await self.describe()
@@ -558,24 +569,41 @@ class Agent:
             "vocab_size": self._spec.model.vocab_size,
             "seed": self._spec.run.seed,
         }
+        told, error = await self._tool("trainer.data.prepare", document, PREPARE_DEADLINE_S)
+        if error:
+            raise RuntimeError(f"the data cannot be prepared on {self._node}: {error}")
+        return str(told["digest"])
+
+    async def _check_devices(self) -> None:
+        document = {"device": self._spec.cluster.device}
+        told, error = await self._tool("trainer.admission", document, ADMISSION_DEADLINE_S)
+        if error:
+            raise RuntimeError(f"the devices of {self._node} cannot be checked: {error}")
+        wrong = [f"{device['name']}: {device['problem']}" for device in told if device["problem"]]
+        if wrong:
+            raise NotAdmitted(f"{self._node} computes what is wrong: {'; '.join(wrong)}")
+        logger.info("%s: %s", self._node, ", ".join(f"{each['name']} {each['tflops']:.3g} TFLOP/s" for each in told))
+
+    async def _tool(self, module: str, document: dict[str, Any], deadline_s: float) -> tuple[Any, str]:
+        """What a process prints that is started as workers are, and what it says of its failure, if it fails."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
             "-m",
-            "trainer.data.prepare",
+            module,
             env={**os.environ, **worker_env(self._spec)},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), PREPARE_DEADLINE_S)
+            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), deadline_s)
         except TimeoutError:
             process.kill()
             raise
         if process.returncode != 0:
-            raise RuntimeError(f"the data cannot be prepared on {self._node}: {err.decode(errors='replace').strip()}")
-        return str(json.loads(out.decode().strip().splitlines()[-1])["digest"])
+            return None, err.decode(errors="replace").strip() or f"exit code {process.returncode}"
+        return json.loads(out.decode().strip().splitlines()[-1]), ""
 
 
 def _now_us() -> int:

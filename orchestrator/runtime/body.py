@@ -41,7 +41,7 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import nodes
-from orchestrator.runtime.agent import StaleOrder
+from orchestrator.runtime.agent import NotAdmitted, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
@@ -732,8 +732,9 @@ class Body:
                 await release(handle)
             if not isinstance(e, Exception):
                 raise
-            # Data that is another stays so; all else is tried again.
-            tries = START_TRIES if isinstance(e, OtherData) else 1
+            # Data that is another stays so, and a device that was wrong once is not to be trusted; all else is tried
+            # again.
+            tries = START_TRIES if isinstance(e, (OtherData, NotAdmitted)) else 1
             self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + tries
             reason = f"node {name} did not come up: {type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"
             self._notice(reason)

@@ -27,8 +27,8 @@ from storage.commits import list_commits, read_commit, verify
 
 pytestmark = pytest.mark.timeout(300)
 
-# Of float32 sums in another order, over 60 steps.
-TOLERANCE = 1e-4
+# Of float32 sums in another order, over 60 steps; measured is 3e-6.
+TOLERANCE = 3e-5
 
 # Each rank notes which samples it feeds. A shrunk mesh takes its time, so that a node can come meanwhile.
 RECORD = """
