@@ -40,7 +40,7 @@ if session.stage.is_first:
     with open(FED, "a") as file:
         file.write(json.dumps([session.generation, step, fed]) + "\\n")
 shrunk = session.config.parallel.dp_replicate < REPLICAS
-time.sleep(1.0 if shrunk else 0.3 if session.generation == 1 and 5 < step < 30 else 0.0)
+time.sleep(2.0 if shrunk else 0.3 if session.generation == 1 and 5 < step < 30 else 0.0)
 """
 
 
@@ -157,7 +157,7 @@ def test_a_mesh_shrinks_when_a_node_dies_and_grows_back(cluster: Cluster, untouc
 def test_an_uneven_mesh_outlives_its_controller_and_grows_back(
     cluster: Cluster, untouched: Untouched, tmp_path: Path
 ) -> None:
-    """Three of four replicas take four microbatches; the node that goes was drained, and nobody came for it."""
+    """Four microbatches on three replicas; the node that goes was drained, and nobody has come for it."""
     spec = recorded(cluster, tmp_path, "uneven", pp=1, dp_replicate=4, microbatches=1)
     done: dict[str, Any] = {}
 
@@ -186,5 +186,64 @@ def test_an_uneven_mesh_outlives_its_controller_and_grows_back(
         replace_dead_nodes(cluster.ray, CPUS)
     check_story(status, told, replicas=4)
     assert status.epoch == 2
+    check_like(untouched, spec, tmp_path)
+    await_nothing_left(tmp_path / "ram")
+
+
+@pytest.mark.long
+def test_a_second_death_before_the_first_new_snapshot(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
+    """Snapshots are then still of the whole mesh, and so are their numbers."""
+    spec = recorded(cluster, tmp_path, "twice", pp=1, dp_replicate=4, microbatches=1)
+    killed: list[str] = []
+    mended: list[int] = []
+
+    def look(status: Status) -> None:
+        first = not killed and settled(status) and status.step >= 8
+        if first or (len(killed) == 1 and status.generation == 2 and status.job != "halting"):
+            killed.append(status.mesh[1])
+            kill(spec, status, status.mesh[1])
+        elif len(killed) == 2 and settled(status) and status.replicas == 2 and not mended:
+            mended.append(status.step)
+            replace_dead_nodes(cluster.ray, CPUS)
+
+    try:
+        status, told = train(spec, look)
+    finally:
+        replace_dead_nodes(cluster.ray, CPUS)
+    assert status.exit_code == 0, told
+    tried = [rung for incident in status.incidents for rung in incident.rungs]
+    assert tried[:2] == ["shrink", "shrink"] and set(tried[2:]) == {"grow"}, told
+    assert all(incident.steps_lost <= 1 for incident in status.incidents), told
+    assert (status.replicas, len(set(killed))) == (4, 2)
+    check_like(untouched, spec, tmp_path)
+    await_nothing_left(tmp_path / "ram")
+
+
+@pytest.mark.long
+def test_a_smaller_mesh_goes_on_from_a_larger_ones_checkpoint(
+    cluster: Cluster, untouched: Untouched, tmp_path: Path
+) -> None:
+    """Both replicas of a stage die, and with them all copies of its state."""
+    spec = recorded(cluster, tmp_path, "from-the-store")
+    killed: list[str] = []
+    mended: list[int] = []
+
+    def look(status: Status) -> None:
+        if not killed and settled(status) and status.step >= 12 and status.newest_checkpoint == 10:
+            killed.extend(status.mesh[:2])
+            for node in killed:
+                kill(spec, status, node)
+        elif killed and settled(status) and status.replicas == 1 and not mended and status.step > 11:
+            mended.append(status.step)
+            replace_dead_nodes(cluster.ray, CPUS)
+
+    try:
+        status, told = train(spec, look)
+    finally:
+        replace_dead_nodes(cluster.ray, CPUS)
+    assert status.exit_code == 0, told
+    first = status.incidents[0]
+    assert (first.rung, first.step - first.steps_lost) == ("durable", 10), told
+    assert {incident.rung for incident in status.incidents[1:]} == {"grow"} and status.replicas == 2, told
     check_like(untouched, spec, tmp_path)
     await_nothing_left(tmp_path / "ram")
