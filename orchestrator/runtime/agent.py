@@ -331,7 +331,8 @@ class Agent:
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
         if plan.snapshot_slots:
             # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
-            await self._buddies.drop_others(plan.ranks, but=(plan.restore.generation, plan.restore.step))
+            restored = (plan.restore.generation, plan.restore.step)
+            await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
         every = plan.config.checkpoint.snapshot_interval_steps
         self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
@@ -481,7 +482,7 @@ class Agent:
         """
         if self._drop_after and step > self._drop_after and self._fold is not None:
             self._drop_after = 0
-            dropping = asyncio.ensure_future(self._buddies.drop_others(self._fold.ranks))
+            dropping = asyncio.ensure_future(self._buddies.drop_others(self._fold.generation, self._fold.ranks))
             self._sending.add(dropping)
             dropping.add_done_callback(self._sending.discard)
 
@@ -506,7 +507,7 @@ class Agent:
         if order.complete > self._copied_step:
             self._copied_step = order.complete
             if order.complete > self._restored_step and self._fold is not None:
-                await self._buddies.drop_others(self._fold.ranks)
+                await self._buddies.drop_others(order.generation, self._fold.ranks)
         wanted = (order.generation, order.rank, order.step, order.complete)
         return await self._buddies.send(self._keeper, self._address, *wanted)
 

@@ -146,10 +146,12 @@ class Copies:
         """Let go of all files. After `end`."""
         self._files.clear()
 
-    async def drop_others(self, own: tuple[int, ...], but: tuple[int, int] | None = None) -> None:
+    async def drop_others(self, generation: int, own: tuple[int, ...], but: tuple[int, int] | None = None) -> None:
         """Delete what lies here of slots that are neither `own` nor kept, but for snapshots of (generation, step)
-        `but`: something newer is complete elsewhere."""
+        `but`: something newer is complete elsewhere. Not once `generation` is over: the next one's state comes then."""
         async with self._dropping:
+            if not self._served(generation):
+                return
             await asyncio.to_thread(ram.drop_slots, self._ram_dir, self._run, self._node, {*own, *self._kept}, but)
             self._unmap_deleted()
 

@@ -122,7 +122,7 @@ def test_whatever_comes_of_a_copy_the_rank_is_told(monkeypatch: pytest.MonkeyPat
     sent: list[Any] = []
     on = agent()
 
-    async def drop_others(own: Any) -> None:
+    async def drop_others(generation: int, own: Any) -> None:
         raise OSError("no such folder")
 
     on._buddies = SimpleNamespace(drop_others=drop_others)
@@ -225,7 +225,7 @@ def test_snapshots_of_other_slots_go_once_all_ranks_have_one_of_this_mesh(
         on = opening()
         at = 0
 
-        async def drop_others(own: tuple[int, ...], but: Any = None) -> None:
+        async def drop_others(generation: int, own: tuple[int, ...], but: Any = None) -> None:
             drops.append((own, but, at))
 
         on._buddies = SimpleNamespace(end=nothing, drop_others=drop_others)
