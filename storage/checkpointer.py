@@ -53,6 +53,10 @@ class Source(Protocol):
 
     @property
     def commit(self) -> str: ...
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """For ``ram``: see `RamTier.restore`."""
+        ...
 
 
 class Checkpointer:
@@ -249,7 +253,7 @@ class Checkpointer:
         only while its data was read, spoilt (`storage.state.spoil`).
         """
         if restore.source == "ram":
-            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation)
+            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation, slots=restore.slots)
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.
