@@ -214,6 +214,18 @@ class Checkpointer:
             self._writer = writer
         return save_part(writer, state, self._rank, check=check, group=self._group)
 
+    def close(self, deadline_s: float) -> bool:
+        """Let the snapshot that is being taken be completed, and the save under way end; whether both have in time.
+
+        Afterwards nothing here is used any more. A save ends soon once its process group is broken.
+        """
+        deadline = time.monotonic() + deadline_s
+        closed = self._ram.close(deadline_s)
+        if self._saving.is_alive():
+            self._saving.join(max(0.0, deadline - time.monotonic()))
+        self._group = None
+        return closed and not self._saving.is_alive()
+
     def _make_writer(self, step: int) -> Writer:
         return Writer(
             self._url,

@@ -259,6 +259,13 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Park:
+    """Leave `generation` at once, keep the process, answer with Parked, and wait for the next assignment."""
+
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaveEvery:
     """To rank 0, which decides for all ranks: from the next step boundary on, save each so many steps."""
 
@@ -404,7 +411,7 @@ class SaveFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The worker's last words before it exits."""
+    """The worker's last words in a generation, before it exits or, after ``collective`` and ``unclean``, parks."""
 
     generation: int
     rank: int
@@ -416,6 +423,15 @@ class Failed:
     error: str
     """Type and message on one line."""
     traceback: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """The worker has let go of its process groups, model and files, and waits for its next assignment."""
+
+    generation: int
+    rank: int
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +468,7 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Stop | SaveEvery | Copied | Inject
+ToWorker = Assign | Stop | Park | SaveEvery | Copied | Inject
 FromWorker = (
     Phase
     | Restored
@@ -463,6 +479,7 @@ FromWorker = (
     | ShardWritten
     | SaveFailed
     | Failed
+    | Parked
     | Finished
     | Pulse
     | Injected
