@@ -552,11 +552,16 @@ def _value(hint: Any, value: Any) -> Any:
     return value
 
 
-def send(sock: socket.socket, message: object) -> None:
-    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+def frame(message: object) -> bytes:
+    """A message as it goes over the wire."""
     body = json.dumps(encode(message), separators=(",", ":")).encode()
     assert len(body) <= MAX_FRAME_BYTES, len(body)
-    sock.sendall(struct.pack("<I", len(body)) + body)
+    return struct.pack("<I", len(body)) + body
+
+
+def send(sock: socket.socket, message: object) -> None:
+    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+    sock.sendall(frame(message))
 
 
 @dataclass

@@ -142,7 +142,7 @@ def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> N
         on._workers = SimpleNamespace(halt=lambda within_s: on._loop.call_soon_threadsafe(halted.set))
         on._buddies = SimpleNamespace(end=halted.wait)  # a peer that has stopped
         on._held, on._facts, on._outbox, on._watch = {}, [], Outbox(), None
-        await on.halt(1, 2, False)
+        await on.halt(1, 2, False, False)
         assert on._outbox.reports()
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,8 @@ def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
         assert finish(group) == untouched
         del store
         assert [member.process.pid for member in group] == pids
-    assert not [word for member in group for word in member.of_type(contract.Failed)], "parking is no failure"
+    words = [word.kind for member in group for word in member.of_type(contract.Failed)]
+    assert set(words) <= {"collective"}, "parking is no failure, though a peer may see it before it is ordered"
     assert held[2] == held[1]
 
 
