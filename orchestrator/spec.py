@@ -81,6 +81,12 @@ class ClusterSection(_Section):
     cpus_per_slot: float = Field(
         default=1, gt=0, description="CPUs that Ray reserves for each rank, and its threads; at least one thread."
     )
+    warm_workers: int = Field(
+        default=1,
+        ge=0,
+        description="Processes on each node that are ready to take a dead worker's place, beyond those that train; "
+        "useful up to slots_per_node. Each takes some 150 MB of memory, and a few seconds of a processor to make.",
+    )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
     )

@@ -254,6 +254,16 @@ class Assign:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """To a worker that waits for its first assignment, which is likely to be this rank: warm up, answer with Parked of
+    generation 0."""
+
+    rank: int
+    local_rank: int
+    config: WorkerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """End at the next step boundary on which all ranks agree, with a checkpoint."""
 
@@ -468,7 +478,7 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Stop | Park | SaveEvery | Copied | Inject
+ToWorker = Assign | Prepare | Stop | Park | SaveEvery | Copied | Inject
 FromWorker = (
     Phase
     | Restored

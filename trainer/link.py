@@ -21,6 +21,7 @@ from trainer.contract import (
     Copied,
     Inject,
     Park,
+    Prepare,
     Receiver,
     SaveEvery,
     Stop,
@@ -82,12 +83,12 @@ class Agent:
         self._sock = sock
         self._sock.settimeout(AGENT_SEND_TIMEOUT_S)
         self._sending = threading.Lock()
-        self._assignments: queue.SimpleQueue[Assignment] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Assignment | Prepare] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="agent-link", daemon=True).start()
 
-    def next_assignment(self) -> Assignment:
+    def next_work(self) -> Assignment | Prepare:
         """Waits as long as the agent lives: a parked worker has no deadline, only an owner."""
-        return self._assignments.get()
+        return self._work.get()
 
     def emit(self, message: object) -> None:
         """Tell the agent; from any thread."""
@@ -104,7 +105,9 @@ class Agent:
             for message in receiver.feed(self._receive()):
                 if isinstance(message, Assign):
                     current = Assignment(message)
-                    self._assignments.put(current)
+                    self._work.put(current)
+                elif isinstance(message, Prepare):
+                    self._work.put(message)
                 elif current is not None:
                     _obey(current, message)
 

@@ -44,6 +44,7 @@ from trainer.contract import (
     Failed,
     Parked,
     Phase,
+    Prepare,
     Restored,
 )
 from trainer.data import open_dataset
@@ -53,6 +54,7 @@ from trainer.loop import NonFiniteError, Parking, Session, train
 from trainer.numeric import numeric_class, set_numerics
 from trainer.optim import build_optimizer, set_completed_steps, set_random_state, train_state
 from trainer.parallel import build_mesh, build_stage
+from trainer.warm import prepare
 
 # The network interface that gloo shall use, when people have said so; else each generation's own (see `join`).
 USERS_INTERFACE = os.environ.get("GLOO_SOCKET_IFNAME", "")
@@ -103,12 +105,17 @@ def main(sock: socket.socket) -> int:
     agent = Agent(sock)
     place: tuple[object, ...] = ()
     while True:
-        assignment = agent.next_assignment()
-        assign = assignment.order
-        before, place = place, (assign.rank, assign.config.parallel, assign.config.device)
+        work = agent.next_work()
+        if isinstance(work, Prepare):
+            place = (work.rank, work.config.parallel)
+            prepare(work)
+            agent.emit(Parked(generation=0, rank=work.rank, step=0))
+            continue
+        assign = work.order
+        before, place = place, (assign.rank, assign.config.parallel)
         if before not in ((), place):
             forget_meshes()
-        reached = serve(assignment, agent)
+        reached = serve(work, agent)
         if reached is None:
             return EXIT_FINISHED
         agent.emit(Parked(generation=assign.generation, rank=assign.rank, step=reached))

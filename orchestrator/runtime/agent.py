@@ -150,6 +150,7 @@ class Agent:
             env=worker_env(self._spec),
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
+            warm_workers=self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
         self._tasks: list[asyncio.Task[None]] = []
@@ -442,6 +443,8 @@ class Agent:
             self._watch.hear(_now_us(), message)
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
+                if not self._kept:
+                    self._begins_to_train()
                 if report.copied_step <= self._supposed_copied:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
@@ -457,6 +460,10 @@ class Agent:
             copying = asyncio.ensure_future(self._copy(message))
             self._sending.add(copying)
             copying.add_done_callback(self._sending.discard)
+
+    def _begins_to_train(self) -> None:
+        """Now there is time to fill up what the recovery has taken."""
+        self._loop.run_in_executor(None, self._workers.replenish, self._spec.worker_config)
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""

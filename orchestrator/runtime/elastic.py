@@ -40,7 +40,7 @@ from orchestrator.runtime.hangs import Sighting
 from orchestrator.runtime.rendezvous import BACKEND, ControllerRendezvous
 from orchestrator.runtime.worker_log import LogFile
 from orchestrator.runtime.worker_process import ExitStatus, Worker
-from orchestrator.runtime.workers import Workers
+from orchestrator.runtime.workers import Workers, ZygoteError
 from trainer import contract
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,10 @@ class NodeWorkers:
         preload: str = "trainer.worker",
         on_message: Callable[[object], None],
         on_exit: Callable[[WorkerExit], None],
+        warm_workers: int = 0,
     ) -> None:
-        self._slots = slots
+        self._slots, self._warm_workers = slots, min(warm_workers, slots)
+        self._warming = threading.Lock()
         self._on_message = on_message
         self._on_exit = on_exit
         parameters = RendezvousParameters(BACKEND, host, run, min_nodes=1, max_nodes=1, local_addr=host)
@@ -124,7 +126,7 @@ class NodeWorkers:
 
     def pids(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
-        return {worker.rank: worker.pid for worker in sorted(self._workers.live(), key=lambda w: w.generation)}
+        return {worker.rank: worker.pid for worker in sorted(self._assigned(), key=lambda w: w.generation)}
 
     def signal(self, rank: int, signum: int) -> int:
         """Send a signal to the worker of this rank; its process id. Raises LookupError when it has no live one."""
@@ -145,10 +147,30 @@ class NodeWorkers:
             return None
 
     def _worker(self, rank: int) -> Worker:
-        live = [worker for worker in self._workers.live() if worker.rank == rank]
+        live = [worker for worker in self._assigned() if worker.rank == rank]
         if not live:
             raise LookupError(f"rank {rank} has no live worker on this node")
         return max(live, key=lambda worker: worker.generation)
+
+    def _assigned(self) -> list[Worker]:
+        """The live workers that have, or had, an assignment: all but the warm ones."""
+        return [worker for worker in self._workers.live() if worker.generation > 0]
+
+    def replenish(self, config: contract.WorkerConfig) -> None:
+        """Have as many warm workers as there shall be, each for one of the ranks of the newest generation.
+
+        One that fails while it is made ready is gone, and the next generation tries again.
+        """
+        ranks = self._rendezvous.newest_ranks()
+        with self._warming:
+            warm = [worker.rank for worker in self._workers.live() if worker.generation == 0]
+            missing = [rank for rank in ranks if rank not in warm][: max(0, self._warm_workers - len(warm))]
+            for rank in missing:
+                try:
+                    worker = self._workers.fork(generation=0, rank=rank, env={}, deadline_s=FORK_DEADLINE_S)
+                    worker.send(contract.Prepare(rank=rank, local_rank=ranks.index(rank), config=config))
+                except (ZygoteError, OSError) as error:
+                    logger.warning("no warm worker for rank %d: %s", rank, error)
 
     def stop_gracefully(self) -> None:
         """Ask every worker of the newest assigned generation to end at the next step boundary on which all agree.
@@ -162,7 +184,7 @@ class NodeWorkers:
 
         For workers that are known to have failed all at once, such as by the audit, before `halt` ends them.
         """
-        live = {(worker.generation, worker.rank) for worker in self._workers.live() if not worker.parked}
+        live = {(worker.generation, worker.rank) for worker in self._assigned() if not worker.parked}
         with self._said:
             return self._said.wait_for(lambda: live <= self._spoken, deadline_s)
 
@@ -181,10 +203,10 @@ class NodeWorkers:
         began = time.monotonic()
         generation = self._rendezvous.end()
         if park_s > 0 and self._rendezvous.await_idle(park_s):
-            self._workers.park(self._workers.live(), deadline_s=max(0.0, began + park_s - time.monotonic()))
+            self._workers.park(self._assigned(), deadline_s=max(0.0, began + park_s - time.monotonic()))
 
         def end() -> None:
-            ended = [worker for worker in self._workers.live() if not (worker.parked and park_s > 0)]
+            ended = [worker for worker in self._assigned() if not (worker.parked and park_s > 0)]
             self._workers.end(ended, deadline_s=max(0.0, began + deadline_s - time.monotonic()))
 
         end()
@@ -233,7 +255,8 @@ class NodeWorkers:
             signal=status.signal,
         )
         # The order to halt that follows a worker's death may be here before the death is known.
-        if not worker.doomed and not worker.parked and worker.generation == self._rendezvous.newest_generation():
+        newest = self._rendezvous.newest_generation()
+        if worker.generation == newest > 0 and not worker.doomed and not worker.parked:
             self._agent.record_exit(exit_)
             self._on_exit(exit_)
         else:
@@ -362,11 +385,12 @@ class _ElasticAgent(SimpleElasticAgent):
             if stop:
                 self._send(taken, contract.Stop())
         for left in parked:
-            left.signal(signal.SIGKILL)
+            if left.generation > 0:
+                left.signal(signal.SIGKILL)
         return pids
 
     def _take(self, parked: list[Worker], plan: NodeAssignment, worker: ElasticWorker) -> Worker:
-        """A process for a slot: the one that has filled it before, or the same place on the node, or a fork.
+        """A process for a slot: the one that has filled it before, or a warm one, or a fork.
 
         Never another's: on CUDA it would hold two devices.
         """
@@ -379,13 +403,13 @@ class _ElasticAgent(SimpleElasticAgent):
                 env=self._env(plan, worker),
                 deadline_s=FORK_DEADLINE_S,
             )
-        taken = max(fitting, key=lambda w: w.rank == worker.global_rank)
+        taken = max(fitting, key=lambda w: (w.rank == worker.global_rank, w.generation))
         parked.remove(taken)
         taken.assign(plan.generation, worker.global_rank)
         return taken
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        ended = [worker for worker in self._forks.live() if not worker.parked]
+        ended = [worker for worker in self._forks.live() if worker.generation > 0 and not worker.parked]
         self._forks.end(ended, deadline_s=KILL_DEADLINE_S)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -34,7 +34,7 @@ class Worker:
     """One worker process, from its fork to its end."""
 
     generation: int
-    """With `rank` what it is assigned to, or was last."""
+    """With `rank` what it is assigned to, or was last; 0 when it never was, but is made ready for `rank`."""
     rank: int
     parked: bool = False
     """Whether it waits for its next assignment; the thread that listens to it has taken all that it said before."""
@@ -109,7 +109,7 @@ class Worker:
 
 def tag(generation: int, rank: int) -> str:
     """Before each line of a worker's output."""
-    return f"g{generation} r{rank}"
+    return f"g{generation} r{rank}" if generation else f"warm r{rank}"
 
 
 @dataclass(eq=False, kw_only=True)

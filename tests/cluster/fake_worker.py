@@ -20,6 +20,9 @@ def main(sock: socket.socket) -> int:
     incoming = messages(sock)
     while True:
         assign = next(incoming)
+        if isinstance(assign, contract.Prepare):
+            contract.send(sock, contract.Parked(generation=0, rank=assign.rank, step=0))
+            continue
         assert isinstance(assign, contract.Assign)
         code = serve(sock, incoming, assign)
         if code is not None:

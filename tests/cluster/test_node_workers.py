@@ -58,7 +58,14 @@ class Node:
     """NodeWorkers with queues for what it reports."""
 
     def __init__(
-        self, log_dir: Path, *, slots: int = 2, node: str = "n0", preload: str = "fake_worker", on_message: Any = None
+        self,
+        log_dir: Path,
+        *,
+        slots: int = 2,
+        node: str = "n0",
+        preload: str = "fake_worker",
+        on_message: Any = None,
+        warm_workers: int = 0,
     ) -> None:
         self.messages: queue.Queue = queue.Queue()
         self.exits: queue.Queue[tuple[float, WorkerExit]] = queue.Queue()
@@ -75,6 +82,7 @@ class Node:
             preload=preload,
             on_message=on_message or self.messages.put,
             on_exit=lambda exit_: self.exits.put((time.monotonic(), exit_)),
+            warm_workers=warm_workers,
         )
         self.workers.start(60)
         self._known = before
@@ -305,6 +313,40 @@ def test_a_parked_worker_that_dies_is_replaced_in_silence_and_one_too_many_is_en
     node.begin(4, "wait", ranks=(0,))
     assert node.next_message().step == third[0]
     assert gone([third[1]], WAIT_S) and node.exits.empty()
+
+
+def test_a_warm_worker_fills_the_place_of_a_dead_one_and_is_replaced(tmp_path: Path) -> None:
+    node = Node(tmp_path, warm_workers=9)  # no more than there are slots
+
+    def waiting() -> set[int]:
+        """Process ids of the node's worker processes without an assignment, once there are two."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            children = {child.pid for child in psutil.Process(node.zygote_pid()).children()}
+            spare = children - set(node.workers.pids().values())
+            if len(spare) == 2:
+                return spare
+            assert time.monotonic() < deadline, (children, spare)
+            time.sleep(0.01)
+
+    node.begin(1, "wait")
+    first = node.pids()
+    for _ in range(2):
+        node.workers.replenish(config("wait"))
+    warm = waiting()
+    os.kill(first[1], signal.SIGKILL)
+    assert node.next_exit().pid == first[1]
+    assert not node.workers.halt(20, park_s=10)
+    node.begin(2, "wait")
+    second = node.pids()
+    assert second[0] == first[0] and second[1] in warm
+    node.workers.replenish(config("wait"))
+    assert len(waiting() & warm) == 1
+    node.workers.halt(20)
+    assert len(waiting() & warm) == 1, "a halt that trusts no process ends those that have served"
+    assert node.exits.empty()
+    node.workers.shutdown(20)
+    assert not [c for c in psutil.Process().children() if c.pid not in node._known]
 
 
 def test_last_words_are_waited_for_but_not_those_of_the_dead_or_the_mute(node: Node) -> None:

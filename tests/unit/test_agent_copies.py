@@ -183,6 +183,7 @@ def opening() -> Agent:
     on._copied_step = on._restored_step = on._supposed_copied = 0
     on._spec = SimpleNamespace(patience=None)
     on._facts, on._kept, on._held, on._watch = [], [], {}, None
+    on._begins_to_train = lambda: None
     on._reader = SimpleNamespace(interrupt=lambda why: None)
     return on
 

@@ -106,7 +106,8 @@ def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
         assert [member.process.pid for member in group] == pids
     words = [word.kind for member in group for word in member.of_type(contract.Failed)]
     assert set(words) <= {"collective"}, "parking is no failure, though a peer may see it before it is ordered"
-    assert held[2] == held[1]
+    # One rank's groups may live until its next ones come, by a reference that torch keeps to its last error.
+    assert min(held[2]) == min(held[0])
 
 
 def test_survivors_of_a_kill_park_by_themselves_even_without_a_link_to_the_dead(
@@ -133,6 +134,24 @@ def test_a_parked_worker_takes_another_place(folder: Path, untouched: dict[int, 
         store = go_on(shifted, folder, 2, newest_common(folder))
         assert finish(shifted).items() <= untouched.items()
         del store
+
+
+def test_warm_workers_take_the_place_that_they_were_made_for_or_another(
+    folder: Path, untouched: dict[int, tuple[float, float]]
+) -> None:
+    group = [spawn(SQUARE) for _ in RANKS]
+    try:
+        for rank, likely in ((3, 3), (2, 1)):
+            order = contract.Prepare(rank=likely, local_rank=likely, config=SQUARE)
+            send(group[rank].sock, order)
+        for rank in (3, 2):
+            group[rank].read_until(parked_in(0))
+        store = go_on(group, folder, 1, INIT)
+        assert finish(group) == untouched
+        del store
+    finally:
+        for member in group:
+            member.process.kill()
 
 
 def test_a_worker_parks_out_of_a_rendezvous_that_never_ends(folder: Path) -> None:
