@@ -92,6 +92,7 @@ class Checkpointer:
         """Of the newest save that has got as far as the store."""
         self._told = threading.Event()
         self._told.set()
+        self._abandoned = threading.Event()
         self._group: distributed.ProcessGroup | None = None
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
@@ -215,11 +216,12 @@ class Checkpointer:
         return save_part(writer, state, self._rank, check=check, group=self._group)
 
     def close(self, deadline_s: float) -> bool:
-        """Let the snapshot that is being taken be completed, and the save under way end; whether both have in time.
+        """Let the snapshot that is being taken be completed, and abandon the save; whether both have ended in time.
 
-        Afterwards nothing here is used any more. A save ends soon once its process group is broken.
+        Afterwards nothing here is used any more. A save that waits for other ranks ends when its process group breaks.
         """
         deadline = time.monotonic() + deadline_s
+        self._abandoned.set()
         closed = self._ram.close(deadline_s)
         if self._saving.is_alive():
             self._saving.join(max(0.0, deadline - time.monotonic()))
@@ -235,6 +237,7 @@ class Checkpointer:
             rank=self._rank,
             buffers=self._buffers,
             local=self._local,
+            abandoned=self._abandoned,
         )
 
     def restore(

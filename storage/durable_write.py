@@ -130,15 +130,18 @@ class Writer(StorageWriter):
         rank: int,
         buffers: direct.Buffers | None = None,
         local: LocalTier | None = None,
+        abandoned: threading.Event | None = None,
     ) -> None:
         """
         Args:
             buffers: of writers that write one after another, so that only the first allocates.
             local: where the part is to stay on this node's disk, too.
+            abandoned: once it is set, what is being written fails soon.
         """
         self.part: RankPart | None = None
         self._buffers = buffers or direct.Buffers()
         self._local = local
+        self._abandoned = abandoned or threading.Event()
         self._url = url
         self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
         self._began = False
@@ -307,7 +310,7 @@ class Writer(StorageWriter):
             data_bytes=size,
             index_digest=xxhash.xxh3_128_hexdigest(raw),
         )
-        return _Content(index, raw, part, pieces)
+        return _Content(index, raw, part, pieces, self._abandoned)
 
 
 @dataclass(frozen=True)
@@ -319,13 +322,17 @@ class _Content:
     """The index as it is written."""
     part: RankPart
     pieces: list[tuple[int, memoryview]]
+    abandoned: threading.Event
 
     def check(self, number: int, begin: int, written: memoryview) -> None:
         """Check what was written of a piece: what was digested before planning may have changed in memory since.
 
         Raises:
             ManifestError: it has.
+            StoreError: nobody wants it any more.
         """
+        if self.abandoned.is_set():
+            raise StoreError("the save was abandoned")
         chunk, first, digests = self.index.chunks[number], begin // BLOCK_BYTES, block_digests(written)
         if digests != chunk.blocks[first : first + len(digests)]:
             raise ManifestError(f"{chunk.fqn}: changed in memory while it was written")
