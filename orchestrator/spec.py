@@ -105,9 +105,9 @@ class RecoverySection(_Section):
     park_deadline_s: float = Field(
         default=3,
         gt=0,
-        description="For a worker to leave its process groups and keep its process when a generation ends; past it the "
-        "worker is killed and started anew. Most need a tenth of a second; waiting longer than a start takes gains "
-        "nothing.",
+        description="For a worker to leave its process groups and keep its process when a generation ends; past it, "
+        "or past half of halt_deadline_s, the worker is killed and started anew. Most need a tenth of a second; waiting "
+        "longer than a start takes gains nothing.",
     )
     start_deadline_s: float = Field(
         default=300,
@@ -466,12 +466,6 @@ def _problems(spec: JobSpec) -> list[str]:
             f"{k.longest_interval_steps}"
         )
     # One to find that the fan-in of now is silent; one more when the next cannot be reached either.
-    r = spec.recovery
-    if r.park_deadline_s > r.halt_deadline_s / 2:
-        problems.append(
-            f"recovery.park_deadline_s = {r.park_deadline_s:g}: must be at most half of recovery.halt_deadline_s = "
-            f"{r.halt_deadline_s:g}, which leaves as long to kill what has not parked"
-        )
     nodes, least_s = spec.layout.nodes + c.spares, 2 * PATIENCE_S
     if nodes >= FAN_IN_FROM_NODES and spec.recovery.node_silence_s < least_s:
         problems.append(

@@ -308,6 +308,8 @@ def join(assign: Assign) -> None:
     timeout = timedelta(seconds=config.collective_timeout_s)
     device = None
     if config.device == "cuda":
+        # Else NCCL's watchdog ends the process when a peer is lost: the agent finds that, and has this worker park.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         device = torch.device("cuda", assign.local_rank)
         torch.cuda.set_device(device)
     store = TCPStore(assign.store_host, assign.store_port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -329,7 +329,8 @@ class Agent:
         await asyncio.to_thread(self._workers.assign, here)
 
     async def halt(self, epoch: int, generation: int, hear_out: bool, park: bool) -> None:
-        """End this generation and report what shared memory holds. With `park`, workers that can keep their process.
+        """End this generation and report what shared memory holds. With `park` its workers keep their processes, if
+        they leave their groups in time.
 
         With `hear_out` they may speak first: state was found corrupt, and each rank says whether it was its own.
         """
@@ -350,7 +351,8 @@ class Agent:
 
     async def _end_workers(self, generation: int, hear_out: bool, park: bool) -> bool:
         """Whether all of the generation's workers live and are parked."""
-        deadline_s, park_s = self._spec.recovery.halt_deadline_s, self._spec.recovery.park_deadline_s
+        deadline_s = self._spec.recovery.halt_deadline_s
+        park_s = min(self._spec.recovery.park_deadline_s, deadline_s / 2)
         words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
         if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
             logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
