@@ -106,8 +106,8 @@ class RecoverySection(_Section):
         default=3,
         gt=0,
         description="For a worker to leave its process groups and keep its process when a generation ends; past it, "
-        "or past half of halt_deadline_s, the worker is killed and started anew. Most need a tenth of a second; to wait "
-        "longer than a start takes gains nothing.",
+        "or past half of halt_deadline_s, the worker is killed and started anew. Most need a tenth of a second; to "
+        "wait longer than a start takes gains nothing.",
     )
     start_deadline_s: float = Field(
         default=300,
