@@ -86,6 +86,12 @@ class ClusterSection(_Section):
         description="Before a node joins, its devices compute products whose exact result is known, for a second each "
         "(trainer/admission.py); one that is wrong keeps the node out. ``auto``: on CUDA.",
     )
+    warm_workers: int = Field(
+        default=1,
+        ge=0,
+        description="Processes on each node that are ready to take a dead worker's place, beyond those that train; "
+        "useful up to slots_per_node. Each takes some 150 MB of memory, and a few seconds of a processor to make.",
+    )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
     )
@@ -100,6 +106,13 @@ class RecoverySection(_Section):
         default=10,
         gt=0,
         description="For a node to end its workers; past it the node is lost. A kill takes milliseconds.",
+    )
+    park_deadline_s: float = Field(
+        default=3,
+        gt=0,
+        description="For a worker to leave its process groups and keep its process when a generation ends; past it, "
+        "or past half of halt_deadline_s, the worker is killed and started anew. Most need a tenth of a second; to "
+        "wait longer than a start takes gains nothing.",
     )
     start_deadline_s: float = Field(
         default=300,

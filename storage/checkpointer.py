@@ -96,6 +96,7 @@ class Checkpointer:
         """Of the newest save that has got as far as the store."""
         self._told = threading.Event()
         self._told.set()
+        self._abandoned = threading.Event()
         self._group: distributed.ProcessGroup | None = None
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
@@ -219,6 +220,19 @@ class Checkpointer:
             group=self._group,
         )
 
+    def close(self, deadline_s: float) -> bool:
+        """Let the snapshot that is being taken be completed, and abandon the save; whether both have ended in time.
+
+        Afterwards nothing here is used any more. A save that waits for other ranks ends when its process group breaks.
+        """
+        deadline = time.monotonic() + deadline_s
+        self._abandoned.set()
+        closed = self._ram.close(deadline_s)
+        if self._saving.is_alive():
+            self._saving.join(max(0.0, deadline - time.monotonic()))
+        self._group = None
+        return closed and not self._saving.is_alive()
+
     def _make_writer(self, step: int) -> Writer:
         return Writer(
             self._url,
@@ -228,6 +242,7 @@ class Checkpointer:
             rank=self._rank,
             buffers=self._buffers,
             local=self._local,
+            abandoned=self._abandoned,
         )
 
     def restore(

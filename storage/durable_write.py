@@ -145,15 +145,18 @@ class Writer(StorageWriter):
         rank: int,
         buffers: direct.Buffers | None = None,
         local: LocalTier | None = None,
+        abandoned: threading.Event | None = None,
     ) -> None:
         """
         Args:
             buffers: of writers that write one after another, so that only the first allocates.
             local: where the part is to stay on this node's disk, too.
+            abandoned: once it is set, what is being written fails soon.
         """
         self.part: RankPart | None = None
         self._buffers = buffers or direct.Buffers()
         self._local = local
+        self._abandoned = abandoned or threading.Event()
         self._url = url
         self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
         self._began = False
@@ -221,8 +224,9 @@ class Writer(StorageWriter):
                     digests[item.index] = _digest(block_digests(planner.content(item)))
 
         def work() -> None:
-            content = _Content(plan, planner, self._identity)
-            in_threads(lambda each: each(), (partial(self._write, content), digest_others), 2)
+            content = _Content(plan, planner, self._identity, self._abandoned)
+            works: tuple[Callable[[], None], ...] = (partial(self._write, content), digest_others)
+            in_threads(lambda each: each(), works, 2)
             digests.update((box, digest) for box, digest in content.digests() if box in plan.planner_data)
 
         with portable_errors():
@@ -329,12 +333,15 @@ class Writer(StorageWriter):
 class _Content:
     """What a data file is to hold, and the digests of its blocks as they become known."""
 
-    def __init__(self, plan: SavePlan, planner: SavePlanner, identity: dict[str, int]) -> None:
+    def __init__(
+        self, plan: SavePlan, planner: SavePlanner, identity: dict[str, int], abandoned: threading.Event
+    ) -> None:
         self.pieces: list[tuple[int, memoryview]] = []
         """Each one's place in the file and where it lies in memory."""
         self.size = 0
         self.data, self.index = data_name(**identity), index_name(**identity)
         self._identity = identity
+        self._abandoned = abandoned
         self._items = plan.items
         self._blocks: list[list[str]] = []
         for item in plan.items:
@@ -349,7 +356,10 @@ class _Content:
 
         Raises:
             ManifestError: it has changed.
+            StoreError: nobody wants it any more.
         """
+        if self._abandoned.is_set():
+            raise StoreError("the save was abandoned")
         first, digests, blocks = begin // BLOCK_BYTES, block_digests(memory), self._blocks[number]
         last = first + len(digests)
         if any(known and known != new for known, new in zip(blocks[first:last], digests, strict=True)):

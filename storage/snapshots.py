@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,15 @@ class RamTier:
         error = pending.exception(DIGEST_DEADLINE_S)
         if error is not None:
             log.error("a snapshot of slot %d has failed", self._place[3], exc_info=error)
+
+    def close(self, deadline_s: float) -> bool:
+        """Let the last snapshot be completed, and let go of the files; whether that was done in time."""
+        pending, self._pending = self._pending, None
+        done = pending is None or bool(futures.wait([pending], deadline_s).done)
+        self._pool.shutdown(wait=done)
+        if done:
+            self._device.forget()
+        return done
 
     def _complete(
         self, file: SnapshotFile, layout: _Layout, step: int, done: Callable[[Exception | None], None]

@@ -276,8 +276,25 @@ class Assign:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """To a worker that waits for its first assignment, which is likely to be this rank: warm up, answer with Parked of
+    generation 0."""
+
+    rank: int
+    local_rank: int
+    config: WorkerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """End at the next step boundary on which all ranks agree, with a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Park:
+    """Leave `generation` at once, keep the process, answer with Parked, and wait for the next assignment."""
+
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,7 +443,7 @@ class SaveFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The worker's last words before it exits."""
+    """The worker's last words in a generation, before it exits or, after ``collective`` and ``unclean``, parks."""
 
     generation: int
     rank: int
@@ -438,6 +455,15 @@ class Failed:
     error: str
     """Type and message on one line."""
     traceback: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """The worker has let go of its process groups, model and files, and waits for its next assignment."""
+
+    generation: int
+    rank: int
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +500,7 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Stop | SaveEvery | Copied | Inject
+ToWorker = Assign | Prepare | Stop | Park | SaveEvery | Copied | Inject
 FromWorker = (
     Phase
     | Restored
@@ -485,6 +511,7 @@ FromWorker = (
     | ShardWritten
     | SaveFailed
     | Failed
+    | Parked
     | Finished
     | Pulse
     | Injected
@@ -557,11 +584,16 @@ def _value(hint: Any, value: Any) -> Any:
     return value
 
 
-def send(sock: socket.socket, message: object) -> None:
-    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+def frame(message: object) -> bytes:
+    """A message as it goes over the wire."""
     body = json.dumps(encode(message), separators=(",", ":")).encode()
     assert len(body) <= MAX_FRAME_BYTES, len(body)
-    sock.sendall(struct.pack("<I", len(body)) + body)
+    return struct.pack("<I", len(body)) + body
+
+
+def send(sock: socket.socket, message: object) -> None:
+    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+    sock.sendall(frame(message))
 
 
 @dataclass

@@ -110,15 +110,17 @@ def check_layout(config: WorkerConfig) -> None:
         )
 
 
-def build_mesh(parallel: ParallelConfig, device_type: str, timeout: timedelta) -> DeviceMesh:
+def build_mesh(parallel: ParallelConfig, device_type: str, timeout: timedelta, backend: str = "") -> DeviceMesh:
     """The mesh (pp, dp_replicate, dp_shard, tp) over all ranks of the default process group, row-major.
 
     `timeout` bounds every collective of each dimension's groups, and their creation. A mesh does not pass on the
-    default group's: without this, ranks would wait 30 minutes for a lost peer.
+    default group's: without this, ranks would wait 30 minutes for a lost peer. `backend` is the device's, or another.
     """
     shape = (parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.tp)
     options: Any
-    if device_type == "cuda":
+    if backend:
+        options = None
+    elif device_type == "cuda":
         backend, options = "nccl", distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
     else:

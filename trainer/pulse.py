@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 
@@ -33,17 +32,21 @@ _DTENSOR = os.path.join(_DISTRIBUTED, "tensor") + os.sep
 _PLUMBING = (os.path.join(_TORCH, "_ops.py"), os.path.join(_TORCH, "_library") + os.sep)
 
 
-def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> None:
-    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done."""
-    watched = threading.get_ident()
+def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> threading.Event:
+    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done.
+
+    The pulse ends when the returned event is set.
+    """
+    watched, ended = threading.get_ident(), threading.Event()
 
     def beat() -> None:
-        while True:
+        while not ended.is_set():
             waiting, where = standing(watched)
             emit(Pulse(generation=generation, rank=rank, step=step(), waiting=waiting, where=where))
-            time.sleep(INTERVAL_S)
+            ended.wait(INTERVAL_S)
 
     threading.Thread(target=beat, name="pulse", daemon=True).start()
+    return ended
 
 
 def standing(thread: int) -> tuple[bool, str]:

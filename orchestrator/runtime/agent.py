@@ -160,6 +160,7 @@ class Agent:
             env=worker_env(self._spec),
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
+            warm_workers=self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
         self._tasks: list[asyncio.Task[None]] = []
@@ -346,8 +347,9 @@ class Agent:
         )
         await asyncio.to_thread(self._workers.assign, here)
 
-    async def halt(self, epoch: int, generation: int, hear_out: bool) -> None:
-        """End this generation's workers and report what shared memory holds.
+    async def halt(self, epoch: int, generation: int, hear_out: bool, park: bool) -> None:
+        """End this generation and report what shared memory holds. With `park` its workers keep their processes, if
+        they leave their groups in time.
 
         With `hear_out` they may speak first: state was found corrupt, and each rank says whether it was its own.
         """
@@ -357,21 +359,23 @@ class Agent:
         self._ended_generation = max(self._ended_generation, generation)
         self._watch = None
         # Side by side: a peer that has stopped must not keep the workers from their end.
-        await asyncio.gather(self._end_copies(), self._end_workers(generation, hear_out))
+        _, parked = await asyncio.gather(self._end_copies(), self._end_workers(generation, hear_out, park))
         # The controller may not know yet that state was found corrupt: one word says it as well as all.
         for word in () if hear_out else list(self._held.values())[:1]:
             self._fact(word)
         self._held.clear()
         await asyncio.to_thread(self._drop_scratch)
         slots = self._fold.ranks if self._fold is not None and self._fold.generation == generation else ()
-        self._fact(halted(generation, slots, self._inventory()))
+        self._fact(halted(generation, slots, self._inventory(), parked))
 
-    async def _end_workers(self, generation: int, hear_out: bool) -> None:
+    async def _end_workers(self, generation: int, hear_out: bool, park: bool) -> bool:
+        """Whether all of the generation's workers live and are parked."""
         deadline_s = self._spec.recovery.halt_deadline_s
+        park_s = min(self._spec.recovery.park_deadline_s, deadline_s / 2)
         words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
         if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
             logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
-        await asyncio.to_thread(self._workers.halt, deadline_s - words_s)
+        return await asyncio.to_thread(self._workers.halt, deadline_s - words_s, park_s if park else 0.0)
 
     async def ask_stop(self, epoch: int, generation: int) -> None:
         """Ask the workers to end at their next common step boundary."""
@@ -460,16 +464,20 @@ class Agent:
             self._watch.hear(_now_us(), message)
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
+                if not self._kept:
+                    self._begins_to_train()
                 if report.copied_step <= self._supposed_copied:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
                 self._outbox.push(report)
                 self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
-                self._held[report.rank] = report  # until its process ends, a second later
+                self._held[report.rank] = report
             else:
                 self._fact(report)
 
+        if isinstance(message, contract.Parked) and message.rank in self._held:
+            self._loop.call_later(LAST_WORDS_S, self._release, message.generation, message.rank)
         if isinstance(message, contract.CopyStep):
             copying = asyncio.ensure_future(self._copy(message))
             self._sending.add(copying)
@@ -485,6 +493,15 @@ class Agent:
             dropping = asyncio.ensure_future(self._buddies.drop_others(self._fold.generation, self._fold.ranks))
             self._sending.add(dropping)
             dropping.add_done_callback(self._sending.discard)
+
+    def _begins_to_train(self) -> None:
+        """Now there is time to fill up what the recovery has taken."""
+        self._loop.run_in_executor(None, self._workers.replenish, self._spec.worker_config)
+
+    def _release(self, generation: int, rank: int) -> None:
+        """Tell what a rank has said that another's state has stopped, if it has not been told."""
+        if self._fold is not None and self._fold.generation == generation and rank in self._held:
+            self._fact(self._held.pop(rank))
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
@@ -517,8 +534,7 @@ class Agent:
         in_good_order = exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished
         if self._watch is not None:
             self._watch.exited(exit_.rank, in_good_order)
-        if exit_.rank in self._held:
-            self._fact(self._held.pop(exit_.rank))
+        self._release(exit_.generation, exit_.rank)
         if exit_.error:
             self._fact(StartFailed(generation=exit_.generation, error=exit_.error))
         elif not in_good_order:

@@ -280,7 +280,7 @@ class Body:
                 self._stop_opening()
                 hear_out = self.fold is not None and self.fold.unclean
                 for node in action.nodes:
-                    self._spawn(self._order(node, "halt", self._epoch, action.generation, hear_out))
+                    self._spawn(self._order(node, "halt", self._epoch, action.generation, hear_out, action.park))
             case AskStop():
                 for node in self.fold.nodes if self.fold else ():
                     self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))

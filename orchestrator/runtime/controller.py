@@ -295,7 +295,13 @@ class Controller:
                 layout=spec.layout,
                 limits=spec.limits,
                 total_steps=spec.run.steps,
-                capabilities=("ram", "peer", "verify", *(["buddy"] if spec.checkpoint.copies == "auto" else [])),
+                capabilities=(
+                    "ram",
+                    "peer",
+                    "park",
+                    "verify",
+                    *(["buddy"] if spec.checkpoint.copies == "auto" else []),
+                ),
             )
             again = await self._decide([declared, began])
         pins_found = ev.CheckpointsPinned(at=0, steps=tuple(pinned))

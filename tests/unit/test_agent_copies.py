@@ -142,7 +142,7 @@ def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> N
         on._workers = SimpleNamespace(halt=lambda within_s: on._loop.call_soon_threadsafe(halted.set))
         on._buddies = SimpleNamespace(end=halted.wait)  # a peer that has stopped
         on._held, on._facts, on._outbox, on._watch = {}, [], Outbox(), None
-        await on.halt(1, 2, False)
+        await on.halt(1, 2, False, False)
         assert on._outbox.reports()
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
@@ -187,6 +187,7 @@ def opening() -> Agent:
     on._copied_step = on._restored_step = on._supposed_copied = 0
     on._spec = SimpleNamespace(patience=None)
     on._facts, on._kept, on._held, on._watch = [], [], {}, None
+    on._begins_to_train = lambda: None
     on._reader = SimpleNamespace(interrupt=lambda why: None)
     return on
 

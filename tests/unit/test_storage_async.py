@@ -113,6 +113,21 @@ def test_the_state_of_the_step_is_written_however_far_training_has_gone(tmp_path
     assert verify(url, commit) == []
 
 
+def test_a_checkpointer_that_is_closed_abandons_its_save_and_completes_its_snapshot(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch.setattr)
+    url, state = str(tmp_path), small_state()
+    saver, ended = checkpointer(url), Ended()
+    saver.snapshot(state)
+    saver.begin_save(state, None, ended)
+    assert gate.reached.wait(WAIT_S)
+    assert not saver.close(0.1), "it is still in the store's hands"
+    gate.open.set()
+    assert saver.close(WAIT_S)
+    assert "abandoned" in str(ended.result())
+    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert saver.newest_snapshot == state.step
+
+
 def test_buffers_are_made_once_and_hold_the_newest_state(tmp_path):
     url, state, saver = str(tmp_path), small_state(), checkpointer(str(tmp_path))
     addresses = []
