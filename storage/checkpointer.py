@@ -53,6 +53,10 @@ class Source(Protocol):
 
     @property
     def commit(self) -> str: ...
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """For ``ram``: see `RamTier.restore`."""
+        ...
 
 
 class Checkpointer:
@@ -242,11 +246,14 @@ class Checkpointer:
             bad: what is found damaged there, and at them, is added here.
 
         Raises:
-            ManifestError: the source is missing, damaged or of another state. No tensor has changed.
-            CheckpointFailed, StoreError: a rank could not read the durable checkpoint. No tensor has changed.
+            ManifestError: the source is missing, damaged or of another state.
+            CheckpointFailed, StoreError: a rank could not read the durable checkpoint.
+
+        After an error the state is as it was, or, where a durable checkpoint turned out to be damaged or out of reach
+        only while its data was read, spoilt (`storage.state.spoil`).
         """
         if restore.source == "ram":
-            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation)
+            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation, slots=restore.slots)
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.

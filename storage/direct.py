@@ -49,16 +49,17 @@ def address(view: memoryview) -> int:
 
 
 class Buffers:
-    """Memory to gather into, of UNIT_BYTES each, made when first needed and then reused."""
+    """Memory to pass data through, of `n_bytes` each, made when first needed and then reused."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_bytes: int = UNIT_BYTES) -> None:
+        self._n_bytes = n_bytes
         self._lock = threading.Lock()
         self._idle: list[memoryview] = []
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[memoryview]:
         with self._lock:
-            buffer = self._idle.pop() if self._idle else memory(UNIT_BYTES)
+            buffer = self._idle.pop() if self._idle else memory(self._n_bytes)
         try:
             yield buffer
         finally:

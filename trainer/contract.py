@@ -198,6 +198,25 @@ class WorkerConfig:
     audit: AuditConfig
     data_digest: str = ""
     """Of the tokens and their order, as all nodes have prepared them; a worker that finds others refuses to train."""
+    microbatch_samples: int = 0
+    """Samples in each microbatch of a rank, in a mesh that has shrunk; 0: what `parallel` makes of the global batch."""
+
+    @property
+    def samples(self) -> int:
+        """In each microbatch of a rank."""
+        p = self.parallel
+        return self.microbatch_samples or self.data.global_batch // (p.dp * p.microbatches)
+
+    def with_replicas(self, dp_replicate: int) -> WorkerConfig:
+        """The same steps on another number of replicas: microbatches keep their size, and so does a rank's memory;
+        where replicas are fewer, each takes more of them. `parallel.microbatches` is then the most that one takes."""
+        if dp_replicate == self.parallel.dp_replicate:
+            return self
+        rounds = self.data.global_batch // (self.parallel.dp_shard * self.samples)
+        parallel = dataclasses.replace(
+            self.parallel, dp_replicate=dp_replicate, microbatches=-(-rounds // dp_replicate)
+        )
+        return dataclasses.replace(self, parallel=parallel, microbatch_samples=self.samples)
 
 
 # --- agent -> worker -------------------------------------------------------------------------------------------------
@@ -213,6 +232,9 @@ class Restore:
     """The generation that wrote the snapshot, for ``ram``."""
     commit: str = ""
     """Name of the commit record under run.url, for ``durable``."""
+    slots: tuple[int, ...] = ()
+    """For ``ram``: the slots that hold this rank's shard, as that generation numbered them. The node has the snapshot
+    of one of them; empty: of the rank's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from storage.durable import save_part
 from storage.durable_write import Writer
 from storage.manifest import Commit, RankPart
 from storage.peer import PeerServer
+from storage.ram import COPY_FILES
 from storage.snapshots import RamTier
 from storage.state import TrainState
 from storage.transfer import fetch_snapshot
@@ -185,7 +186,7 @@ def serve_snapshot(rank: Rank, ram_dir: str) -> str:
 
 
 def fetch(rank: Rank, address: str, ram_dir: str) -> Timed:
-    """A peer's snapshot, into this node's shared memory and verified."""
+    """A peer's snapshot, into this node's shared memory and verified. As an agent's, its files stay mapped."""
     copy = fetch_snapshot(
         address,
         TOKEN,
@@ -196,5 +197,7 @@ def fetch(rank: Rank, address: str, ram_dir: str) -> Timed:
         ram_dir=ram_dir,
         node="target",
         slot=0,
+        files=COPY_FILES,
+        mapped=rank.kept.setdefault("mapped", {}),
     )
     return rank.timed(lambda: asyncio.run(copy))

@@ -64,6 +64,14 @@ ZYGOTE_DEADLINE_S = 240.0
 """Importing torch takes 3 s alone and 37 s for eight at once on two cores."""
 
 
+ADMISSION_DEADLINE_S = 300.0
+"""For the known products on each device of the node; the process imports torch first, and opens eight devices."""
+
+
+class NotAdmitted(RuntimeError):
+    """A device of this node computes what is wrong."""
+
+
 class StaleOrder(RuntimeError):
     """An order of an older controller, or for a generation that is over."""
 
@@ -130,6 +138,8 @@ class Agent:
         self._buddies.serve(self._serves)
         self._keeper = ""
         """Who keeps copies of this node's snapshots, in the generation that trains."""
+        self._drop_after = 0
+        """Once this step is done, what lies here of slots that are not this node's is of no use; 0: copies are kept."""
         self._copied_step = self._restored_step = self._supposed_copied = 0
         """The newest step that was copied from every node; that of the restore; and of the newest restore to before
         what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
@@ -159,10 +169,11 @@ class Agent:
     # --- orders ---------------------------------------------------------------------------------------------------
 
     async def prepare(self) -> NodeInfo:
-        """Data on this node, workers' zygote warm, peer server up.
+        """Data on this node, devices checked, workers' zygote warm, peer server up.
 
         Raises:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
+            NotAdmitted: a device is wrong.
             ZygoteError: the worker's module cannot be imported.
         """
         reporter = Reporter(
@@ -179,6 +190,8 @@ class Agent:
             asyncio.create_task(self._watch_ranks()),
         ]
         self._data_digest = await self._prepare_data()
+        if self._spec.checks_admission:
+            await self._check_devices()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
         return await self.describe()
@@ -316,7 +329,13 @@ class Agent:
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
+        if plan.snapshot_slots:
+            # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
+            restored = (plan.restore.generation, plan.restore.step)
+            await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
+        every = plan.config.checkpoint.snapshot_interval_steps
+        self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
         # An agent that is new here knows of none, and its first copy would take the place of the only one.
         copied_step = max(self._copied_step, plan.copied_step)
         self._copied_step = min(copied_step, plan.restore.step)
@@ -445,6 +464,7 @@ class Agent:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
                 self._outbox.push(report)
+                self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
                 self._held[report.rank] = report  # until its process ends, a second later
             else:
@@ -454,6 +474,17 @@ class Agent:
             copying = asyncio.ensure_future(self._copy(message))
             self._sending.add(copying)
             copying.add_done_callback(self._sending.discard)
+
+    def _drop_stale(self, step: int) -> None:
+        """Where no copies are kept, snapshots of other slots are stale as soon as all ranks have one of this mesh.
+
+        That is when the step after it is done: see trainer/loop.py.
+        """
+        if self._drop_after and step > self._drop_after and self._fold is not None:
+            self._drop_after = 0
+            dropping = asyncio.ensure_future(self._buddies.drop_others(self._fold.generation, self._fold.ranks))
+            self._sending.add(dropping)
+            dropping.add_done_callback(self._sending.discard)
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
@@ -476,7 +507,7 @@ class Agent:
         if order.complete > self._copied_step:
             self._copied_step = order.complete
             if order.complete > self._restored_step and self._fold is not None:
-                await self._buddies.drop_others(self._fold.ranks)
+                await self._buddies.drop_others(order.generation, self._fold.ranks)
         wanted = (order.generation, order.rank, order.step, order.complete)
         return await self._buddies.send(self._keeper, self._address, *wanted)
 
@@ -539,24 +570,41 @@ class Agent:
             "vocab_size": self._spec.model.vocab_size,
             "seed": self._spec.run.seed,
         }
+        told, error = await self._tool("trainer.data.prepare", document, PREPARE_DEADLINE_S)
+        if error:
+            raise RuntimeError(f"the data cannot be prepared on {self._node}: {error}")
+        return str(told["digest"])
+
+    async def _check_devices(self) -> None:
+        document = {"device": self._spec.cluster.device}
+        told, error = await self._tool("trainer.admission", document, ADMISSION_DEADLINE_S)
+        if error:
+            raise RuntimeError(f"the devices of {self._node} cannot be checked: {error}")
+        wrong = [f"{device['name']}: {device['problem']}" for device in told if device["problem"]]
+        if wrong:
+            raise NotAdmitted(f"{self._node} computes what is wrong: {'; '.join(wrong)}")
+        logger.info("%s: %s", self._node, ", ".join(f"{each['name']} {each['tflops']:.3g} TFLOP/s" for each in told))
+
+    async def _tool(self, module: str, document: dict[str, Any], deadline_s: float) -> tuple[Any, str]:
+        """What a process prints that is started as workers are, and what it says of its failure, if it fails."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
             "-m",
-            "trainer.data.prepare",
+            module,
             env={**os.environ, **worker_env(self._spec)},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), PREPARE_DEADLINE_S)
+            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), deadline_s)
         except TimeoutError:
             process.kill()
             raise
         if process.returncode != 0:
-            raise RuntimeError(f"the data cannot be prepared on {self._node}: {err.decode(errors='replace').strip()}")
-        return str(json.loads(out.decode().strip().splitlines()[-1])["digest"])
+            return None, err.decode(errors="replace").strip() or f"exit code {process.returncode}"
+        return json.loads(out.decode().strip().splitlines()[-1]), ""
 
 
 def _now_us() -> int:

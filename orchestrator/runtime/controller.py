@@ -205,7 +205,8 @@ class Controller:
         spec = self._spec
         if order.scenario == "disk-full":
             await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
-        asked = resolve(order, self._supervisor.state, spec.parallel.world_size, by)
+        state = self._supervisor.state
+        asked = resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by)
         if order.scenario == "controller-kill":
             asked = dataclasses.replace(asked, parameters={"pid": str(os.getpid())})
         self._post(asked)

@@ -8,6 +8,7 @@ halt.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import threading
@@ -395,7 +396,7 @@ class _ElasticAgent(SimpleElasticAgent):
             node=self._node,
             store_host=plan.store_host,
             store_port=plan.store_port,
-            restore=plan.restore,
+            restore=dataclasses.replace(plan.restore, slots=tuple(plan.snapshot_slots.get(worker.global_rank, ()))),
             config=plan.config,
             ram_dir=plan.ram_dir,
             copies=bool(plan.keeper),
