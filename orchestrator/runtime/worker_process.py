@@ -20,7 +20,6 @@ from orchestrator.runtime import zygote as zygote_module
 from orchestrator.runtime.worker_log import LineBuffer
 from trainer import contract
 
-
 SENDER_S = 1.0
 """For a message to be handed to the kernel while there is room; microseconds, unless the processor is taken."""
 
