@@ -128,6 +128,11 @@ class RecoverySection(_Section):
         ge=3,
         description="Patience with a mesh that makes no step; 5 times the slowest recent step, if that is more.",
     )
+    stragglers: Literal["report", "swap"] = Field(
+        default="report",
+        description="What follows when a rank computes more slowly than its peers (docs/stragglers.md). ``swap``: its "
+        "node gets a strike, and a spare takes its place.",
+    )
     same_error_tries: int = Field(
         default=2, ge=1, description="The same exception at the same step this many times is the program's own fault."
     )
@@ -214,6 +219,7 @@ class JobSpec(_Section):
             keep_every_steps=self.checkpoint.keep_every_steps,
             scrub_us=_us(self.checkpoint.scrub_hours * 3600),
             verify_bytes_per_s=self.checkpoint.verify_mb_per_s * 1_000_000,
+            swaps_slow=r.stragglers == "swap",
         )
 
     @property
