@@ -1,11 +1,13 @@
 """How soon failures are detected, on a cluster as `ray start` makes it, with Ray's own settings untouched.
 
     python benchmarks/detection.py [--exits 20] [--losses 5] [--silences 3] [--stops 5] [--loops 5] [--json PATH]
+    python benchmarks/detection.py --clean-minutes 60 --exits 0 --losses 0 --silences 0 --stops 0 --loops 0
 
 A head and five raylets on one machine, a mesh of two nodes with two ranks each, the others spares. Each fault is done
 from outside to real processes; its time is this machine's monotonic clock just before. When it was noticed is the
 incident's own time in the journal, on the controller's clock, which is read against this machine's with the least
-round trip of some. What a rank does in a loop it begins by itself, and says when.
+round trip of some. What a rank does in a loop it begins by itself, and says when. A clean run has two more processes on
+each CPU that do nothing but compute, and counts false alarms.
 """
 
 from __future__ import annotations
@@ -68,7 +70,14 @@ class Cluster:
         self.port = free_port()
         self.families: list[subprocess.Popen[bytes]] = []
         self._start("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false")
-        self.address = f"127.0.0.1:{self.port}"
+        host = str(ray.util.get_node_ip_address())
+        self.address = f"{host}:{self.port}"
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            with suppress(OSError), socket.create_connection((host, self.port), timeout=1.0):
+                return
+            assert time.monotonic() < deadline, "Ray's head does not come up"
+            time.sleep(0.2)
 
     def add_node(self) -> None:
         self._start(f"--address={self.address}", "--num-cpus=2")
@@ -224,6 +233,26 @@ def measure(cluster: Cluster, run: Run, arguments: argparse.Namespace) -> dict[s
     return found
 
 
+def train_cleanly(run: Run, minutes: float) -> dict[str, Any]:
+    """Training beside other load: what is found, and ought not to be."""
+    began = run.await_training()
+    command = [sys.executable, "-c", "while True: pass"]
+    load = [subprocess.Popen(command) for _ in range(2 * (os.cpu_count() or 1))]
+    slow: set[str] = set()
+    try:
+        deadline = time.monotonic() + 60 * minutes
+        while time.monotonic() < deadline:
+            status = run.status()
+            slow |= set(status.slow)
+            time.sleep(1.0)
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+    alarms = [f"{i.cause}: {i.detail}" for i in status.incidents[len(began.incidents) :]]
+    return {"minutes": minutes, "steps": status.step - began.step, "incidents": alarms, "slow_nodes": sorted(slow)}
+
+
 @contextmanager
 def looped(folder: Path) -> Iterator[None]:
     """Lets the workers of the run look for their order to loop; see tests/cluster/sitecustomize.py."""
@@ -238,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("exits", 20), ("stops", 5), ("loops", 5), ("losses", 5), ("silences", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--clean-minutes", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, looped(Path(folder)):
@@ -248,6 +278,7 @@ def main() -> None:
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
             run = Run(Path(folder))
             found = measure(cluster, run, arguments)
+            clean = train_cleanly(run, arguments.clean_minutes) if arguments.clean_minutes else None
             driver.stop(run.controller, run.token, by="the benchmark", graceful=False)
             ray.shutdown()
         finally:
@@ -257,14 +288,14 @@ def main() -> None:
         ordered = sorted(seconds)
         p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
         rows[name] = {"n": len(seconds), "median_s": statistics.median(seconds), "p95_s": p95, "max_s": max(seconds)}
-        print(
-            f"{name}: n {len(seconds)}, median {rows[name]['median_s']:.3f} s, p95 {p95:.3f} s, max {max(seconds):.3f} s"
-        )
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in rows[name].items()))
+    if clean is not None:
+        print(f"clean training beside other load: {clean}")
     if arguments.json:
         recovery = run.spec.recovery
         told = {name: getattr(recovery, name) for name in ("node_silence_s", "rank_silence_s", "stall_floor_s")}
         machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
-        document = {"machine": machine, "settings": told, "seconds": rows, "each_s": found}
+        document = {"machine": machine, "settings": told, "seconds": rows, "each_s": found, "clean": clean}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -80,7 +80,7 @@ def standing(thread: int) -> tuple[bool, str]:
 def exchanges_begun() -> dict[str, int]:
     """How many exchanges this process has begun in each of its process groups; a transport that does not count them is
     left out."""
-    begun = {}
+    begun: dict[str, int] = {}
     for group in list(distributed.distributed_c10d._world.pg_map):
         with contextlib.suppress(RuntimeError):
             begun[group.group_name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]

@@ -96,7 +96,7 @@ STACK_DEADLINE_S = 10.0
 PARTS_DEADLINE_S = 30.0
 """For agents to tell a controller that came back which parts of a checkpoint they have written."""
 LOOK_INTERVAL_S = 0.5
-"""Between two looks at who is silent: a twentieth of recovery.node_silence_s."""
+"""Between two looks at who is silent: a ninth of recovery.node_silence_s."""
 STALL_S = 2.0
 """From here on this controller's own inattention counts as no silence of the nodes. Less is common when many events
 come at once, and leaves the nodes most of recovery.node_silence_s."""

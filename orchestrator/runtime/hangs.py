@@ -30,11 +30,12 @@ STALE_US = 5_000_000
 SETTLED_US = 3_000_000
 """A rank that has waited in one place for less may be on its way between two exchanges: it does not count as waiting
 when somebody must be named."""
-PACE_FACTOR = 5
+PACE_FACTOR = 3
 """Patience over the slowest of the recent steps: a stall within it may be a garbage collection, a cold file, a burst of
 other load."""
 PACE_STEPS = 32
-"""Recent steps (and validation passes) whose pace counts: they forget a slow start, and span a few checkpoints."""
+"""Recent steps whose pace counts, so that a slow start is forgotten; and so many that began a durable save, which are
+rare and slower, and so many validation batches."""
 WAIT_SHARE = 0.75
 """Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
 WORLD_SUM = " _sum_over_ranks"
@@ -194,7 +195,7 @@ class NodeWatch:
                 rank.phase, rank.step = message.phase, message.step
                 self._progress(rank, clock)
             case contract.StepDone():
-                self._learn("compute", message.step, message.step_us)
+                self._learn("save" if message.save_us else "compute", message.step, message.step_us)
                 rank.step, rank.stepped = message.step, True
                 self._progress(rank, clock)
             case contract.Finished():
@@ -265,7 +266,8 @@ class NodeWatch:
         p = self._patience
         if rank.phase == "checkpoint":
             return max(p.stall_floor_us, p.save_us)
-        slowest_us = max((us for _, us in self._pace.get(rank.phase, ())), default=0)
+        kinds = ("compute", "save") if rank.phase == "compute" else (rank.phase,)
+        slowest_us = max((us for kind in kinds for _, us in self._pace.get(kind, ())), default=0)
         paced = (rank.phase == "compute" and rank.stepped) or (rank.phase == "validate" and slowest_us > 0)
         expected_us = max(PACE_FACTOR * slowest_us, 0 if paced else p.start_us)
         return max(p.stall_floor_us, min(expected_us, round(WAIT_SHARE * p.collective_us)))
