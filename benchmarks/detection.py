@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--clean-minutes", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster goes, too
     with tempfile.TemporaryDirectory() as folder, looped(Path(folder)):
         cluster = Cluster()
         try:

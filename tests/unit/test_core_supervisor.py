@@ -198,6 +198,6 @@ def test_a_slow_node_is_swapped_only_if_that_is_wanted_and_it_is_the_node() -> N
     assert any(isinstance(action, HaltGeneration) for action in swaps.handle(slow(swaps)))
     for workload, swaps_slow in ((True, True), (False, False)):
         core = started(nodes=2, slots_per_node=1, spares=1)
-        core.state.declared_limits = replace(LIMITS, swaps_slow=swaps_slow)
+        core.state.limits = replace(LIMITS, swaps_slow=swaps_slow)
         assert core.handle(slow(core, workload=workload)) == []
         assert (core.state.slow, core.state.strikes) == ({"n1": core.state.generation}, {})

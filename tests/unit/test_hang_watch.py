@@ -376,7 +376,7 @@ def test_the_pace_of_validation_is_learnt() -> None:
     node.steps(S)
     for _ in range(3):
         node.phase("validate")
-        node.seconds(6)
+        node.seconds(10)
     node.phase("compute")
     node.steps(S)
     node.phase("validate")
