@@ -81,6 +81,17 @@ class ClusterSection(_Section):
     cpus_per_slot: float = Field(
         default=1, gt=0, description="CPUs that Ray reserves for each rank, and its threads; at least one thread."
     )
+    admission: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Before a node joins, its devices compute products whose exact result is known, for a second each "
+        "(trainer/admission.py); one that is wrong keeps the node out. ``auto``: on CUDA.",
+    )
+    warm_workers: int = Field(
+        default=1,
+        ge=0,
+        description="Processes on each node that are ready to take a dead worker's place, beyond those that train; "
+        "useful up to slots_per_node. Each takes some 150 MB of memory, and a few seconds of a processor to make.",
+    )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
     )
@@ -95,6 +106,13 @@ class RecoverySection(_Section):
         default=10,
         gt=0,
         description="For a node to end its workers; past it the node is lost. A kill takes milliseconds.",
+    )
+    park_deadline_s: float = Field(
+        default=3,
+        gt=0,
+        description="For a worker to leave its process groups and keep its process when a generation ends; past it, "
+        "or past half of halt_deadline_s, the worker is killed and started anew. Most need a tenth of a second; to "
+        "wait longer than a start takes gains nothing.",
     )
     start_deadline_s: float = Field(
         default=300,
@@ -160,6 +178,13 @@ class RecoverySection(_Section):
         description="Of the nodes, mesh and spares, so many may be quarantined at once, and always two: what strikes "
         "more is not theirs.",
     )
+    min_replicas: int = Field(
+        default=1,
+        ge=1,
+        description="When nodes are lost and no spare is left, the run goes on with fewer replicas, down to so many of "
+        "parallel.dp_replicate; that number itself: it waits for nodes. Where a replica fills whole nodes: "
+        "cluster.slots_per_node divides parallel.dp_shard x tp.",
+    )
     grow_settle_s: float = Field(
         default=60,
         gt=0,
@@ -191,16 +216,22 @@ class JobSpec(_Section):
 
     @property
     def layout(self) -> Layout:
-        p = self.parallel
+        p, width = self.parallel, self.cluster.slots_per_node
+        whole_nodes = p.dp_shard * p.tp % width == 0
         return Layout(
             pp=p.pp,
             dp_replicate=p.dp_replicate,
             dp_shard=p.dp_shard,
             tp=p.tp,
-            slots_per_node=self.cluster.slots_per_node,
-            nodes=p.world_size // self.cluster.slots_per_node,
+            slots_per_node=width,
+            nodes=p.world_size // width,
             spares=self.cluster.spares,
+            shrinks_to=tuple(range(p.dp_replicate - 1, self.recovery.min_replicas - 1, -1)) if whole_nodes else (),
         )
+
+    @property
+    def checks_admission(self) -> bool:
+        return self.cluster.admission == "on" or (self.cluster.admission, self.cluster.device) == ("auto", "cuda")
 
     @property
     def limits(self) -> Limits:
@@ -460,6 +491,11 @@ def _problems(spec: JobSpec) -> list[str]:
     if p.pp > 1 and p.microbatches < p.pp:
         problems.append(f"parallel.microbatches = {p.microbatches}: 1F1B needs at least parallel.pp = {p.pp}")
     divides(c.slots_per_node, "cluster.slots_per_node", p.world_size, "the mesh's slots")
+    if spec.recovery.min_replicas > p.dp_replicate:
+        problems.append(
+            f"recovery.min_replicas = {spec.recovery.min_replicas}: must be at most parallel.dp_replicate = "
+            f"{p.dp_replicate}"
+        )
     divides(p.tp, "parallel.tp", c.slots_per_node, "cluster.slots_per_node")  # tp stays inside a node
     if not 0 < d.validation_fraction < 1:
         problems.append(f"data.validation_fraction = {d.validation_fraction}: must lie between 0 and 1")

@@ -125,10 +125,15 @@ def _data_of(url: str, step: int) -> set[str] | None:
 
 
 def read_index(store: Store, commit: Commit, part: RankPart) -> Index:
-    """The index of one rank's part, checked against the commit.
+    """The index of one rank's part; see `read_index_bytes` and `index_of`."""
+    return index_of(read_index_bytes(store, commit, part), commit, part)
+
+
+def read_index_bytes(store: Store, commit: Commit, part: RankPart) -> bytes:
+    """The index file of one rank's part.
 
     Raises:
-        ManifestError: it is missing, damaged, or belongs elsewhere.
+        ManifestError: it is missing, or not the one that the commit names.
     """
     try:
         raw = bytes(store.fs.cat_file(store.path(part.index)))
@@ -136,6 +141,15 @@ def read_index(store: Store, commit: Commit, part: RankPart) -> Index:
         raise ManifestError(f"{part.index}: missing, but the commit of step {commit.step} names it") from e
     if xxhash.xxh3_128_hexdigest(raw) != part.index_digest:
         raise ManifestError(f"{part.index}: damaged (its xxh3_128 is not the one in the commit of step {commit.step})")
+    return raw
+
+
+def index_of(raw: bytes, commit: Commit, part: RankPart) -> Index:
+    """The index of one rank's part from the bytes of its file, checked against the commit.
+
+    Raises:
+        ManifestError: they are no index, or belong to another part.
+    """
     index = Index.from_json(raw)
     told = (part.rank, commit.step, commit.epoch, commit.generation, part.data, part.data_bytes)
     if told != (index.rank, index.step, index.epoch, index.generation, index.data, index.data_bytes):

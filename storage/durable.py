@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage.blocks import BadBlock, Copy, StoreSource
-from storage.commits import check_whole, read_index
+from storage.commits import check_whole, index_of, read_index_bytes
 from storage.durable_write import SavePlanner, Writer
 from storage.index import Index
 from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
-from storage.ranks import CheckpointFailed, agree, dcp_errors, gathered, rank_of, size_of
+from storage.ranks import CheckpointFailed, agreed, dcp_errors, rank_of, size_of
 from storage.restore import load_copies
-from storage.state import TrainState, named_tensors
+from storage.state import TrainState, check_usable, named_tensors
 from storage.urls import locate, portable_errors
 
 __all__ = ["CheckpointFailed", "load", "save_part", "write_part"]
@@ -37,6 +37,7 @@ def save_part(
     rank: int,
     *,
     check: Callable[[], None] = lambda: None,
+    failure: Exception | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> RankPart:
     """Save this rank's part of a checkpoint; durable when this returns. Collective over `group`, or over the default.
@@ -45,17 +46,23 @@ def save_part(
     rank fails, every rank does, and removes what it has written.
 
     Args:
-        check: called on this rank first; when it raises, nothing is written.
+        check: called on this rank once digests of all that it holds are taken; when it raises, the save fails.
+        failure: why this rank can save nothing; it is told to the others, and nothing is written.
 
     Raises:
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
-        CheckpointFailed: a rank could not write; nothing may be committed.
+        CheckpointFailed: a rank could not write, or has a state into which a load has failed; nothing may be committed.
     """
     assert rank == rank_of(None), f"rank {rank} saves as rank {rank_of(None)} of its process group"
+
+    def checks() -> None:
+        check_usable(state)
+        check()
+
     try:
         with dcp_errors():
             named = named_tensors(state, rank)
-            dcp_save(named, storage_writer=writer, planner=SavePlanner(check), process_group=group)
+            dcp_save(named, storage_writer=writer, planner=SavePlanner(checks, failure), process_group=group)
     except Exception:
         writer.discard()
         raise
@@ -80,8 +87,8 @@ def load(
     Raises:
         StateMismatch: the checkpoint does not hold exactly the tensors that the ranks ask for, each in its shape and
             dtype. No tensor has changed.
-        ManifestError: a file is missing or damaged (named with its block). No tensor has changed.
-        CheckpointFailed: a rank could not read. No tensor has changed.
+        ManifestError: a file is missing or damaged (named with its block). The state is spoilt, unless it was an index.
+        CheckpointFailed: a rank could not read. The state is spoilt, unless it was an index.
     """
     source = StoreSource(locate(url))
     parts = [[Copy(index, source)] for index in _indices(url, commit, group)]
@@ -97,18 +104,19 @@ def load(
 
 def _indices(url: str, commit: Commit, group: dist.ProcessGroup | None) -> list[Index]:
     """The indices of all parts, each read by one rank."""
-    own: dict[int, Index] = {}
+    own: dict[int, bytes] = {}
+    indices: dict[int, Index] = {}
     error: Exception | None = None
     try:
         with portable_errors():
             store = locate(url)
             for number in range(rank_of(group), len(commit.parts), size_of(group)):
-                own[number] = read_index(store, commit, commit.parts[number])
+                own[number] = read_index_bytes(store, commit, commit.parts[number])
+                indices[number] = index_of(own[number], commit, commit.parts[number])
     except Exception as e:
         error = e
-    agree(error, group)
-    told = gathered([(number, index.to_json()) for number, index in own.items()], group)
-    others = {number: raw for entries in told for number, raw in entries if number not in own}
-    indices = [own[n] if n in own else Index.from_json(others[n]) for n in range(len(commit.parts))]
-    check_whole(commit, indices)
-    return indices
+    for told in agreed(own, error, group):
+        indices.update({n: index_of(raw, commit, commit.parts[n]) for n, raw in told.items() if n not in indices})
+    found = [indices[number] for number in range(len(commit.parts))]
+    check_whole(commit, found)
+    return found

@@ -37,16 +37,23 @@ def gathered(value: T, group: dist.ProcessGroup | None) -> list[T]:
 
 
 def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
-    """Return when no rank has an error. Collective.
+    """Return when no rank has an error; see `agreed`."""
+    agreed(None, error, group)
+
+
+def agreed(value: T, error: Exception | None, group: dist.ProcessGroup | None) -> list[T]:
+    """Each rank's value, in the order of ranks, when no rank has an error. Collective.
 
     Raises:
         StateMismatch, ManifestError, CheckpointFailed: a rank has one; the same on every rank, and naming the rank.
     """
     if error is not None and not isinstance(error, (StateMismatch, ManifestError, StoreError, FileExistsError)):
         error = StoreError(f"{type(error).__name__}: {error}")  # a store's own types need not be known to other ranks
-    told = {rank: other for rank, other in enumerate(gathered(error, group)) if other is not None}
-    if told:
-        raise _joined(told) from error
+    told = gathered((value, error), group)
+    errors = {rank: other for rank, (_, other) in enumerate(told) if other is not None}
+    if errors:
+        raise _joined(errors) from error
+    return [each for each, _ in told]
 
 
 @contextlib.contextmanager

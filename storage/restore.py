@@ -1,16 +1,18 @@
 """Fill a state from copies of a checkpoint, wherever they lie: each byte read once over all ranks, and checked.
 
 DCP's planner says which boxes of which chunks each rank needs; storage/read_plan.py shares out who reads them. Each
-rank reads its share, every block from the nearest copy that holds it whole. When all ranks have, they send each other
-what they need, and only when all have that does a tensor change.
+rank reads its share, every block from the nearest copy that holds it whole, and fills its tensors from what it has
+checked. When all ranks have, they send each other what they need. So a load that fails leaves tensors of two states:
+they are made useless, see `storage.state.spoil`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -37,7 +39,7 @@ from storage.read_plan import (
     wants_by_chunk,
     wants_of,
 )
-from storage.state import RANK_PREFIX, TrainState, copy_tensor, named_tensors
+from storage.state import RANK_PREFIX, TrainState, copy_tensor, named_tensors, spoil
 from storage.threads import in_threads
 from storage.urls import portable_errors
 
@@ -57,8 +59,11 @@ def load_copies(
 ) -> list[BadBlock]:
     """Fill `state` in place from copies of what any number of ranks saved on any mesh. Collective.
 
-    Nothing changes before everything is read and checked on all ranks. Per-rank tensors are restored when the number
-    of ranks is that of parts, and left alone otherwise.
+    No byte reaches a tensor before it is checked. Per-rank tensors are restored when the number of ranks is that of
+    parts, and left alone otherwise.
+
+    A load that is refused before it reads leaves `state` as it was. One that fails later spoils it on every rank
+    (`storage.state.spoil`): load into it again, or build it anew.
 
     Args:
         parts: for each rank that saved, the copies of its data file that this rank can read, the cheapest first. The
@@ -72,7 +77,8 @@ def load_copies(
 
     Raises:
         StateMismatch: the parts do not hold exactly the tensors that the ranks ask for, each in its shape and dtype.
-        ManifestError: a block is whole in no copy, or the parts do not make one state.
+            `state` is as it was.
+        ManifestError: a block is whole in no copy, or the parts do not make one state (`state` is as it was).
         CheckpointFailed: a rank could not read.
     """
     same_world = per_rank and len(parts) == size_of(group)
@@ -85,16 +91,19 @@ def load_copies(
         dcp_load(dict(named), storage_reader=reader, planner=LoadPlanner(), process_group=group)
     # DCP's plan is every rank's; from here on, an error on one is met by all at the next agreement.
     load = _Load(places, held, reader, group)
-    error: Exception | None = None
     try:
-        with portable_errors():
-            load.read()
-    except Exception as e:
-        error = e
-    agree(error, group)
-    load.exchange()
-    agree(None, group)
-    load.fill()
+        error: Exception | None = None
+        try:
+            with portable_errors():
+                load.read()
+        except Exception as e:
+            error = e
+        agree(error, group)
+        load.exchange()
+        agree(None, group)
+    except BaseException:
+        spoil(state, named.values())
+        raise
     state.step = indices[0].step
     return load.bad
 
@@ -186,7 +195,7 @@ def _reach(held: Sequence[Held]) -> dict[int, Distance | None]:
 
 
 class _Load:
-    """One rank's share of a load: what it has read, what it has received, and where that belongs."""
+    """One rank's share of a load: what it reads and receives, and where that belongs."""
 
     def __init__(
         self, places: Sequence[Place], held: Sequence[Held], reader: PlanReader, group: dist.ProcessGroup | None
@@ -195,35 +204,41 @@ class _Load:
         self._places, self._held, self._group = places, held, group
         self._orders, self._targets = reader.orders, reader.targets
         self._wants = wants_by_chunk(reader.wants)
-        self._read: dict[Segment, memoryview] = {}
-        self._inbox = memoryview(b"")
-        self._received: list[tuple[Transfer, memoryview]] = []
+        self._kept: dict[Segment, memoryview] = {}
 
     def read(self) -> None:
-        """Read and check this rank's segments, and make room for what it is to receive.
+        """Read and check this rank's segments, and fill its tensors from each that is whole.
+
+        What other ranks need is kept for the exchange; the rest passes through a few buffers.
 
         Raises:
             ManifestError, SourceError: see `read_chunk`.
             OSError: there is no memory.
         """
-        received = [transfer for transfer in self._orders.transfers if transfer.receiver == rank_of(self._group)]
-        memory = direct.memory(sum(segment.n_bytes for segment in self._orders.reads))
-        for segment in self._orders.reads:
-            self._read[segment], memory = memory[: segment.n_bytes], memory[segment.n_bytes :]
-        memory = self._inbox = direct.memory(sum(transfer.n_bytes for transfer in received))
-        for transfer in received:
-            self._received.append((transfer, memory[: transfer.n_bytes]))
-            memory = memory[transfer.n_bytes :]
-        for bad in in_threads(self._read_segment, self._orders.reads, READ_THREADS):
+        rank = rank_of(self._group)
+        sent = dict.fromkeys(transfer.segment for transfer in self._orders.transfers if transfer.sender == rank)
+        kept = direct.memory(sum(segment.n_bytes for segment in sent))
+        for segment in sent:
+            self._kept[segment], kept = kept[: segment.n_bytes], kept[segment.n_bytes :]
+        buffers = direct.Buffers(max((segment.n_bytes for segment in self._orders.reads), default=0))
+
+        def work(segment: Segment) -> list[BadBlock]:
+            with contextlib.ExitStack() as stack:
+                memory = self._kept.get(segment) or stack.enter_context(buffers.borrow())[: segment.n_bytes]
+                bad = self._read_segment(segment, memory)
+                self._fill_read(segment, memory)
+            return bad
+
+        for bad in in_threads(work, self._orders.reads, READ_THREADS):
             self.bad += bad
 
-    def _read_segment(self, segment: Segment) -> list[BadBlock]:
+    def _read_segment(self, segment: Segment, memory: memoryview) -> list[BadBlock]:
         bad: list[BadBlock] = []
-        done = self._read_whole(segment)
+        done = self._read_whole(segment, memory)
         for span in segment.spans:
             place, held = self._places[span.chunk], self._held[span.chunk]
             begin, end = span_bytes(place, span)
-            into = self._read[segment][span.at : span.at + end - begin]
+            into = memory[span.at : span.at + end - begin]
             again: Sequence[int] = range(span.begin, span.end)
             if done is not None:
                 found = check_blocks(*held[0], span.begin, span.end, into, max(0, done - span.at))
@@ -233,7 +248,7 @@ class _Load:
                 read_chunk(held, first, last, into[at : min(to, len(into))], bad)
         return bad
 
-    def _read_whole(self, segment: Segment) -> int | None:
+    def _read_whole(self, segment: Segment, memory: memoryview) -> int | None:
         """Fill a segment by one request; the bytes that came. None: it has to be asked for chunk by chunk."""
         first = segment.spans[0]
         copy, chunk = self._held[first.chunk][0]
@@ -245,46 +260,47 @@ class _Load:
         # Up to the end of the last page, so that no part of one has to be asked for, unless the file ends before.
         n_bytes = min(segment.n_bytes, copy.index.data_bytes - start)
         try:
-            return copy.source.read(copy.index, start, self._read[segment][:n_bytes])
+            return copy.source.read(copy.index, start, memory[:n_bytes])
         except SourceError:
             return None
 
     def exchange(self) -> None:
-        """Send what other ranks need of this rank's segments, and receive what it needs of theirs, round by round."""
-        rank, inbox = rank_of(self._group), self._inbox
+        """Send what other ranks need of this rank's segments, receive what it needs of theirs, and fill its tensors."""
+        rank = rank_of(self._group)
+        n_bytes_of_round = Counter[int]()
+        for transfer in self._orders.transfers:
+            n_bytes_of_round[transfer.round] += transfer.n_bytes if transfer.receiver == rank else 0
+        room = direct.memory(max(n_bytes_of_round.values(), default=0))
         for _, transfers in groupby(self._orders.transfers, key=lambda transfer: transfer.round):
-            works = []
+            works, inbox, arrived = [], room, list[tuple[Transfer, memoryview]]()
             # All that one rank sends another in a round lies side by side: it is one message.
-            for (sender, receiver), own in groupby(transfers, key=lambda t: (t.sender, t.receiver)):
-                message = list(own)
+            for (sender, receiver), each in groupby(transfers, key=lambda t: (t.sender, t.receiver)):
+                message = list(each)
                 if sender == rank:
                     works.append(dist.isend(self._packed(message), group=self._group, group_dst=receiver))
                 else:
                     n_bytes = sum(transfer.n_bytes for transfer in message)
                     works.append(dist.irecv(_bytes(inbox[:n_bytes]), group=self._group, group_src=sender))
-                    inbox = inbox[n_bytes:]
+                    for transfer in message:
+                        arrived.append((transfer, inbox[: transfer.n_bytes]))
+                        inbox = inbox[transfer.n_bytes :]
             for work in works:
                 assert work is not None, "a rank outside of the group"
                 work.wait()
+            in_threads(lambda entry: self._fill_received(*entry), arrived, READ_THREADS)
 
     def _packed(self, transfers: Sequence[Transfer]) -> torch.Tensor:
         message = direct.memory(sum(transfer.n_bytes for transfer in transfers))
         at = 0
         for transfer in transfers:
             for span, _, box in pieces_of(self._places, transfer.segment, transfer.wants):
-                copy_tensor(self._carried(message, at, span, box), self._piece(transfer.segment, span, box))
+                copy_tensor(self._carried(message, at, span, box), self._piece(self._kept[transfer.segment], span, box))
                 at += carried_bytes(self._places[span.chunk], box)
         return _bytes(message)
 
-    def fill(self) -> None:
-        """Copy all that was read and received into the tensors."""
-        works = [partial(self._fill_read, segment) for segment in self._orders.reads]
-        works += [partial(self._fill_received, *received) for received in self._received]
-        in_threads(lambda work: work(), works, READ_THREADS)
-
-    def _fill_read(self, segment: Segment) -> None:
+    def _fill_read(self, segment: Segment, memory: memoryview) -> None:
         for span, want, box in pieces_of(self._places, segment, wants_of(self._wants, segment)):
-            copy_tensor(self._target(want, box), self._piece(segment, span, box))
+            copy_tensor(self._target(want, box), self._piece(memory, span, box))
 
     def _fill_received(self, transfer: Transfer, message: memoryview) -> None:
         at = 0
@@ -299,7 +315,7 @@ class _Load:
             view = view.narrow(dim, first - start, n)
         return view
 
-    def _piece(self, segment: Segment, span: Span, box: Box) -> torch.Tensor:
+    def _piece(self, memory: memoryview, span: Span, box: Box) -> torch.Tensor:
         """A piece where it lies in a segment's buffer."""
         place = self._places[span.chunk]
         item, sizes = ITEM_BYTES[place.chunk.dtype], place.chunk.sizes
@@ -307,7 +323,7 @@ class _Load:
         first = sum(o * s for o, s in zip(box[0], strides, strict=True))
         at = span.at + first * item - span.begin * place.block_bytes
         assert at % item == 0, (at, place)
-        whole = _bytes(self._read[segment]).view(getattr(torch, place.chunk.dtype))
+        whole = _bytes(memory).view(getattr(torch, place.chunk.dtype))
         return whole.as_strided(box[1], strides, at // item)
 
     def _carried(self, message: memoryview, at: int, span: Span, box: Box) -> torch.Tensor:

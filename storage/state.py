@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch.distributed.tensor import DTensor
 
 RANK_PREFIX = "rank/"
 """Of the names under which per-rank tensors are kept: ``rank/00003/rng``."""
+
+SPOILT_STEP = -1
+"""Of a state into which a load has failed: see `spoil`."""
 
 
 @dataclass
@@ -56,6 +60,23 @@ def copy_tensor(target: torch.Tensor, source: torch.Tensor, *, non_blocking: boo
         np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source.reshape(-1).view(torch.uint8).numpy())
     else:
         target.copy_(source, non_blocking=non_blocking)
+
+
+def spoil(state: TrainState, tensors: Iterable[torch.Tensor]) -> None:
+    """Make a state useless whose `tensors` may be filled in part: a loss computed from it is NaN, and it has no step.
+
+    Integers and booleans keep what they hold: the older content, or the newer one that was checked.
+    """
+    state.step = SPOILT_STEP
+    for tensor in map(local_tensor, tensors):
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.fill_(float("nan"))
+
+
+def check_usable(state: TrainState) -> None:
+    """Raises ValueError when a load into `state` has failed."""
+    if state.step == SPOILT_STEP:
+        raise ValueError("a load into this state has failed: load into it again, or build it anew")
 
 
 def host_bytes(tensor: torch.Tensor) -> np.typing.NDArray[np.uint8]:

@@ -44,6 +44,10 @@ class NonFiniteError(ArithmeticError):
     """The loss or the gradient norm of a step is not finite; no rank has taken the optimizer's step."""
 
 
+class Parking(Exception):
+    """The agent has asked this rank to leave the generation and to keep its process."""
+
+
 @dataclass
 class Session:
     """Everything that one rank holds while it trains in one generation."""
@@ -62,6 +66,8 @@ class Session:
     """Set when the agent has asked to stop; the loop ends at the next boundary on which all ranks agree."""
     interval: Interval
     """Between durable saves; the agent may change it."""
+    parking: threading.Event = field(default_factory=threading.Event)
+    """Set when the agent has asked to park; the loop ends at this rank's next boundary."""
     sends_copies: bool = False
     """Whether snapshots are copied to other nodes, as on all ranks or none."""
     copied_step: int = 0
@@ -110,6 +116,7 @@ def train(session: Session, saved_step: int) -> None:
     Raises:
         NonFiniteError: on every rank alike, before the optimizer's step.
         StateCorruptError, StateDivergedError, PeerStateError: the same, by what the audit holds against this rank.
+        Parking: the agent has asked for it.
     """
     config, state = session.config, session.state
     if state.step == 0:
@@ -118,6 +125,8 @@ def train(session: Session, saved_step: int) -> None:
     boundary_us, save_us, stopped = _now_us(), 0, False
     own_time = OwnTime()
     while state.step < config.steps and not stopped:
+        if session.parking.is_set():
+            raise Parking(f"asked to park after step {state.step}")
         result = train_step(session)
         taken = state.step % config.checkpoint.snapshot_interval_steps == 0
         session.copies.agree(state.step, result.copying, result.not_copied, taken)
@@ -137,7 +146,6 @@ def train(session: Session, saved_step: int) -> None:
             own_time.lap_us()
         if result.save:
             save_us = session.saves.begin(session)
-    own_time.close()
     session.checkpointer.await_snapshot()
     if saved_step != state.step:
         session.saves.save_last(session, check_last_state)

@@ -8,33 +8,28 @@ a quota the second. While a process is stopped neither grows: that is a hang, an
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
+
+_SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
 class OwnTime:
-    """Laps of the thread that makes it."""
+    """Laps of the thread that makes it and asks for them."""
 
     def __init__(self) -> None:
-        try:
-            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # a kernel without CONFIG_SCHED_INFO
-            self._fd = -1
-        self._last_ns = self._now_ns()
+        self._last_ns = _own_ns()
 
     def lap_us(self) -> int | None:
         """Own time since the last lap, in microseconds; None where the kernel does not tell it."""
-        if self._fd < 0:
+        last_ns, self._last_ns = self._last_ns, _own_ns()
+        if last_ns is None or self._last_ns is None:
             return None
-        last_ns, self._last_ns = self._last_ns, self._now_ns()
         return (self._last_ns - last_ns) // 1000
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
-    def _now_ns(self) -> int:
-        if self._fd < 0:
-            return 0
-        computed, waited_for_core, _ = os.pread(self._fd, 128, 0).split()
-        return int(computed) + int(waited_for_core)
+def _own_ns() -> int | None:
+    try:
+        computed, waited_for_core, _ = _SCHEDSTAT.read_bytes().split()
+    except FileNotFoundError:  # a kernel without CONFIG_SCHED_INFO
+        return None
+    return int(computed) + int(waited_for_core)

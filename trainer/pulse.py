@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 
@@ -34,12 +33,15 @@ _DTENSOR = os.path.join(_DISTRIBUTED, "tensor") + os.sep
 _PLUMBING = (os.path.join(_TORCH, "_ops.py"), os.path.join(_TORCH, "_library") + os.sep)
 
 
-def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> None:
-    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done."""
-    watched = threading.get_ident()
+def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> threading.Event:
+    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done.
+
+    The pulse ends when the returned event is set.
+    """
+    watched, ended = threading.get_ident(), threading.Event()
 
     def beat() -> None:
-        while True:
+        while not ended.is_set():
             waiting, where = standing(watched)
             emit(
                 Pulse(
@@ -51,9 +53,10 @@ def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[o
                     exchanges=exchanges_begun(),
                 )
             )
-            time.sleep(INTERVAL_S)
+            ended.wait(INTERVAL_S)
 
     threading.Thread(target=beat, name="pulse", daemon=True).start()
+    return ended
 
 
 def standing(thread: int) -> tuple[bool, str]:

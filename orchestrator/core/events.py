@@ -45,6 +45,11 @@ class Layout:
     def slots(self) -> int:
         return self.pp * self.dp_replicate * self.dp_shard * self.tp
 
+    @property
+    def smallest(self) -> Layout:
+        """The smallest mesh that it shrinks to."""
+        return self.with_replicas(min((self.dp_replicate, *self.shrinks_to)))
+
     def with_replicas(self, dp_replicate: int) -> Layout:
         """The same mesh with another number of replicas."""
         if dp_replicate == self.dp_replicate:

