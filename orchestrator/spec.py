@@ -127,9 +127,11 @@ class RecoverySection(_Section):
         default=120, gt=0, description="For the last checkpoint's commit record; then the run fails."
     )
     node_silence_s: float = Field(
-        default=10,
+        default=4.5,
         gt=0,
-        description="A node silent for so long is lost. Agents report each second; a closed connection tells sooner.",
+        description="A node silent for so long is lost. Agents report each second; a closed connection tells sooner. A "
+        "packet that is lost four times in a row comes after 3 s. From 256 nodes on, which report through others of "
+        "them, the default is 10.",
     )
     collective_timeout_s: float = Field(
         default=120,
@@ -137,14 +139,19 @@ class RecoverySection(_Section):
         description="Last resort against a rank that hangs; must exceed the slowest step, validation and save.",
     )
     rank_silence_s: float = Field(
-        default=8,
+        default=5,
         ge=3,
         description="A rank silent for so long hangs, and is replaced. Workers give a sign of life each second.",
     )
     stall_floor_s: float = Field(
-        default=20,
+        default=5,
         ge=3,
-        description="Patience with a mesh that makes no step; 5 times the slowest recent step, if that is more.",
+        description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more.",
+    )
+    stragglers: Literal["report", "swap"] = Field(
+        default="report",
+        description="What follows when a rank computes more slowly than its peers (docs/stragglers.md). ``swap``: its "
+        "node gets a strike, and a spare takes its place.",
     )
     same_error_tries: int = Field(
         default=2, ge=1, description="The same exception at the same step this many times is the program's own fault."
@@ -245,6 +252,7 @@ class JobSpec(_Section):
             keep_every_steps=self.checkpoint.keep_every_steps,
             scrub_us=_us(self.checkpoint.scrub_hours * 3600),
             verify_bytes_per_s=self.checkpoint.verify_mb_per_s * 1_000_000,
+            swaps_slow=r.stragglers == "swap",
         )
 
     @property
@@ -319,10 +327,25 @@ def parse(document: dict[str, Any]) -> JobSpec:
         spec = JobSpec.model_validate_json(json.dumps(document, default=str), strict=True)
     except pydantic.ValidationError as e:
         raise SpecError("\n".join(_line(error) for error in e.errors())) from e
+    spec = _with_silence(spec)
     problems = _problems(spec)
     if problems:
         raise SpecError("\n".join(problems))
     return _with_absolute_paths(spec)
+
+
+def _least_silence_s(spec: JobSpec) -> float:
+    """Below which nodes of such a run may be silent without being lost: one deadline to find that the fan-in through
+    which they report is silent, one more when the next cannot be reached either."""
+    return 2 * PATIENCE_S if spec.layout.nodes + spec.layout.spares >= FAN_IN_FROM_NODES else 0.0
+
+
+def _with_silence(spec: JobSpec) -> JobSpec:
+    """With the default of node_silence_s that goes with so many nodes."""
+    recovery, least_s = spec.recovery, _least_silence_s(spec)
+    if "node_silence_s" in recovery.model_fields_set or recovery.node_silence_s >= least_s:
+        return spec
+    return spec.model_copy(update={"recovery": recovery.model_copy(update={"node_silence_s": least_s})})
 
 
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:
@@ -488,9 +511,8 @@ def _problems(spec: JobSpec) -> list[str]:
             f"lie between shortest_interval_steps = {k.shortest_interval_steps} and longest_interval_steps = "
             f"{k.longest_interval_steps}"
         )
-    # One to find that the fan-in of now is silent; one more when the next cannot be reached either.
-    nodes, least_s = spec.layout.nodes + c.spares, 2 * PATIENCE_S
-    if nodes >= FAN_IN_FROM_NODES and spec.recovery.node_silence_s < least_s:
+    nodes, least_s = spec.layout.nodes + c.spares, _least_silence_s(spec)
+    if spec.recovery.node_silence_s < least_s:
         problems.append(
             f"recovery.node_silence_s = {spec.recovery.node_silence_s:g}: must be at least {least_s:g} with {nodes} "
             f"nodes; they notice after {PATIENCE_S:g} s that one through which they report is silent"

@@ -382,6 +382,9 @@ class StepDone:
     """Newest step whose RAM snapshot of this rank is complete; 0 when there is none."""
     copied_step: int = 0
     """Newest step whose snapshots have all been copied to other nodes; 0 when there is none."""
+    own_us: int | None = None
+    """Of `step_us`, what the training thread computed or waited for a core, without its waits for other ranks; None
+    where it is not known, as on accelerators."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,6 +490,9 @@ class Pulse:
     """Whether the training loop stands in an exchange with other ranks."""
     where: str
     """Where the training loop stands: its innermost frames as file:line function, the innermost last."""
+    exchanges: dict[str, int] = field(default_factory=dict)
+    """How many exchanges this rank has begun in this generation, by the name of the process group: all its members
+    call it the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,8 @@ class Limits:
     scrub_us: int = 0
     """A kept checkpoint is read anew this long after it was last found whole; 0: never."""
     verify_bytes_per_s: int = 500_000_000
+    swaps_slow: bool = True
+    """Whether a node that is slow is swapped for a spare and gets a strike; else it is only told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,9 @@ class NodeSlow:
     generation: int
     detail: str
     """By how much, against whom."""
+    slot: int | None = None
+    workload: bool = False
+    """Its slot was slow on another node, too: it is the slot's work, and not the node."""
 
 
 @dataclass(frozen=True, kw_only=True)

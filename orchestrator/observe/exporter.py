@@ -166,6 +166,8 @@ def _nodes(s: Status, spec: JobSpec) -> Iterable[Family]:
     yield _labelled(run, GaugeMetricFamily, "node_strikes", text, ("node",), strikes)
     quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state in IN_QUARANTINE}
     yield _labelled(run, GaugeMetricFamily, "node_quarantined", "1 for a node in quarantine.", ("node",), quarantined)
+    text = "1 for a node that computes more slowly than its peers in the current generation."
+    yield _labelled(run, GaugeMetricFamily, "node_slow", text, ("node",), {(node,): 1.0 for node in s.slow})
 
 
 def _incidents(s: Status, spec: JobSpec) -> Iterable[Family]:

@@ -130,6 +130,7 @@ def _checkpoints(status: Status) -> list[str]:
     bad = [c for c in status.trust if c.trust in DISTRUSTED]
     lines += [f"checkpoint {c.step} is {c.trust}, says {c.by or 'an older controller'}: {c.why}" for c in bad]
     lines += [f"checkpoint {c.step} is in doubt, says {c.doubt}" for c in status.trust if c.doubt]
+    lines += [f"node {node} computes more slowly than its peers" for node in status.slow]
     return lines + [f"node {node} has misread {what}" for node, what in status.misread.items()]
 
 

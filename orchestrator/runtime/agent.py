@@ -31,7 +31,7 @@ from orchestrator.core.events import Snapshot
 from orchestrator.runtime import copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
-from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary
+from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
 from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
@@ -45,6 +45,8 @@ from orchestrator.runtime.reports import (
     halted,
     still_true,
 )
+from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
+from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import JobSpec, parse
 from storage import peer, ram, transfer
 from storage.blocks import BadBlock
@@ -116,6 +118,7 @@ class Agent:
         self._fold: NodeFold | None = None
         self._watch: NodeWatch | None = None
         """Of the generation that trains; none while nothing does."""
+        self._stacks = Stacks()
         self._store = (0, 0)
         self._ended_generation = 0
         self._outbox = Outbox()
@@ -358,6 +361,7 @@ class Agent:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
         self._watch = None
+        await self._stacks.settle(min(STACK_DEADLINE_S, self._spec.recovery.halt_deadline_s / 4))
         # Side by side: a peer that has stopped must not keep the workers from their end.
         _, parked = await asyncio.gather(self._end_copies(), self._end_workers(generation, hear_out, park))
         # The controller may not know yet that state was found corrupt: one word says it as well as all.
@@ -420,6 +424,11 @@ class Agent:
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
         return self._workers.pids()
+
+    async def stack(self, epoch: int, generation: int, rank: int) -> str:
+        """Where a rank stood that was found to hang: its Python stacks, or why there are none."""
+        self._accept(epoch)
+        return await self._stacks.of(generation, rank)
 
     async def shutdown(self, epoch: int) -> None:
         """End workers, delete this node's snapshots, stop serving. The actor's process is ended by the caller."""
@@ -551,6 +560,10 @@ class Agent:
             except Exception:  # the watch must outlive whatever a look at a process may raise
                 logger.exception("the watch over the ranks of %s failed", self._node)
                 continue
+            if self._watch is not None:
+                pids = self._workers.pids()
+                ranks = suspects(found)
+                self._stacks.see(self._watch.generation, {rank: pids[rank] for rank in ranks if rank in pids})
             self._outbox.withdraw(is_momentary)
             for report in found:
                 self._outbox.push(report)

@@ -48,7 +48,7 @@ from orchestrator.runtime.groups import Told
 from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reading import Reading
-from orchestrator.runtime.reports import MeshFold, NodeStep, Report
+from orchestrator.runtime.reports import MeshFold, NodeStep, Report, stack_name
 from orchestrator.spec import JobSpec
 from storage import pins, statements, wires
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
@@ -91,10 +91,12 @@ LINE_SOUND_S = 60.0
 TRACEBACKS = 16
 TRACEBACKS_OF_ONE = 4
 """Of one generation; a program's fault raises on every rank."""
+STACK_DEADLINE_S = 10.0
+"""For an agent to tell the stacks that it has read, three seconds after it began to at the latest."""
 PARTS_DEADLINE_S = 30.0
 """For agents to tell a controller that came back which parts of a checkpoint they have written."""
 LOOK_INTERVAL_S = 0.5
-"""Between two looks at who is silent: a twentieth of recovery.node_silence_s."""
+"""Between two looks at who is silent: a ninth of recovery.node_silence_s."""
 MESHES_KEPT = 8
 """Generations of which it is known who filled them: snapshots are of the last one that made steps."""
 STALL_S = 2.0
@@ -137,6 +139,9 @@ class Body:
         self.agents: dict[str, AgentHandle] = {}
         self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind, standing)
         self.fold: MeshFold | None = None
+        self._slow_before: dict[int, dict[int, str]] = {}
+        """By the number of slots, slot to the node on which it was found slow: one that is on another, too, has more to
+        do than its peers."""
         self.rates: list[tuple[float, int, int]] = []
         """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
         self._consequences: set[str] = set()
@@ -233,7 +238,10 @@ class Body:
         if isinstance(report, NodeStep) and report.loss is not None:
             self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
         try:
-            return self.fold.feed(0, tellers, report) if self.fold is not None else []
+            events = self.fold.feed(0, tellers, report) if self.fold is not None else []
+            while self.fold is not None and self.fold.unseen:
+                self._spawn(self._keep_stack(*self.fold.unseen.pop(), self.fold.generation))
+            return events
         except Exception:  # one report that contradicts others must not keep the agents from sending the rest
             logger.exception("%s sent what cannot be: %r", tellers, report)
             return []
@@ -257,6 +265,17 @@ class Body:
         evidence = (text + self.tracebacks[key]).encode()
         self._spawn(asyncio.to_thread(write_exclusive, self._spec.run.url, f"evidence/{key}.txt", evidence))
 
+    async def _keep_stack(self, node: str, rank: int, generation: int) -> None:
+        """Where a rank that hangs stands goes into the evidence that its incident names; or why that is not known."""
+        try:
+            handle = self._agent(node)
+            text = await call(handle.actor.stack.remote(self._epoch, generation, rank), STACK_DEADLINE_S)
+        except Exception as e:
+            text = f"no stack: the agent of {node} does not tell it: {type(e).__name__}: {e}"
+        evidence = redacted(f"node {node}, rank {rank}, generation {generation}\n{text}")
+        name = stack_name(generation, rank)
+        await asyncio.to_thread(write_exclusive, self._spec.run.url, name, evidence.encode())
+
     # --- what the supervisor orders -------------------------------------------------------------------------------
 
     def perform(self, action: Action) -> None:
@@ -271,6 +290,8 @@ class Body:
                         nodes=action.nodes,
                         ranks=self._layout.slots,
                         done=action.step,
+                        stages=self._spec.parallel.pp,
+                        slow_before=self._slow_before.setdefault(self._layout.slots, {}),
                     )
                     self._note_filled(action)
                 self.rates = []
@@ -635,6 +656,8 @@ class Body:
                 nodes=state.order.nodes,
                 ranks=self._layout.slots,
                 done=state.step,
+                stages=self._spec.parallel.pp,
+                slow_before=self._slow_before.setdefault(self._layout.slots, {}),
                 unclean=state.generation in state.unclean,
             )
             self._keepers = self._kept_by(state.order)

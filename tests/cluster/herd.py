@@ -44,7 +44,7 @@ def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": {"interval_steps": 10},
         # Who is found by a closed connection or a dead process need not be found by silence, too: a machine that is
         # busy with other things is silent. Tests of silence set their own.
-        "recovery": {"node_silence_s": 60, "rank_silence_s": 30, "driver_lease_s": 30},
+        "recovery": {"node_silence_s": 60, "rank_silence_s": 30, "stall_floor_s": 30, "driver_lease_s": 30},
         "cluster": {"slots_per_node": 2, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
     }
     for section, fields in sections.items():

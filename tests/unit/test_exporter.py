@@ -87,6 +87,7 @@ PICTURE = Status(
     nodes={"n1": "active", "n2": "active", "n3": "spare", "n4": "lost", "n5": "quarantined"},
     standings={"n2": "suspect"},
     strikes={"n2": 2, "n5": 3},
+    slow=("n1",),
     misread={"n2": "checkpoint 20, which n1 found whole afterwards: block 7"},
     mesh=("n1", "n2"),
     checkpoints=(20, 40),

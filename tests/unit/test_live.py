@@ -42,6 +42,7 @@ def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):
         "checkpoints: 10 damaged, 20 verified (pinned), 40 committed in doubt; 40 is being read back\n"
         "checkpoint 10 is damaged, says n1 and n3: rank-00000.bin: block 3\n"
         "checkpoint 40 is in doubt, says n1: block 9\n"
+        "node n1 computes more slowly than its peers\n"
         "node n2 has misread checkpoint 20, which n1 found whole afterwards: block 7\n"
     ) in text
     (row,) = [line for line in text.splitlines() if line.startswith("│ 1")]

@@ -86,6 +86,12 @@ def test_every_incident_is_told(seed: int) -> None:
         assert sum(shown) == sum(told["phases_us"].values())
 
 
+def test_stragglers_are_told() -> None:
+    slow = [r.event for r in trace("slow_node") if isinstance(r.event, ev.NodeSlow)]
+    text = page_of(trace("slow_node")).text("stragglers")
+    assert slow and all(f"node {event.node}: {event.detail}" in text for event in slow)
+
+
 def test_the_timeline_has_nodes_generations_and_marks() -> None:
     records = hostile(11)
     history = fold(records)

@@ -262,6 +262,14 @@ def check_divides(spec: JobSpec) -> None:
     assert all(len({slot // p.tp for slot in node}) * p.tp == len(node) for node in slots), "tp stays inside a node"
 
 
+def test_many_nodes_report_through_others_and_may_be_silent_longer():
+    def silence_s(nodes: int, **recovery: float) -> float:
+        parallel, data = {"dp_replicate": nodes}, {"global_batch": nodes}
+        return parse(document(parallel=parallel, data=data, recovery=recovery)).recovery.node_silence_s
+
+    assert (silence_s(255), silence_s(256), silence_s(256, node_silence_s=12)) == (4.5, 10, 12)
+
+
 @pytest.mark.parametrize(
     ("replicas", "shards", "slots", "min_replicas", "shrinks_to"),
     [
