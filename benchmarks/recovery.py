@@ -3,6 +3,7 @@
     python benchmarks/recovery.py [--only shepherd,torchrun,...] [--layout full|small|dp] [--size small|compute]
                                   [--kill worker|node] [--kills N] [--rounds N] [--save-every STEPS] [--seed N]
                                   [--peers-python PATH] [--folder PATH] [--json PATH]
+    python benchmarks/recovery.py --storm MINUTES [--only shepherd,torchrun,'Ray Train'] [...]
 
 Every contestant trains the same Llama on the same data with this repository's model, mesh and optimizer. A drawn worker
 gets SIGKILL; the figure is the time until every rank has completed the next *new* step, one that no rank had completed
@@ -13,6 +14,11 @@ notes when it has completed a step, all on the machine's clock.
 With `--kill node` every process of the victim's node dies, and a spare node stands ready; another one comes after each
 kill. `full` is pp 2 x dp 2 x tp 2 (8 ranks, 2 a node), `small` pp 2 x dp 2 (4 ranks, 2 a node), `dp` four replicas on
 four nodes. `--size small` has 5 million parameters and a step is mostly latency; `compute` has 53 million.
+
+`--storm` kills a worker, a node and the controller in turn, one each 30 s. The share is new steps over those that the
+same contestant's rate of the minute before the kills makes in the same time. What has ended altogether is started
+anew. (torchrun has no controller: a worker dies instead.) Shepherd's run is then made once more, untouched: for the
+bits of its checkpoints, and for the time that the same steps take.
 
 torchrun and the agent with a fork server run from the project's own environment. The others take part when they are
 installed, in an environment of their own, whose Ray must be the project's:
@@ -34,17 +40,20 @@ import signal
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-from recoveries.contestants import CONTESTANTS, ContestantFailed
+from recoveries.contestants import CONTESTANTS
 from recoveries.job import LAYOUTS, SIZES, Job
 from recoveries.kills import kill_in_turn
 from recoveries.marks import Recovery
-from recoveries.tables import Verdict, judge, show
+from recoveries.ours import compared, left_behind
+from recoveries.running import ContestantFailed
+from recoveries.storm import storm, untouched
+from recoveries.tables import OURS, judge, show, show_storms
 from rich.console import Console
 
 from orchestrator import localcluster
@@ -97,7 +106,7 @@ def chosen_of(given: argparse.Namespace) -> list[str]:
     known = [
         name
         for name, contestant in CONTESTANTS.items()
-        if given.layout in contestant.layouts and (given.kill == "worker" or contestant.has_nodes)
+        if given.layout in contestant.layouts and (contestant.has_nodes or (given.kill == "worker" and not given.storm))
     ]
     if not given.only:
         return [name for name in known if given.peers_python or not CONTESTANTS[name].guest]
@@ -112,9 +121,10 @@ def chosen_of(given: argparse.Namespace) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"some of: {', '.join(CONTESTANTS)}")
-    parser.add_argument("--layout", choices=LAYOUTS, default="full")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: full; with --storm small")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--kill", choices=("worker", "node"), default="worker", help="what is killed")
+    parser.add_argument("--storm", type=float, default=0.0, metavar="MINUTES", help="a kill each 30 s for so long")
     parser.add_argument("--kills", type=int, default=10, help="of each contestant, over all rounds")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contestant")
     parser.add_argument("--save-every", type=int, default=5, help="steps between durable checkpoints")
@@ -125,6 +135,7 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if not 1 <= given.rounds <= given.kills:
         parser.error(f"--rounds {given.rounds}: must be from 1 to --kills {given.kills}")
+    given.layout = given.layout or ("small" if given.storm else "full")
     return given
 
 
@@ -139,24 +150,54 @@ def main() -> None:
         **{name: getattr(given, name) for name in ("layout", "size", "kill", "kills", "rounds", "save_every", "seed")},
     }
     console.print(found)
-    outcomes = {name: Outcome(CONTESTANTS[name].configuration) for name in chosen}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        for number in range(given.rounds):
-            shift = number % len(chosen)
-            for name in chosen[shift:] + chosen[:shift]:
-                if not outcomes[name].failed:
-                    one_round(name, number, given, outcomes[name], Path(folder).resolve())
-                    console.print(f"round {number + 1}: {name}: {said(outcomes[name])}", markup=False)
-    times = {name: [r.new_step_s for r in o.recoveries] for name, o in outcomes.items()}
-    verdicts: list[Verdict] = judge(times, given.layout)
-    show(console, outcomes, verdicts, given.kill)
-    found["contestants"] = {
-        name: {**asdict(o), "median_s": statistics.median(times[name]) if times[name] else None}
-        for name, o in outcomes.items()
-    }
-    found |= {"verdicts": [asdict(v) for v in verdicts], "load_average_after": psutil.getloadavg()[0]}
+        measure = storms if given.storm else recoveries
+        found |= measure(given, chosen, Path(folder).resolve(), console)
+    found["load_average_after"] = psutil.getloadavg()[0]
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def recoveries(given: argparse.Namespace, chosen: list[str], base: Path, console: Console) -> dict[str, Any]:
+    outcomes = {name: Outcome(CONTESTANTS[name].configuration) for name in chosen}
+    for number in range(given.rounds):
+        shift = number % len(chosen)
+        for name in chosen[shift:] + chosen[:shift]:
+            if not outcomes[name].failed:
+                one_round(name, number, given, outcomes[name], base)
+                console.print(f"round {number + 1}: {name}: {said(outcomes[name])}", markup=False)
+    times = {name: [r.new_step_s for r in o.recoveries] for name, o in outcomes.items()}
+    verdicts = judge(times, given.layout)
+    show(console, outcomes, verdicts, given.kill)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds}
+    return {
+        "contestants": {name: {**asdict(o), "median_s": medians.get(name)} for name, o in outcomes.items()},
+        "verdicts": [asdict(v) for v in verdicts],
+    }
+
+
+def storms(given: argparse.Namespace, chosen: list[str], base: Path, console: Console) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in chosen:
+        job = Job(given.size, given.layout, STEPS, given.save_every, base / f"storm-{os.getpid()}-{len(found)}", 1, 10)
+        job.prepare()
+        start = CONTESTANTS[name].start
+        try:
+            with start(job, given.peers_python) as run:
+                outcome = storm(run, given.storm, given.seed)
+            if name == OURS:
+                calm = replace(job, folder=job.folder.with_name(f"{job.folder.name}-untouched"))
+                calm.prepare()
+                outcome.holds["left behind"] = left_behind(job)
+                with start(calm, given.peers_python) as run:
+                    outcome.holds["untouched_s"] = untouched(run, outcome)
+                outcome.holds["compared at step"], outcome.holds["identical"] = compared(job, calm)
+            found[name] = asdict(outcome)
+        except ContestantFailed as error:
+            found[name] = {"failed": str(error)}
+        console.print({name: found[name]})
+    show_storms(console, found)
+    return {"storm_minutes": given.storm, "contestants": found}
 
 
 def said(outcome: Outcome) -> str:

@@ -40,6 +40,8 @@ class Job:
     """Of this run alone."""
     spares: int = 0
     """Nodes beyond those of the layout."""
+    keep: int = 3
+    """Of our durable checkpoints."""
 
     @property
     def marks(self) -> Path:
@@ -84,7 +86,7 @@ class Job:
                 },
                 "parallel": LAYOUTS[self.layout][0],
                 "optimizer": {"lr": 3e-3, "warmup_steps": min(20, self.steps // 4)},
-                "checkpoint": {"interval_steps": self.save_every},
+                "checkpoint": {"interval_steps": self.save_every, "keep": self.keep},
                 "cluster": {
                     "slots_per_node": self.slots_per_node,
                     "spares": self.spares,

@@ -10,9 +10,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
-from recoveries.contestants import ContestantFailed, Running
 from recoveries.marks import Mark, Recovery, Watch, recovery, shrunk
+from recoveries.running import ContestantFailed, Running
 
 LOOK_S = 0.005
 START_S = 180.0
@@ -42,20 +43,25 @@ def kill_in_turn(run: Running, kills: int, seed: int, what: str, shrinks: bool) 
         for _ in range(kills):
             victim = chance.randrange(run.job.world_size)
             due = watch.complete + chance.randint(*SETTLE_STEPS)
-            until(run, watch, lambda due=due: watch.complete >= due, RECOVERED_S, f"to reach step {due}")
+            until(run, watch, partial(_reached, watch, due), RECOVERED_S, f"to reach step {due}")
             time.sleep(chance.uniform(0, newest_step_s(watch)))
             watch.read()
             found.append(_kill(run, watch, victim, what, shrunk if shrinks else recovery))
             if what == "node":
                 run.mend()
+                until(run, watch, run.has_spare, START_S, "to have a spare")
         run.explain(found)
         return found, undisturbed(watch, found)
     finally:
         watch.close()
 
 
+def _reached(watch: Watch, step: int) -> bool:
+    return watch.complete >= step
+
+
 def _kill(run: Running, watch: Watch, rank: int, what: str, judge: Callable[..., Recovery | None]) -> Recovery:
-    victims = (rank,)
+    victims: tuple[int, ...] = (rank,)
     if what == "node":
         assert run.node_of is not None
         node = run.node_of(watch.pids[rank])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -94,3 +94,23 @@ def show(console: Console, outcomes: Mapping[str, Shown], verdicts: Sequence[Ver
         console.print(f"{name}: {outcome.configuration}", markup=False)
         if outcome.failed:
             console.print(f"  takes no further part: {outcome.failed}", markup=False)
+
+
+def show_storms(console: Console, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Of each contestant a Storm as a JSON object, or why there is none."""
+    table = Table(title="one kill each 30 s: worker, node, controller in turn")
+    for column in ("", "minutes", "kills", "new steps", "step s before", "new steps / untouched rate", "started anew"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, storm in found.items():
+        if "failed" in storm:
+            table.add_row(name, "failed")
+            continue
+        new = storm["last"] - storm["first"]
+        row = (f"{storm['minutes']:.1f}", len(storm["kills"]), new, f"{storm['calm_step_s']:.2f}")
+        table.add_row(name, *map(str, row), f"{storm['share']:.1%}", str(storm["restarts"]))
+    console.print(table)
+    for name, storm in found.items():
+        told = {**storm.get("ledger", {}), **storm.get("holds", {})}
+        if seconds := told.get("untouched_s"):
+            told["untouched run's time for the same steps"] = f"{seconds / (60 * storm['minutes']):.1%}"
+        console.print(f"{name}: {storm.get('failed', told)}", markup=False)
