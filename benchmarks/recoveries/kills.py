@@ -49,7 +49,7 @@ def kill_in_turn(run: Running, kills: int, seed: int, what: str, shrinks: bool) 
             found.append(_kill(run, watch, victim, what, shrunk if shrinks else recovery))
             if what == "node":
                 run.mend()
-                until(run, watch, run.has_spare, START_S, "to have a spare")
+                until(run, watch, run.has_spare, START_S, "to have a spare", look_s=0.5)
         run.explain(found)
         return found, undisturbed(watch, found)
     finally:
@@ -113,7 +113,14 @@ def ends_of(pids: dict[int, int]) -> Iterator[Callable[[], dict[int, float]]]:
             os.close(descriptor)
 
 
-def until(run: Running, watch: Watch, condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+def until(
+    run: Running,
+    watch: Watch,
+    condition: Callable[[], bool],
+    deadline_s: float,
+    what: str,
+    look_s: float = LOOK_S,
+) -> None:
     """Read marks until `condition` holds. Raises ContestantFailed when it does not in time."""
     deadline = time.monotonic() + deadline_s
     while True:
@@ -123,7 +130,7 @@ def until(run: Running, watch: Watch, condition: Callable[[], bool], deadline_s:
         run.check()
         if time.monotonic() > deadline:
             raise ContestantFailed(f"waited {deadline_s:g} s for it {what}: {run.last_words()}")
-        time.sleep(LOOK_S)
+        time.sleep(look_s)
 
 
 def newest_step_s(watch: Watch) -> float:
