@@ -92,7 +92,7 @@ def read(fs: Any, path: str, start: int, into: memoryview) -> int:
 
 async def _read(fs: Any, path: str, start: int, into: memoryview) -> int:
     done = 0
-    async with await _body(fs, path, Range=f"bytes={start}-{start + len(into) - 1}") as body:
+    with contextlib.closing(await _body(fs, path, Range=f"bytes={start}-{start + len(into) - 1}")) as body:
         while done < len(into) and (part := await body.read(len(into) - done)):
             into[done : done + len(part)] = part
             done += len(part)
@@ -105,7 +105,7 @@ def read_all(fs: Any, path: str) -> bytes:
 
 
 async def _read_all(fs: Any, path: str) -> bytes:
-    async with await _body(fs, path) as body:
+    with contextlib.closing(await _body(fs, path)) as body:
         return bytes(await body.read())
 
 
