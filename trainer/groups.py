@@ -50,15 +50,16 @@ class GroupConnections:
                 self._own |= set(_sockets()) - self._before
                 self._before = None
 
-    def cut(self) -> int:
-        """Shut down those that there are now; their number. From any thread.
+    def cut(self) -> None:
+        """Shut down those that there are now. From any thread.
 
         Listening sockets stay: gloo ends the process when it cannot accept.
         """
         with self._lock:
             found = _sockets()
             own = self._own if self._before is None else self._own | (set(found) - self._before)
-            return sum(_shut(found[inode], inode) for inode in own & set(found))
+            for inode in own & set(found):
+                _shut(found[inode], inode)
 
 
 def _sockets() -> dict[int, int]:
@@ -71,19 +72,17 @@ def _sockets() -> dict[int, int]:
     return found
 
 
-def _shut(fd: int, inode: int) -> bool:
+def _shut(fd: int, inode: int) -> None:
     """Shut down a TCP connection, if the descriptor still is this socket's and it does not listen."""
     with contextlib.suppress(OSError):
         copy = os.dup(fd)
         if os.fstat(copy).st_ino != inode:
             os.close(copy)
-            return False
+            return
         with socket.socket(fileno=copy) as held:
             tcp = held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM
             if tcp and not held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 held.shutdown(socket.SHUT_RDWR)
-                return True
-    return False
 
 
 def abort_device_groups() -> None:

@@ -374,6 +374,15 @@ def failure_kind(error: BaseException) -> FailureKind:
     return "exception"
 
 
+def _without_sources(error: BaseException) -> Iterator[str]:
+    """A traceback of places alone: what the audit found, or a peer has done, is no line's fault, and every rank stands
+    still until this one has left, so there is no time to read source files."""
+    for link in reversed(list(_chain(error))):
+        for frame, line in traceback.walk_tb(link.__traceback__):
+            yield f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+        yield from traceback.format_exception_only(link)
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -382,11 +391,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _tell(agent: Agent, assign: Assign, step: int, error: Exception, kind: FailureKind) -> None:
     """This rank's last words in a generation."""
-    # What the audit found is no line's fault, and the first rank to say so has all others ended: there is no time to
-    # read source files for a traceback.
-    in_haste = kind in UNCLEAN
-    lines = traceback.format_exception_only(error) if in_haste else traceback.format_exception(error)
-    detail = "".join(lines)
+    in_haste = kind in (*UNCLEAN, "collective")
+    detail = "".join(_without_sources(error) if in_haste else traceback.format_exception(error))
     sys.stderr.write(detail)
     sys.stdout.flush()
     sys.stderr.flush()

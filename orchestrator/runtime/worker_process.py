@@ -20,6 +20,9 @@ from orchestrator.runtime import zygote as zygote_module
 from orchestrator.runtime.worker_log import LineBuffer
 from trainer import contract
 
+SENDER_S = 1.0
+"""For a message to be handed to the kernel while there is room; microseconds, unless the processor is taken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExitStatus:
@@ -58,13 +61,19 @@ class Worker:
             contract.send(self.control, message)
 
     def send_now(self, message: object) -> bool:
-        """Send a short message without waiting; False when it cannot be, after which nothing else must be sent."""
-        if not self._send_lock.acquire(blocking=False):
+        """Send a short message, which is taken at once or not; if it is not, nothing else must be sent.
+
+        Raises:
+            ConnectionError: the process does not listen any more.
+        """
+        if not self._send_lock.acquire(timeout=SENDER_S):  # longer, and the one before has met a full buffer
             return False
         try:
+            if self.status is not None:
+                raise BrokenPipeError("it has ended")
             frame = contract.frame(message)
-            return self.status is None and self.control.send(frame, socket.MSG_DONTWAIT) == len(frame)
-        except OSError:
+            return self.control.send(frame, socket.MSG_DONTWAIT) == len(frame)
+        except BlockingIOError:
             return False
         finally:
             self._send_lock.release()

@@ -135,8 +135,9 @@ class Workers:
         assert threading.current_thread() is not self._thread, "called from a callback"
         workers = [worker for worker in workers if not worker.parked]
         for worker in workers:
-            if worker.is_stopped() or not worker.send_now(contract.Park(generation=worker.generation)):
-                self._kill(worker)
+            with contextlib.suppress(ConnectionError):  # it ends by itself, which is news
+                if worker.is_stopped() or not worker.send_now(contract.Park(generation=worker.generation)):
+                    self._kill(worker)
         with self._changed:
             self._changed.wait_for(lambda: all(w.parked or w.status is not None for w in workers), deadline_s)
 

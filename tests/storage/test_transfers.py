@@ -9,13 +9,12 @@ import random
 import shutil
 import struct
 import termios
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import torch
-from tcp_proxy import tcp_proxy
+from tcp_proxy import PIECE_BYTES, tcp_proxy
 
 from storage import sockets, transfer, wires
 from storage.peer import PeerServer
@@ -75,45 +74,32 @@ def unread(source: PeerSource) -> int:
 
 
 def test_a_receiver_that_has_taken_a_part_is_woken_for_a_small_rest(folder: str, monkeypatch) -> None:
-    """It finds some bytes there, takes them and waits; what is to come then is less than it is else woken for."""
+    """It takes what is there and waits; what is to come then is less than what it is woken for in mid-transfer."""
     monkeypatch.setattr(wires, "STALL_S", 10 * DEADLINE_S)
-    wake = sockets.WAKE_BYTES
-    into = memoryview(bytearray(2 * wake + wake // 4))
-    more, waits = threading.Event(), threading.Event()
+    into = memoryview(bytearray(sockets.WAKE_BYTES + PIECE_BYTES - 4096))
 
     async def client(address: str) -> None:
-        begin = -1
+        opened = begun = False
 
         def passing(before: int, piece: bytes) -> bytes:
-            nonlocal begin
-            if opened:
-                begin = before if begin < 0 else begin
-                end = before - begin + len(piece)
-                assert end <= wake + wake // 4 or more.wait(DEADLINE_S)
-                if end > wake + wake // 2:
-                    assert waits.wait(DEADLINE_S)
-                    until(lambda: unread(source) == 0, "the receiver takes what is there")
+            nonlocal begun
+            if begun:
+                until(lambda: unread(source) == 0, "the receiver takes what is there")
+            begun = opened
             return piece
 
-        def arrived(done: int) -> None:
-            more.set()
-            if not waits.is_set() and done < into.nbytes:
-                until(lambda: unread(source) > 0, "a part of the rest comes")
-                waits.set()
-
-        opened = False
         with tcp_proxy(address) as proxy:
             proxy.passing = passing
             source = PeerSource(proxy.address, TOKEN, RUN, "a", 0, STEP)
             try:
-                await asyncio.to_thread(source.copy)
+                index = (await asyncio.to_thread(source.copy)).index
                 opened = True
-                await asyncio.wait_for(asyncio.to_thread(source.receive, 0, into, arrived), DEADLINE_S / 2)
+                await asyncio.wait_for(asyncio.to_thread(source.read, index, 0, into), DEADLINE_S / 2)
             finally:
                 source.close()
 
     serving(folder, client)
-    assert waits.is_set() and bytes(into) == payload(folder, "a")[: into.nbytes]
+    assert bytes(into) == payload(folder, "a")[: into.nbytes]
 
 
 def test_what_had_arrived_when_a_connection_broke_stays_as_it_was_checked(folder: str, monkeypatch) -> None:

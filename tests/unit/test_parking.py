@@ -132,7 +132,8 @@ def test_a_parked_worker_takes_another_place(folder: Path, untouched: dict[int, 
         order_to_park(group, 1)
         shifted = [*group[1:], group[0]]
         store = go_on(shifted, folder, 2, newest_common(folder))
-        assert finish(shifted).items() <= untouched.items()
+        told = {step: told for step, told in finish(shifted).items() if told != (None, None)}
+        assert max(told) == STEPS and told.items() <= untouched.items()
         del store
 
 
@@ -178,22 +179,23 @@ def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
         late_listener = socket.create_server(("127.0.0.1", 0))
         own, peer = socket.create_connection(late_listener.getsockname()), late_listener.accept()[0]
         pair = socket.socketpair()
-        assert connections.cut() == 2, "also while groups are made"
+        connections.cut()  # also while groups are made
+        assert own.recv(1) == peer.recv(1) == b""
     later = socket.create_connection(late_listener.getsockname())
     with connections.opening():
-        second, second_peer = socket.create_connection(late_listener.getsockname()), None
-    assert connections.cut() == 1, "what is cut is not connected any more"
-    assert own.recv(1) == peer.recv(1) == second.recv(1) == b""
+        second = socket.create_connection(late_listener.getsockname())
+    connections.cut()
+    assert second.recv(1) == b""
     for one, other in ((foreign, theirs), pair):
         one.sendall(b"x")
         assert other.recv(1) == b"x"
     later.sendall(b"x")
-    assert second_peer is None
     number, _ = own.fileno(), own.close()
     os.dup2(foreign.fileno(), number)  # another's descriptor by now
-    assert connections.cut() == 0
+    connections.cut()
     foreign.sendall(b"x")
     assert theirs.recv(1) == b"x"
+    assert socket.create_connection(late_listener.getsockname()), "who listens still does"
     os.close(number)
     for each in (listener, late_listener, foreign, theirs, peer, second, later, *pair):
         each.close()
