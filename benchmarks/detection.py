@@ -69,7 +69,8 @@ class Cluster:
     def __init__(self) -> None:
         self.port = free_port()
         self.families: list[subprocess.Popen[bytes]] = []
-        self._start("--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false")
+        ports = (f"--port={self.port}", f"--ray-client-server-port={free_port()}")
+        self._start("--head", *ports, "--num-cpus=0", "--include-dashboard=false")
         host = str(ray.util.get_node_ip_address())
         self.address = f"{host}:{self.port}"
         deadline = time.monotonic() + WAIT_S

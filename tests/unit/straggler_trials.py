@@ -9,22 +9,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rank_sessions import config_of
-from test_worker import INIT, Process, workers
+import torch
+from parallel_pool import CONTEXT
+from rank_sessions import SeededTokens, config_of
+from test_worker import DEADLINE_S, INIT, Process, assign
+from torch import distributed
 
 from orchestrator.core.events import NodeSlow
 from orchestrator.runtime.reports import MeshFold, NodeFold, OwnTimes
 from orchestrator.runtime.stragglers import WINDOW_STEPS
+from trainer import worker
 from trainer.contract import DataConfig, ModelConfig, ParallelConfig, StepDone, WorkerConfig
 
 WITHIN_STEPS = 50
@@ -70,6 +77,34 @@ def slowed(core: int, times: float) -> Iterator[None]:
         hog.wait()
 
 
+class Burden(SeededTokens):
+    """Data whose reading makes the second rank's steps take three times as much of its own time, while a file is there.
+
+    A core that many share gives each as little, but who has three times as much to do takes three times as long.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self._file = burden_of(config)
+        self._last = time.thread_time()
+
+    def batch(self, step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        now = time.thread_time()
+        while rows.start and self._file.exists() and time.thread_time() < 3 * now - 2 * self._last:
+            pass
+        self._last = time.thread_time()
+        return super().batch(step, rows)
+
+
+def burden_of(config: WorkerConfig) -> Path:
+    return Path(config.url).with_name("burden")
+
+
+def serve(sock: socket.socket, config: WorkerConfig) -> None:
+    worker.open_dataset = lambda *_: Burden(config)  # type: ignore[assignment]
+    os._exit(worker.main(sock))
+
+
 class Mesh:
     """Two workers, each as a node of its own, and what their own times come to."""
 
@@ -85,28 +120,53 @@ class Mesh:
     def step(self) -> list[NodeSlow]:
         """Both ranks do one more; who is named."""
         found: list[Any] = []
-        for rank, worker in enumerate(self.group):
-            seen = len(worker.messages)
-            worker.read_until(lambda message: isinstance(message, StepDone))
-            for message in worker.messages[seen:]:
+        for rank, member in enumerate(self.group):
+            seen = len(member.messages)
+            member.read_until(lambda message: isinstance(message, StepDone))
+            for message in member.messages[seen:]:
                 if isinstance(message, StepDone):
                     assert message.own_us is not None
                     self.own_us[rank].append(message.own_us)
                 for report in self._folds[rank].feed(message):
                     if isinstance(report, OwnTimes):
                         found += self._mesh.feed(0, (NODES[rank],), report)
-            del worker.messages[:]
+            del member.messages[:]
         return found
 
 
 @contextmanager
-def pinned_pair(folder: Path, config: WorkerConfig = PAIR) -> Iterator[Mesh]:
-    with workers(config, folder, INIT) as group:
+def pair(folder: Path) -> Iterator[Mesh]:
+    """Two workers that have begun to train."""
+    config = replace(PAIR, url=str(folder / "run"))
+    patience = timedelta(seconds=DEADLINE_S)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+    group: list[Process] = []
+    try:
+        for rank in range(2):
+            ours, theirs = socket.socketpair()
+            process = CONTEXT.Process(target=serve, args=(theirs, config), daemon=True)
+            process.start()
+            theirs.close()
+            group.append(Process(process, ours))
+            assign(group[rank], rank, config, folder, INIT, store.port, generation=1)
         mesh = Mesh(group)
         for _ in range(2 * WINDOW_STEPS):  # with all their threads started
             mesh.step()
-        for core, worker in enumerate(group):
-            pin(worker.process.pid, core)
+        mesh.watch_anew()
+        yield mesh
+    finally:
+        for member in group:
+            member.process.kill()
+            member.process.join(DEADLINE_S)
+            member.sock.close()
+
+
+@contextmanager
+def pinned_pair(folder: Path) -> Iterator[Mesh]:
+    """The same, each on a core of its own."""
+    with pair(folder) as mesh:
+        for core, member in enumerate(mesh.group):
+            pin(member.process.pid, core)
         yield mesh
 
 
