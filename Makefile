@@ -33,13 +33,17 @@ test: setup
 	echo "the tests without a Ray cluster, which have run beside them:"; \
 	wait $$unit; unit=$$?; cat out/unit-tests.log; exit $$((with_ray || unit))
 
-# What takes two hours: tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), kills of
-# 60 seeds, 300 flipped bits and 2,000 clean steps.
+# Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then kills of 60 seeds, 300
+# flipped bits and 2,000 clean steps. Every part runs, also after one that has failed.
 test-long: setup
+	@echo "this takes about two hours"
 	PYTHON=$(PYTHON) tests/storage/install.sh
-	$(BIN)/python -m pytest -m long
-	$(BIN)/python tests/chaos/sweep.py --seeds 60
-	$(BIN)/python tests/chaos/flips.py --flips 300 --clean-steps 2000
+	@failed=; run() { echo "$$*"; "$$@" || failed="$$failed; $$*"; }; \
+	run $(BIN)/python -m pytest -m long tests/unit tests/storage; \
+	run $(BIN)/python -m pytest -m long tests/chaos tests/cluster; \
+	run $(BIN)/python tests/chaos/sweep.py --seeds 60; \
+	run $(BIN)/python tests/chaos/flips.py --flips 300 --clean-steps 2000; \
+	test -z "$$failed" || { echo "failed$$failed"; exit 1; }
 
 lint: setup
 	$(BIN)/ruff check .

@@ -49,9 +49,10 @@ def spec_check(file: SpecFile, set_: Overrides = None) -> None:
     """Say whether SPEC is a job that can run, and what to mend if not."""
     spec = _load(file, set_)
     layout = spec.layout
+    fewer = f"at least {layout.smallest.nodes} nodes when some are lost, " if layout.shrinks_to else ""
     print(
         f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
-        f"{spec.run.steps} steps to {redacted(spec.run.url)}"
+        f"{fewer}{spec.run.steps} steps to {redacted(spec.run.url)}"
     )
 
 

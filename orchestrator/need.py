@@ -77,9 +77,11 @@ def need_of(spec: JobSpec) -> Need:
     snapshot_bytes = state_bytes + (state_bytes >> 20) * INDEX_BYTES_PER_MIB
     snapshot_bytes += slots * (SNAPSHOT_OVERHEAD_BYTES + tensors * TENSOR_OVERHEAD_BYTES)
     # Racks are not known here: where all replicas stand in one, copies are made all the same.
-    names = [str(place) for place in range(layout.nodes)]
-    copies = spec.checkpoint.copies == "auto" and layout.nodes > 1
-    copies = copies and not replicas_apart(layout, names, lambda name: "")
+    # A mesh that has shrunk to one replica makes copies, too.
+    smallest = layout.smallest
+    names = [str(place) for place in range(smallest.nodes)]
+    copies = spec.checkpoint.copies == "auto" and smallest.nodes > 1
+    copies = copies and not replicas_apart(smallest, names, lambda name: "")
     files_of_ram = FILES_WITH_COPIES + COPY_FILES if copies else FILES
     ram_bytes = files_of_ram * snapshot_bytes
     on_host = 0 if cuda else TRAINING_BYTES * node_parameters
@@ -89,6 +91,7 @@ def need_of(spec: JobSpec) -> Need:
     memory_bytes = ram_bytes + snapshot_bytes + on_host + processes
     files = PROCESS_FILES + groups + 2 * layout.nodes + WORKER_FILES * slots
     threads = NODE_THREADS + slots * (WORKER_THREADS[spec.cluster.device] + omp)
+    shrunk = ", once the mesh has shrunk to one replica" if smallest != layout else ""
     shards = f"pp {p.pp}, dp_shard {p.dp_shard}, tp {p.tp}"
     return Need(
         parameters=parameters,
@@ -104,7 +107,7 @@ def need_of(spec: JobSpec) -> Need:
             f"model: {parameters:,} parameters; the fullest slot holds {fullest:,} of them ({shards}), the fullest "
             f"node {node_parameters:,} in {slots} slots",
             f"shared memory: {files_of_ram} snapshots "
-            + (f"({FILES_WITH_COPIES} own, {COPY_FILES} kept for another node) " if copies else "")
+            + (f"({FILES_WITH_COPIES} own, {COPY_FILES} kept for another node{shrunk}) " if copies else "")
             + f"x {STATE_BYTES} bytes (parameter and two moments) x "
             f"{node_parameters:,} = {size(ram_bytes)} on a node",
             f"memory: {size(ram_bytes)} of snapshots + {size(snapshot_bytes)} for the copy of which a checkpoint is "

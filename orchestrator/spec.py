@@ -81,6 +81,17 @@ class ClusterSection(_Section):
     cpus_per_slot: float = Field(
         default=1, gt=0, description="CPUs that Ray reserves for each rank, and its threads; at least one thread."
     )
+    admission: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Before a node joins, its devices compute products whose exact result is known, for a second each "
+        "(trainer/admission.py); one that is wrong keeps the node out. ``auto``: on CUDA.",
+    )
+    warm_workers: int = Field(
+        default=1,
+        ge=0,
+        description="Processes on each node that are ready to take a dead worker's place, beyond those that train; "
+        "useful up to slots_per_node. Each takes some 150 MB of memory, and a few seconds of a processor to make.",
+    )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
     )
@@ -96,6 +107,13 @@ class RecoverySection(_Section):
         gt=0,
         description="For a node to end its workers; past it the node is lost. A kill takes milliseconds.",
     )
+    park_deadline_s: float = Field(
+        default=3,
+        gt=0,
+        description="For a worker to leave its process groups and keep its process when a generation ends; past it, "
+        "or past half of halt_deadline_s, the worker is killed and started anew. Most need a tenth of a second; to "
+        "wait longer than a start takes gains nothing.",
+    )
     start_deadline_s: float = Field(
         default=300,
         gt=0,
@@ -109,9 +127,11 @@ class RecoverySection(_Section):
         default=120, gt=0, description="For the last checkpoint's commit record; then the run fails."
     )
     node_silence_s: float = Field(
-        default=10,
+        default=4.5,
         gt=0,
-        description="A node silent for so long is lost. Agents report each second; a closed connection tells sooner.",
+        description="A node silent for so long is lost. Agents report each second; a closed connection tells sooner. A "
+        "packet that is lost four times in a row comes after 3 s. From 256 nodes on, which report through others of "
+        "them, the default is 10.",
     )
     collective_timeout_s: float = Field(
         default=120,
@@ -119,14 +139,19 @@ class RecoverySection(_Section):
         description="Last resort against a rank that hangs; must exceed the slowest step, validation and save.",
     )
     rank_silence_s: float = Field(
-        default=8,
+        default=5,
         ge=3,
         description="A rank silent for so long hangs, and is replaced. Workers give a sign of life each second.",
     )
     stall_floor_s: float = Field(
-        default=20,
+        default=5,
         ge=3,
-        description="Patience with a mesh that makes no step; 5 times the slowest recent step, if that is more.",
+        description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more.",
+    )
+    stragglers: Literal["report", "swap"] = Field(
+        default="report",
+        description="What follows when a rank computes more slowly than its peers (docs/stragglers.md). ``swap``: its "
+        "node gets a strike, and a spare takes its place.",
     )
     same_error_tries: int = Field(
         default=2, ge=1, description="The same exception at the same step this many times is the program's own fault."
@@ -152,6 +177,13 @@ class RecoverySection(_Section):
         le=1,
         description="Of the nodes, mesh and spares, so many may be quarantined at once, and always two: what strikes "
         "more is not theirs.",
+    )
+    min_replicas: int = Field(
+        default=1,
+        ge=1,
+        description="When nodes are lost and no spare is left, the run goes on with fewer replicas, down to so many of "
+        "parallel.dp_replicate; that number itself: it waits for nodes. Where a replica fills whole nodes: "
+        "cluster.slots_per_node divides parallel.dp_shard x tp.",
     )
     grow_settle_s: float = Field(
         default=60,
@@ -184,16 +216,22 @@ class JobSpec(_Section):
 
     @property
     def layout(self) -> Layout:
-        p = self.parallel
+        p, width = self.parallel, self.cluster.slots_per_node
+        whole_nodes = p.dp_shard * p.tp % width == 0
         return Layout(
             pp=p.pp,
             dp_replicate=p.dp_replicate,
             dp_shard=p.dp_shard,
             tp=p.tp,
-            slots_per_node=self.cluster.slots_per_node,
-            nodes=p.world_size // self.cluster.slots_per_node,
+            slots_per_node=width,
+            nodes=p.world_size // width,
             spares=self.cluster.spares,
+            shrinks_to=tuple(range(p.dp_replicate - 1, self.recovery.min_replicas - 1, -1)) if whole_nodes else (),
         )
+
+    @property
+    def checks_admission(self) -> bool:
+        return self.cluster.admission == "on" or (self.cluster.admission, self.cluster.device) == ("auto", "cuda")
 
     @property
     def limits(self) -> Limits:
@@ -214,6 +252,7 @@ class JobSpec(_Section):
             keep_every_steps=self.checkpoint.keep_every_steps,
             scrub_us=_us(self.checkpoint.scrub_hours * 3600),
             verify_bytes_per_s=self.checkpoint.verify_mb_per_s * 1_000_000,
+            swaps_slow=r.stragglers == "swap",
         )
 
     @property
@@ -288,10 +327,25 @@ def parse(document: dict[str, Any]) -> JobSpec:
         spec = JobSpec.model_validate_json(json.dumps(document, default=str), strict=True)
     except pydantic.ValidationError as e:
         raise SpecError("\n".join(_line(error) for error in e.errors())) from e
+    spec = _with_silence(spec)
     problems = _problems(spec)
     if problems:
         raise SpecError("\n".join(problems))
     return _with_absolute_paths(spec)
+
+
+def _least_silence_s(spec: JobSpec) -> float:
+    """Below which nodes of such a run may be silent without being lost: one deadline to find that the fan-in through
+    which they report is silent, one more when the next cannot be reached either."""
+    return 2 * PATIENCE_S if spec.layout.nodes + spec.layout.spares >= FAN_IN_FROM_NODES else 0.0
+
+
+def _with_silence(spec: JobSpec) -> JobSpec:
+    """With the default of node_silence_s that goes with so many nodes."""
+    recovery, least_s = spec.recovery, _least_silence_s(spec)
+    if "node_silence_s" in recovery.model_fields_set or recovery.node_silence_s >= least_s:
+        return spec
+    return spec.model_copy(update={"recovery": recovery.model_copy(update={"node_silence_s": least_s})})
 
 
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:
@@ -437,6 +491,11 @@ def _problems(spec: JobSpec) -> list[str]:
     if p.pp > 1 and p.microbatches < p.pp:
         problems.append(f"parallel.microbatches = {p.microbatches}: 1F1B needs at least parallel.pp = {p.pp}")
     divides(c.slots_per_node, "cluster.slots_per_node", p.world_size, "the mesh's slots")
+    if spec.recovery.min_replicas > p.dp_replicate:
+        problems.append(
+            f"recovery.min_replicas = {spec.recovery.min_replicas}: must be at most parallel.dp_replicate = "
+            f"{p.dp_replicate}"
+        )
     divides(p.tp, "parallel.tp", c.slots_per_node, "cluster.slots_per_node")  # tp stays inside a node
     if not 0 < d.validation_fraction < 1:
         problems.append(f"data.validation_fraction = {d.validation_fraction}: must lie between 0 and 1")
@@ -452,9 +511,8 @@ def _problems(spec: JobSpec) -> list[str]:
             f"lie between shortest_interval_steps = {k.shortest_interval_steps} and longest_interval_steps = "
             f"{k.longest_interval_steps}"
         )
-    # One to find that the fan-in of now is silent; one more when the next cannot be reached either.
-    nodes, least_s = spec.layout.nodes + c.spares, 2 * PATIENCE_S
-    if nodes >= FAN_IN_FROM_NODES and spec.recovery.node_silence_s < least_s:
+    nodes, least_s = spec.layout.nodes + c.spares, _least_silence_s(spec)
+    if spec.recovery.node_silence_s < least_s:
         problems.append(
             f"recovery.node_silence_s = {spec.recovery.node_silence_s:g}: must be at least {least_s:g} with {nodes} "
             f"nodes; they notice after {PATIENCE_S:g} s that one through which they report is silent"

@@ -53,6 +53,10 @@ class Source(Protocol):
 
     @property
     def commit(self) -> str: ...
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """For ``ram``: see `RamTier.restore`."""
+        ...
 
 
 class Checkpointer:
@@ -92,6 +96,7 @@ class Checkpointer:
         """Of the newest save that has got as far as the store."""
         self._told = threading.Event()
         self._told.set()
+        self._abandoned = threading.Event()
         self._group: distributed.ProcessGroup | None = None
         if distributed.is_initialized():
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_TIMEOUT_S))
@@ -137,7 +142,7 @@ class Checkpointer:
         must not change before `await_reads`.
 
         Args:
-            unchanged: asked about the copy first; when it names any, nothing is written.
+            unchanged: asked about the copy once its digests are taken; when it names any, the save fails.
             done: called from the saving thread with the part, or with the reason why nothing may be committed.
         """
         assert not self.busy, "one save at a time"
@@ -149,8 +154,6 @@ class Checkpointer:
             failure = error  # told by the thread, which must meet the other ranks' in any case
 
         def check() -> None:
-            if failure is not None:
-                raise failure
             try:
                 _check_unchanged(copy, unchanged)
             except ManifestError:
@@ -165,7 +168,9 @@ class Checkpointer:
                 failure = error
             writer = self._writer = self._make_writer(copy.step)
             try:
-                result: RankPart | Exception = save_part(writer, copy, self._rank, check=check, group=self._group)
+                result: RankPart | Exception = save_part(
+                    writer, copy, self._rank, check=check, failure=failure, group=self._group
+                )
             except Exception as error:
                 result = error
             try:
@@ -201,18 +206,32 @@ class Checkpointer:
             ManifestError, CheckpointFailed: nothing may be committed; training can go on.
         """
         assert self._told.is_set(), "one save at a time"
-        before = self._writer
-        hangs = before is not None and before.step == state.step and before.hangs
-
-        def check() -> None:
-            if hangs:  # it would come back to files of the same names
-                raise StoreError("the save before still waits for the store")
-            _check_unchanged(state, unchanged)
-
-        writer = self._make_writer(state.step)
-        if not hangs:
+        before, writer, failure = self._writer, self._make_writer(state.step), None
+        if before is not None and before.step == state.step and before.hangs:  # it would come back to the same names
+            failure = StoreError("the save before still waits for the store")
+        else:
             self._writer = writer
-        return save_part(writer, state, self._rank, check=check, group=self._group)
+        return save_part(
+            writer,
+            state,
+            self._rank,
+            check=lambda: _check_unchanged(state, unchanged),
+            failure=failure,
+            group=self._group,
+        )
+
+    def close(self, deadline_s: float) -> bool:
+        """Let the snapshot that is being taken be completed, and abandon the save; whether both have ended in time.
+
+        Afterwards nothing here is used any more. A save that waits for other ranks ends when its process group breaks.
+        """
+        deadline = time.monotonic() + deadline_s
+        self._abandoned.set()
+        closed = self._ram.close(deadline_s)
+        if self._saving.is_alive():
+            self._saving.join(max(0.0, deadline - time.monotonic()))
+        self._group = None
+        return closed and not self._saving.is_alive()
 
     def _make_writer(self, step: int) -> Writer:
         return Writer(
@@ -223,6 +242,7 @@ class Checkpointer:
             rank=self._rank,
             buffers=self._buffers,
             local=self._local,
+            abandoned=self._abandoned,
         )
 
     def restore(
@@ -248,7 +268,7 @@ class Checkpointer:
         only while its data was read, spoilt (`storage.state.spoil`).
         """
         if restore.source == "ram":
-            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation)
+            self._ram.restore(restore.step, state, holders, bad, generation=restore.generation, slots=restore.slots)
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
             # A failure is every rank's, so all try again together.

@@ -83,17 +83,18 @@ def read(path: Path, start: int, into: memoryview) -> int:
         return done + _all(lambda at, view: os.preadv(fd, [view], at), start + done, into[done:])
 
 
-Check = Callable[[int, int, memoryview], None]
-"""Number of a piece, a start in it, and the memory from which the bytes from there on were written."""
+Look = Callable[[int, int, memoryview], None]
+"""Number of a piece, a start in it, and the bytes from there on."""
 
 
-def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check: Check, buffers: Buffers) -> None:
+def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, look: Look, buffers: Buffers) -> None:
     """Fill an empty file with `size` bytes, pieces and zeros between them, and sync it.
 
     Args:
         pieces: each one's place in the file and content, in order; places are on pages, as is `size`.
-        check: called from any thread after each write, with runs of a piece that start on multiples of UNIT_BYTES;
-            what it raises fails the write.
+        look: called from any thread twice for each run of a piece, which starts on a multiple of UNIT_BYTES: with the
+            piece's own bytes before they are written, and afterwards with the memory from which they were. What it
+            raises fails the write.
 
     Raises:
         OSError: no room, or the disk failed; what was written is still there.
@@ -115,7 +116,7 @@ def write(path: Path, pieces: Sequence[tuple[int, memoryview]], size: int, check
 
         def work(unit: list[_Run]) -> None:
             with buffers.borrow() as buffer:
-                _write_unit(target, pieces, unit, check, buffer)
+                _write_unit(target, pieces, unit, look, buffer)
 
         in_threads(work, _units(pieces), THREADS)
         os.ftruncate(fd, size)
@@ -174,15 +175,17 @@ def _on_pages(view: memoryview) -> bool:
 
 
 def _write_unit(
-    target: _Target, pieces: Sequence[tuple[int, memoryview]], unit: list[_Run], check: Check, buffer: memoryview
+    target: _Target, pieces: Sequence[tuple[int, memoryview]], unit: list[_Run], look: Look, buffer: memoryview
 ) -> None:
+    for run in unit:
+        look(run.number, run.begin, pieces[run.number][1][run.begin : run.end])
     first = pieces[unit[0].number][0] + unit[0].begin
     if len(unit) == 1:
         run = unit[0]
         content = pieces[run.number][1][run.begin : run.end]
         if _on_pages(content):
             target.write(first, content)
-            check(run.number, run.begin, content)
+            look(run.number, run.begin, content)
             return
     end = 0
     for run in unit:
@@ -196,7 +199,7 @@ def _write_unit(
     target.write(first, buffer[:whole])
     for run in unit:
         begin = pieces[run.number][0] + run.begin - first
-        check(run.number, run.begin, buffer[begin : begin + run.end - run.begin])
+        look(run.number, run.begin, buffer[begin : begin + run.end - run.begin])
 
 
 def _write_all(fd: int, at: int, content: memoryview) -> None:

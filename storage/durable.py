@@ -14,12 +14,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage.blocks import BadBlock, Copy, StoreSource
 from storage.commits import check_whole, index_of, read_index_bytes
-from storage.durable_write import SavePlanner, Writer
+from storage.durable_write import Writer
 from storage.index import Index
 from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
 from storage.ranks import CheckpointFailed, agreed, dcp_errors, rank_of, size_of
 from storage.restore import load_copies
+from storage.save_plan import SavePlanner
 from storage.state import TrainState, check_usable, named_tensors
 from storage.urls import locate, portable_errors
 
@@ -37,6 +38,7 @@ def save_part(
     rank: int,
     *,
     check: Callable[[], None] = lambda: None,
+    failure: Exception | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> RankPart:
     """Save this rank's part of a checkpoint; durable when this returns. Collective over `group`, or over the default.
@@ -45,7 +47,8 @@ def save_part(
     rank fails, every rank does, and removes what it has written.
 
     Args:
-        check: called on this rank first; when it raises, nothing is written.
+        check: called on this rank once digests of all that it holds are taken; when it raises, the save fails.
+        failure: why this rank can save nothing; it is told to the others, and nothing is written.
 
     Raises:
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
@@ -60,7 +63,7 @@ def save_part(
     try:
         with dcp_errors():
             named = named_tensors(state, rank)
-            dcp_save(named, storage_writer=writer, planner=SavePlanner(checks), process_group=group)
+            dcp_save(named, storage_writer=writer, planner=SavePlanner(checks, failure), process_group=group)
     except Exception:
         writer.discard()
         raise

@@ -1,33 +1,30 @@
-"""The writing half of a durable checkpoint: DCP's save planner with its blind spots closed, and the file writer."""
+"""Writes a rank's part of a durable checkpoint: its data file, digested block by block, and its index."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.planner import SavePlanner as DcpSavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from storage import direct, s3
 from storage.blocks import block_digests
-from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
+from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index
 from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
-from storage.state import dtype_name, host_bytes
+from storage.save_plan import SavePlanner, described, different_content
+from storage.state import dtype_name
 from storage.threads import in_threads
 from storage.urls import (
     Store,
@@ -47,76 +44,6 @@ DISCARD_DEADLINE_S = 60.0
 """To remove a part that nobody will commit; what is left then, `commits.prune` finds."""
 
 
-class SavePlanner(DefaultSavePlanner):
-    """DCP's planner, refusing what it drops in silence: one name for different shapes, dtypes or content."""
-
-    def __init__(self, check: Callable[[], None]) -> None:
-        """`check` is called once the content's digests are taken; what it raises fails the save on every rank.
-
-        So what it has found good is what the digests name, and the writer compares with them what it has written.
-        """
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.digests: dict[MetadataIndex, tuple[str, ...]] = {}
-        self._check = check
-
-    def create_local_plan(self) -> SavePlan:
-        with portable_errors():
-            plan = super().create_local_plan()
-            digests = in_threads(lambda item: block_digests(self.content(item)), plan.items, direct.THREADS)
-            self.digests = {item.index: own for item, own in zip(plan.items, digests, strict=True)}
-            self._check()
-            # To the coordinator goes one digest an item: those of its blocks, of all ranks, would take it gigabytes.
-            wholes = {index: xxhash.xxh3_128_hexdigest("".join(own).encode()) for index, own in self.digests.items()}
-            return dataclasses.replace(plan, planner_data=wholes)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        _check_replicas(all_plans)
-        plans, metadata = super().create_global_plan(
-            [dataclasses.replace(plan, planner_data=None) for plan in all_plans]
-        )
-        for fqn, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
-            check_tiling(fqn, tuple(tensor.size), boxes)
-        return plans, metadata
-
-    def content(self, item: WriteItem) -> memoryview:
-        """The raw bytes of an item's box."""
-        tensor = self.resolve_data(item)
-        assert isinstance(tensor, torch.Tensor), item
-        return host_bytes(tensor).data
-
-
-def described(item: WriteItem) -> TensorWriteData:
-    """Shape, dtype and box of what is to be written."""
-    if item.tensor_data is None:
-        raise ManifestError(f"{item.index.fqn}: only tensors can be saved")
-    return item.tensor_data
-
-
-def _check_replicas(plans: list[SavePlan]) -> None:
-    """Check that ranks which hold the same box of a tensor hold the same content, before DCP keeps one of them."""
-    kinds: dict[str, tuple[int, Any, Any]] = {}
-    seen: dict[MetadataIndex, tuple[int, Any, str]] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            tensor, fqn = described(item), item.index.fqn
-            first, *kind = kinds.setdefault(fqn, (rank, tensor.size, tensor.properties.dtype))
-            if kind != [tensor.size, tensor.properties.dtype]:
-                raise ManifestError(
-                    f"{fqn}: rank {first} holds {kind[1]} of shape {tuple(kind[0])}, rank {rank} holds "
-                    f"{tensor.properties.dtype} of shape {tuple(tensor.size)}; names must be global"
-                )
-            holder, sizes, digest = seen.setdefault(
-                item.index, (rank, tensor.chunk.sizes, plan.planner_data[item.index])
-            )
-            if (sizes, digest) != (tensor.chunk.sizes, plan.planner_data[item.index]):
-                raise ManifestError(
-                    f"{fqn} at {tuple(tensor.chunk.offsets)}: ranks {holder} and {rank} hold different content; "
-                    "values that differ between ranks belong into per_rank, stages need global names"
-                )
-
-
 class Writer(StorageWriter):
     """Writes one rank's data file and its index, and then knows its RankPart."""
 
@@ -130,15 +57,18 @@ class Writer(StorageWriter):
         rank: int,
         buffers: direct.Buffers | None = None,
         local: LocalTier | None = None,
+        abandoned: threading.Event | None = None,
     ) -> None:
         """
         Args:
             buffers: of writers that write one after another, so that only the first allocates.
             local: where the part is to stay on this node's disk, too.
+            abandoned: once it is set, what is being written fails soon.
         """
         self.part: RankPart | None = None
         self._buffers = buffers or direct.Buffers()
         self._local = local
+        self._abandoned = abandoned or threading.Event()
         self._url = url
         self._identity = {"step": step, "epoch": epoch, "generation": generation, "rank": rank}
         self._began = False
@@ -179,7 +109,16 @@ class Writer(StorageWriter):
         return plans
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        pass  # the controller's commit record ends a checkpoint, not DCP's coordinator
+        """On the coordinator: check that ranks which hold the same box hold the same content.
+
+        It does not end the checkpoint: the controller's commit record does.
+        """
+        seen: dict[MetadataIndex, tuple[int, str]] = {}
+        for rank, own in enumerate(results):
+            for result in own:
+                holder, digest = seen.setdefault(result.index, (rank, result.storage_data))
+                if digest != result.storage_data:
+                    raise different_content(result.index, holder, rank)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -187,10 +126,26 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: DcpSavePlanner) -> Future[list[WriteResult]]:
         assert isinstance(planner, SavePlanner)
+        digests: dict[MetadataIndex, str] = {}
+
+        def digest_others() -> None:
+            """Of what another rank writes. One thread is faster than the disk."""
+            written = {item.index for item in plan.items}
+            for item in planner.held:
+                if item.index in plan.planner_data - written:
+                    digests[item.index] = _digest(block_digests(planner.content(item)))
+
+        def work() -> None:
+            content = _Content(plan, planner, self._identity, self._abandoned)
+            works: tuple[Callable[[], None], ...] = (partial(self._write, content), digest_others)
+            in_threads(lambda each: each(), works, len(works))
+            digests.update((box, digest) for box, digest in content.digests() if box in plan.planner_data)
+
         with portable_errors():
-            self._within(WRITE_DEADLINE_S, lambda: self._write(plan, planner))
+            self._within(WRITE_DEADLINE_S, work)
+            planner.check()
         done: Future[list[WriteResult]] = Future()
-        done.set_result([])
+        done.set_result([WriteResult(box, 0, digest) for box, digest in digests.items()])
         return done
 
     def _within(self, deadline_s: float, work: Callable[[], None]) -> None:
@@ -216,10 +171,9 @@ class Writer(StorageWriter):
         if errors:
             raise errors[0]
 
-    def _write(self, plan: SavePlan, planner: SavePlanner) -> None:
-        store, content = locate(self._url), self._content(plan, planner)
-        kept = self._keep_local(content)
-        path = store.path(content.part.data)
+    def _write(self, content: _Content) -> None:
+        store, kept = locate(self._url), self._keep_local(content)
+        path = store.path(content.data)
         if store.local:
             make_folder(os.path.dirname(path))
             Path(path).touch(exist_ok=False)
@@ -227,14 +181,14 @@ class Writer(StorageWriter):
             self._write_files(Path(path), content)
             sync_folder(os.path.dirname(path))
         elif store.fs.exists(path):
-            raise FileExistsError(f"{content.part.data} exists: a generation saves a step once")
+            raise FileExistsError(f"{content.data} exists: a generation saves a step once")
         else:
             self._began = True
             self._upload(store, content, kept)
         if self._given_up:
             self._remove()
         else:
-            self.part = content.part
+            self.part = content.part()
 
     def _remove(self) -> None:
         names = (data_name(**self._identity), index_name(**self._identity))
@@ -249,7 +203,7 @@ class Writer(StorageWriter):
         """Write the part to the local tier; the data file there. None: there is no tier, or it has no room for it."""
         if self._local is None:
             return None
-        path, names = self._local.path(content.part.data), (content.part.data, content.part.index)
+        path, names = self._local.path(content.data), (content.data, content.index)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._local.prune(self.step)
@@ -264,75 +218,94 @@ class Writer(StorageWriter):
             return None
 
     def _upload(self, store: Store, content: _Content, kept: Path | None) -> None:
-        part = content.part
         if s3.is_s3(store.fs):
-            s3.upload(store.fs, store.path(part.data), content.pieces, part.data_bytes, content.check_all)
+            content.look_at_all()
+            s3.upload(store.fs, store.path(content.data), content.pieces, content.size, content.look_at_all)
         elif kept is not None:
-            upload(store, str(kept), part.data)
+            upload(store, str(kept), content.data)
         else:
-            scratch = scratch_folder(self._url, part.rank)
+            scratch = scratch_folder(self._url, self._identity["rank"])
             drop_scratch(scratch)  # of a save that was killed
             folder = scratch / f"step-{self.step:08d}"
             folder.mkdir(parents=True, mode=0o700)
             try:
                 self._write_files(folder / "part.bin", content)
-                upload(store, str(folder / "part.bin"), part.data)
+                upload(store, str(folder / "part.bin"), content.data)
             finally:
                 drop_scratch(folder)
-        store.fs.pipe_file(store.path(part.index), content.raw)
+        store.fs.pipe_file(store.path(content.index), content.raw_index)
 
     def _write_files(self, path: Path, content: _Content) -> None:
         """Write and sync the data file at `path`, empty or new, and the index beside it, which may not exist."""
         path.touch()
-        index = partial(_write_record, path.with_suffix(".json"), content.raw)
-        data = partial(direct.write, path, content.pieces, content.part.data_bytes, content.check, self._buffers)
-        in_threads(lambda write: write(), (index, data), 2)
-
-    def _content(self, plan: SavePlan, planner: SavePlanner) -> _Content:
-        chunks: list[Chunk] = []
-        pieces: list[tuple[int, memoryview]] = []
-        size = 0
-        for item in plan.items:
-            pieces.append((size, planner.content(item)))
-            chunks.append(_chunk(item, size, planner.digests[item.index]))
-            assert len(pieces[-1][1]) == chunks[-1].n_bytes, chunks[-1]
-            size += -(-chunks[-1].n_bytes // ALIGN_BYTES) * ALIGN_BYTES
-        name = data_name(**self._identity)
-        index = Index(data=name, data_bytes=size, chunks=tuple(chunks), **self._identity)
-        raw = index.to_json()
-        part = RankPart(
-            rank=self._identity["rank"],
-            data=name,
-            index=index_name(**self._identity),
-            data_bytes=size,
-            index_digest=xxhash.xxh3_128_hexdigest(raw),
-        )
-        return _Content(index, raw, part, pieces)
+        direct.write(path, content.pieces, content.size, content.look, self._buffers)
+        _write_record(path.with_suffix(".json"), content.raw_index)
 
 
-@dataclass(frozen=True)
 class _Content:
-    """What a data file is to hold: its pieces in memory, its index, and what the commit record will say of it."""
+    """What a data file is to hold, and the digests of its blocks as they become known."""
 
-    index: Index
-    raw: bytes
-    """The index as it is written."""
-    part: RankPart
-    pieces: list[tuple[int, memoryview]]
+    def __init__(
+        self, plan: SavePlan, planner: SavePlanner, identity: dict[str, int], abandoned: threading.Event
+    ) -> None:
+        self.pieces: list[tuple[int, memoryview]] = []
+        """Each one's place in the file and where it lies in memory."""
+        self.size = 0
+        self.data, self.index = data_name(**identity), index_name(**identity)
+        self._identity = identity
+        self._abandoned = abandoned
+        self._items = plan.items
+        self._blocks: list[list[str]] = []
+        for item in plan.items:
+            _check_dtype(item)
+            piece = planner.content(item)
+            self.pieces.append((self.size, piece))
+            self._blocks.append([""] * -(-len(piece) // BLOCK_BYTES))
+            self.size += -(-len(piece) // ALIGN_BYTES) * ALIGN_BYTES
 
-    def check(self, number: int, begin: int, written: memoryview) -> None:
-        """Check what was written of a piece: what was digested before planning may have changed in memory since.
+    def look(self, number: int, begin: int, memory: memoryview) -> None:
+        """Digest a run of a piece, from a block's start on, at the first look; compare at each later one.
 
         Raises:
-            ManifestError: it has.
+            ManifestError: it has changed.
+            StoreError: nobody wants it any more.
         """
-        chunk, first, digests = self.index.chunks[number], begin // BLOCK_BYTES, block_digests(written)
-        if digests != chunk.blocks[first : first + len(digests)]:
-            raise ManifestError(f"{chunk.fqn}: changed in memory while it was written")
+        if self._abandoned.is_set():
+            raise StoreError("the save was abandoned")
+        first, digests, blocks = begin // BLOCK_BYTES, block_digests(memory), self._blocks[number]
+        last = first + len(digests)
+        if any(known and known != new for known, new in zip(blocks[first:last], digests, strict=True)):
+            raise ManifestError(f"{self._items[number].index.fqn}: changed in memory while it was written")
+        blocks[first:last] = digests
 
-    def check_all(self) -> None:
-        for number, (_, piece) in enumerate(self.pieces):
-            self.check(number, 0, piece)
+    def look_at_all(self) -> None:
+        in_threads(lambda number: self.look(number, 0, self.pieces[number][1]), range(len(self.pieces)), direct.THREADS)
+
+    def digests(self) -> list[tuple[MetadataIndex, str]]:
+        """Of each box, once all was looked at."""
+        return [(item.index, _digest(blocks)) for item, blocks in zip(self._items, self._blocks, strict=True)]
+
+    @cached_property
+    def raw_index(self) -> bytes:
+        """The index as it is written, once all was looked at."""
+        places = zip(self._items, self.pieces, self._blocks, strict=True)
+        chunks = tuple(_chunk(item, at, piece, tuple(blocks)) for item, (at, piece), blocks in places)
+        return Index(data=self.data, data_bytes=self.size, chunks=chunks, **self._identity).to_json()
+
+    def part(self) -> RankPart:
+        """What the commit record will say of it, once all was looked at."""
+        return RankPart(
+            rank=self._identity["rank"],
+            data=self.data,
+            index=self.index,
+            data_bytes=self.size,
+            index_digest=xxhash.xxh3_128_hexdigest(self.raw_index),
+        )
+
+
+def _digest(blocks: Iterable[str]) -> str:
+    """Of a box: digests of its blocks would take the coordinator gigabytes for all ranks."""
+    return xxhash.xxh3_128_hexdigest("".join(blocks).encode())
 
 
 def _write_record(path: Path, raw: bytes) -> None:
@@ -342,11 +315,17 @@ def _write_record(path: Path, raw: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _chunk(item: WriteItem, file_offset: int, blocks: tuple[str, ...]) -> Chunk:
-    tensor = described(item)
-    dtype = dtype_name(tensor.properties.dtype)
+def _check_dtype(item: WriteItem) -> None:
+    dtype = dtype_name(described(item).properties.dtype)
     if dtype not in ITEM_BYTES:
         raise ManifestError(f"{item.index.fqn}: dtype {dtype} has no place in the checkpoint format")
+
+
+def _chunk(item: WriteItem, file_offset: int, piece: memoryview, blocks: tuple[str, ...]) -> Chunk:
+    tensor = described(item)
+    dtype = dtype_name(tensor.properties.dtype)
+    assert all(blocks), item
+    assert tensor.chunk.sizes.numel() * ITEM_BYTES[dtype] == len(piece), item
     return Chunk(
         fqn=item.index.fqn,
         shape=tuple(tensor.size),
@@ -354,6 +333,6 @@ def _chunk(item: WriteItem, file_offset: int, blocks: tuple[str, ...]) -> Chunk:
         offsets=tuple(tensor.chunk.offsets),
         sizes=tuple(tensor.chunk.sizes),
         file_offset=file_offset,
-        n_bytes=tensor.chunk.sizes.numel() * ITEM_BYTES[dtype],
+        n_bytes=len(piece),
         blocks=blocks,
     )

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from storage import wires
-from storage.transfer import PLACE_S, in_thread, serve_snapshot, shut
+from storage.sockets import in_thread, shut
+from storage.transfer import PLACE_S, serve_snapshot
 from storage.wires import (
     READ_BYTES,
     PeerError,

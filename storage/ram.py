@@ -176,12 +176,15 @@ def drop_newer(ram_dir: str, run: str, node: str, step: int, slot: int | None = 
                 f.write(bytes(HEADER_BYTES))
 
 
-def drop_slots(ram_dir: str, run: str, node: str, kept: Collection[int]) -> None:
-    """Delete the snapshots of all slots but `kept` that lie on a node."""
+def drop_slots(ram_dir: str, run: str, node: str, kept: Collection[int], but: tuple[int, int] | None = None) -> None:
+    """Delete the snapshots of all slots but `kept` that lie on a node; not those of the (generation, step) `but`."""
     for path in _files(ram_dir, run, node):
         name = _FILE_NAME.fullmatch(path.name)
         assert name is not None, path
-        if int(name[1]) not in kept:
+        if int(name[1]) in kept:
+            continue
+        header = read_header(path) if but is not None else None
+        if header is None or (header.generation, header.step) != but:
             path.unlink(missing_ok=True)
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,15 @@ class RamTier:
         if error is not None:
             log.error("a snapshot of slot %d has failed", self._place[3], exc_info=error)
 
+    def close(self, deadline_s: float) -> bool:
+        """Let the last snapshot be completed, and let go of the files; whether that was done in time."""
+        pending, self._pending = self._pending, None
+        done = pending is None or bool(futures.wait([pending], deadline_s).done)
+        self._pool.shutdown(wait=done)
+        if done:
+            self._device.forget()
+        return done
+
     def _complete(
         self, file: SnapshotFile, layout: _Layout, step: int, done: Callable[[Exception | None], None]
     ) -> None:
@@ -179,6 +190,7 @@ class RamTier:
         bad: list[BadBlock] | None = None,
         *,
         generation: int | None = None,
+        slots: Sequence[int] = (),
     ) -> None:
         """Fill `state` from the snapshot of `step`, after checking every block.
 
@@ -188,17 +200,14 @@ class RamTier:
         Args:
             bad: what is found damaged is added here, in this snapshot and at holders.
             generation: that wrote the snapshot; None: the newest that has written this step here.
+            slots: the first of these is read of which the node has the snapshot: all have held this rank's shard, in a
+                mesh whose slots had other numbers. None of them: this rank's own.
 
         Raises:
             ManifestError: there is no such snapshot, it is of other tensors, or a block is damaged that nobody else
                 has whole. No tensor has changed.
         """
-        path = snapshot_path(*self._place, step, generation)
-        if path is None:
-            wrote = "" if generation is None else f" that generation {generation} wrote"
-            raise ManifestError(
-                f"no complete snapshot of slot {self._place[3]}, step {step}{wrote} in {self._place[0]}"
-            )
+        path = self._found(slots or self._place[3:], step, generation)
         file = SnapshotFile.existing(path)
         header = file.header()
         if header is None or header.step != step or generation not in (None, header.generation):
@@ -211,16 +220,26 @@ class RamTier:
         bad = [] if bad is None else bad
         for chunk in chunks:
             _check(index, chunk, payload.data, header.node, holders, bad)
-        own = header.origin_slot == header.slot
+        own = header.origin_slot == self._place[3]
         if not own and state.per_rank:
-            log.warning(
-                "slot %d takes over the shard of slot %d; per-rank values stay", header.slot, header.origin_slot
-            )
+            origin = header.origin_slot
+            log.warning("slot %d takes over the shard of slot %d; per-rank values stay", self._place[3], origin)
         targets = _tensors(state) if own else _tensors(state)[: len(state.tensors)]
         with torch.no_grad():
             for tensor, chunk in zip(targets, chunks, strict=True):
                 _copy_in(payload[chunk.file_offset : chunk.file_offset + chunk.n_bytes], local_tensor(tensor))
         state.step = step
+
+    def _found(self, slots: Sequence[int], step: int, generation: int | None) -> Path:
+        """The file on this node that holds the snapshot of the first of `slots` of which there is one."""
+        ram_dir, run, node, _ = self._place
+        paths = (snapshot_path(ram_dir, run, node, slot, step, generation) for slot in slots)
+        path = next((path for path in paths if path is not None), None)
+        if path is None:
+            wrote = "" if generation is None else f" that generation {generation} wrote"
+            which = f"{slots[0]}" if len(slots) == 1 else f"{slots[0]} or of {len(slots) - 1} others"
+            raise ManifestError(f"no complete snapshot of slot {which}, step {step}{wrote} in {ram_dir}")
+        return path
 
     def _matching(self, index: Index, header: Header, state: TrainState) -> list[Chunk]:
         """The chunks that fill this rank's tensors, in the order of the payload.
@@ -228,7 +247,7 @@ class RamTier:
         Raises:
             ManifestError: the snapshot holds other tensors.
         """
-        own = header.origin_slot == header.slot
+        own = header.origin_slot == self._place[3]
         wanted = [c for c in self._layout_of(state).chunks if own or not c.fqn.startswith(RANK_PREFIX)]
         chunks = [c for c in index.chunks if own or not c.fqn.startswith(RANK_PREFIX)]
         if [(c.key, c.shape, c.dtype) for c in chunks] != [(c.key, c.shape, c.dtype) for c in wanted]:

@@ -2,26 +2,24 @@
 
 One-way: who wants a snapshot asks for it. On a connection on which both sides have proved the token (storage/wires.py)
 the holder sends the snapshot's header and its index, and then, as often as it is asked, a range of the payload as raw
-bytes and a closing frame, which says whether the snapshot still stands. Bytes go from one mapping straight into the
-other, in threads that talk over a blocking socket. The receiver trusts nothing but the blocks' digests: it checks them
-while the next ones arrive, asks once more for what is damaged, and then asks another holder.
+bytes and a closing frame, which says whether the snapshot still stands. Bytes go from the holder's file straight into
+the receiver's mapping, on each side in a thread that talks over a blocking socket. The receiver trusts nothing but the
+blocks' digests: it checks each block as soon as it is there, while the processor still has it in its cache, asks once
+more for what is damaged, and then asks another holder.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
-import hmac
-import secrets
+import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -43,12 +41,9 @@ from storage.ram import (
     safe_name,
     snapshot_path,
 )
-from storage.wires import MAX_FRAME_BYTES, PeerError, document_of, frame_of, proof
+from storage.sockets import connected, in_thread, receive_frame, receive_into, send_range, shut
+from storage.wires import PeerError, frame_of
 
-T = TypeVar("T")
-
-# The slowest rate that a range may have, so that a trickle ends: a tenth of a 1 Gbit/s link.
-MIN_BYTES_PER_S = 12_500_000
 # Asked for at a time: a round trip between is nothing beside it, and one that was overwritten is noticed so soon.
 RANGE_BYTES = 256 * 1024 * 1024
 # With a cap on the rate: small beside what a second brings, so that the link is not taken in bursts.
@@ -57,10 +52,6 @@ CAPPED_RANGE_BYTES = 8 * 1024 * 1024
 IDLE_S = 120.0
 # A holder that sends as many snapshots as it may is waited for: 64 of 13 GiB over 25 Gbit/s take 290 s.
 PLACE_S = 300.0
-# Of one call to the kernel, between looks at the clock.
-_SEND_BYTES = 16 * 1024 * 1024
-# The check of what has come is woken after each.
-_RECEIVE_BYTES = 8 * 1024 * 1024
 # Of a snapshot of 10,000 tensors and 1 TB.
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 # The next snapshot's index may be a few digits longer.
@@ -99,24 +90,28 @@ def serve_snapshot(sock: socket.socket, place: tuple[str, str, str], request: di
     if path is None:
         return sock.sendall(frame_of({"error": f"no complete snapshot of slot {slot}, step {step}"}))
     with open(path, "rb") as file:
-        before, header = parse_header(file.read(HEADER_BYTES))
+        before, header = parse_header(_header_page(file))
         if header is None or header.step != step:
             return sock.sendall(frame_of({"error": f"the snapshot of slot {slot}, step {step} was overwritten"}))
         if generation not in (None, header.generation):
             error = f"the snapshot of slot {slot}, step {step} is of generation {header.generation}, not {generation}"
             return sock.sendall(frame_of({"error": error}))
         sock.sendall(frame_of({"header": dataclasses.asdict(header)}))
-        _send_range(sock, file, HEADER_BYTES + header.payload_bytes, header.index_bytes)
+        send_range(sock, file, HEADER_BYTES + header.payload_bytes, header.index_bytes)
         while (asked := _next_range(sock)) is not None:
             start, n_bytes = asked
             if not 0 <= start <= start + n_bytes <= header.payload_bytes:
                 raise PeerError(f"asked for [{start}, {start} + {n_bytes}) of {header.payload_bytes} bytes")
-            _send_range(sock, file, HEADER_BYTES + start, n_bytes)
-            file.seek(0)
-            unchanged = parse_header(file.read(HEADER_BYTES))[0] == before
+            send_range(sock, file, HEADER_BYTES + start, n_bytes)
+            unchanged = parse_header(_header_page(file))[0] == before
             sock.sendall(frame_of({"ok": True} if unchanged else {"error": "overwritten during the transfer"}))
             if not unchanged:
                 return
+
+
+def _header_page(file: BinaryIO) -> bytes:
+    """As it is now, not as it was when the file was last read."""
+    return os.pread(file.fileno(), HEADER_BYTES, 0)
 
 
 def _next_range(sock: socket.socket) -> tuple[int, int] | None:
@@ -126,20 +121,8 @@ def _next_range(sock: socket.socket) -> tuple[int, int] | None:
     if not first:
         return None
     sock.settimeout(wires.STALL_S)
-    request = _receive_frame(sock, first)
+    request = receive_frame(sock, first)
     return int(request["start"]), int(request["n_bytes"])
-
-
-def _send_range(sock: socket.socket, file: BinaryIO, start: int, n_bytes: int) -> None:
-    deadline = time.monotonic() + wires.STALL_S + n_bytes / MIN_BYTES_PER_S
-    done = 0
-    while done < n_bytes:
-        sent = sock.sendfile(file, start + done, min(_SEND_BYTES, n_bytes - done))
-        if not sent:
-            raise PeerError("the snapshot's file is cut off")
-        done += sent
-        if time.monotonic() > deadline:
-            raise PeerError(f"{done} of {n_bytes} bytes were taken in time")
 
 
 # --- the reader's side ------------------------------------------------------------------------------------------------
@@ -204,16 +187,27 @@ class PeerSource:
         Raises:
             SourceError: the other side broke off, stalled, refuses, or the snapshot was overwritten meanwhile.
         """
+        done = 0
+
+        def ask() -> None:
+            before = done
+            self._ask(start + before, into[before:], lambda more: tell(before + more))
+
+        def tell(n_bytes: int) -> None:
+            nonlocal done
+            done = n_bytes
+            arrived(done)
+
         with self._turn, self._failing():
             fresh = self._connect()
             try:
-                self._ask(start, into, arrived)
+                ask()
             except (ConnectionError, EOFError):
                 if fresh or self.ended.is_set():
                     raise
                 self._drop()  # it may have been idle for too long
                 self._connect()
-                self._ask(start, into, arrived)
+                ask()  # for the rest: what has arrived may have been checked, and must not change any more
             return len(into)
 
     def close(self) -> None:
@@ -226,8 +220,8 @@ class PeerSource:
     def _ask(self, start: int, into: memoryview, arrived: Callable[[int], None]) -> None:
         assert self._sock is not None
         self._sock.sendall(frame_of({"start": start, "n_bytes": len(into)}))
-        _receive_into(self._sock, into, arrived)
-        _receive_frame(self._sock)
+        receive_into(self._sock, into, arrived)
+        receive_frame(self._sock)
 
     def _connect(self) -> bool:
         """Whether there was no connection before."""
@@ -235,7 +229,7 @@ class PeerSource:
             raise PeerError("ended")
         if self._sock is not None:
             return False
-        sock = _connected(self._address, self._token, self._request, self._opened)
+        sock = connected(self._address, self._token, self._request, self._opened)
         header = Header(**_receive_admitted(sock)["header"])
         asked = self._request
         if (header.step, header.slot, header.format_version) != (asked["step"], asked["slot"], FORMAT_VERSION):
@@ -243,7 +237,7 @@ class PeerSource:
         if not 0 < header.index_bytes <= MAX_INDEX_BYTES or header.payload_bytes < 0:
             raise PeerError(f"sizes that cannot be: {header}")
         raw = bytearray(header.index_bytes)
-        _receive_into(sock, memoryview(raw), lambda done: None)
+        receive_into(sock, memoryview(raw), lambda done: None)
         if self._header is not None and self._header != header:
             raise PeerError("the snapshot was overwritten")
         self._header, self._raw = header, bytes(raw)
@@ -271,6 +265,15 @@ class PeerSource:
                 raise
             told = str(e) if isinstance(e, PeerError) else f"the peer broke off, stalled or speaks otherwise: {e!r}"
             raise PeerFailed(f"{self._address}: {told}") from e
+
+
+def _receive_admitted(sock: socket.socket) -> dict[str, Any]:
+    """The first frame of a holder that has a place for this transfer. Raises PeerError when that takes too long."""
+    deadline = time.monotonic() + PLACE_S
+    while "busy" in (frame := receive_frame(sock)):
+        if time.monotonic() > deadline:
+            raise PeerError(f"it has been busy with other transfers for {PLACE_S:g} s")
+    return frame
 
 
 class PeerFailed(PeerError, SourceError):
@@ -329,173 +332,59 @@ async def fetch_snapshot(
                 raise PeerFailed("ended")
             file.begin()
             payload = file.payload(header.payload_bytes).data
-            for chunk, block in _receive_payload(source, payload, rate):
-                begin = chunk.file_offset + block * BLOCK_BYTES
-                into = payload[begin : min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes)]
+            for begin, end, chunk, block in _receive_payload(source, payload, rate):
                 # Once more from the same: it may have been damaged on its way.
-                fetch_block(chunk, block, into, [source, *others], [] if bad is None else bad)
+                fetch_block(chunk, block, payload[begin:end], [source, *others], [] if bad is None else bad)
             here = dataclasses.replace(header, run=safe_name(run), node=safe_name(node), slot=slot)
             file.finish(here, raw)
         finally:
-            end()
+            close()
 
-    def end() -> None:
+    def close() -> None:
         for each in (source, *others):
             each.close()
 
-    await in_thread(fetch, end)
+    await in_thread(fetch, close)
 
 
-def _receive_payload(source: PeerSource, payload: memoryview, rate: Rate | None) -> list[tuple[Chunk, int]]:
-    """Fill `payload`, checking blocks while the next ones arrive; those that are not what they must be."""
-    there = _There(source.copy().index, payload)
-    checked: Future[list[tuple[Chunk, int]]] = Future()
-    _start(there.check, checked, "check")
-    try:
-        at_once = RANGE_BYTES if rate is None else CAPPED_RANGE_BYTES
-        for start in range(0, len(payload), at_once):
-            into = payload[start : start + at_once]
-            if rate is not None:
-                rate.wait(len(into), source.ended)
-            source.receive(start, into, lambda done, start=start: there.reach(start + done))  # type: ignore[misc]
-        there.reach(len(payload))
-        return checked.result(wires.STALL_S + len(payload) / MIN_BYTES_PER_S)
-    finally:
-        there.end()
+def _receive_payload(source: PeerSource, payload: memoryview, rate: Rate | None) -> list[_Block]:
+    """Fill `payload`, checking each block when it is there; those that are not what they must be."""
+    check = _Check(source.copy().index, payload)
+    at_once = RANGE_BYTES if rate is None else CAPPED_RANGE_BYTES
+    for start in range(0, len(payload), at_once):
+        into = payload[start : start + at_once]
+        if rate is not None:
+            rate.wait(len(into), source.ended)
+        source.receive(start, into, lambda done, start=start: check.reach(start + done))  # type: ignore[misc]
+    check.reach(len(payload))
+    return check.damaged
 
 
-class _There:
-    """How much of a payload has arrived, and the check that follows it."""
+_Block = tuple[int, int, Chunk, int]
+"""Where it begins in the payload, where it ends, its chunk, its number there."""
+
+
+class _Check:
+    """The check of a payload's blocks, which follows its arrival."""
 
     def __init__(self, index: Index, payload: memoryview) -> None:
-        self._index, self._payload = index, payload
-        self._changed = threading.Condition()
-        self._arrived = 0
-        self._ended = False
+        self._payload = payload
+        self._blocks = _blocks(index)
+        self._next = next(self._blocks, None)
+        self.damaged: list[_Block] = []
 
     def reach(self, n_bytes: int) -> None:
-        with self._changed:
-            self._arrived = n_bytes
-            self._changed.notify()
-
-    def end(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-
-    def check(self) -> list[tuple[Chunk, int]]:
-        """The damaged blocks."""
-        damaged: list[tuple[Chunk, int]] = []
-        for chunk in sorted(self._index.chunks, key=lambda chunk: chunk.file_offset):
-            for block, expected in enumerate(chunk.blocks):
-                begin = chunk.file_offset + block * BLOCK_BYTES
-                end = min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes)
-                with self._changed:
-                    self._changed.wait_for(lambda end=end: self._ended or self._arrived >= end)  # type: ignore[misc]
-                    if self._arrived < end:
-                        return damaged
-                if xxhash.xxh3_128_hexdigest(self._payload[begin:end]) != expected:
-                    damaged.append((chunk, block))
-        return damaged
+        """Check the blocks that lie in the first `n_bytes` and have not been checked."""
+        while self._next is not None and self._next[1] <= n_bytes:
+            begin, end, chunk, block = self._next
+            if xxhash.xxh3_128_hexdigest(self._payload[begin:end]) != chunk.blocks[block]:
+                self.damaged.append(self._next)
+            self._next = next(self._blocks, None)
 
 
-# --- sockets and threads ----------------------------------------------------------------------------------------------
-
-
-def _connected(
-    address: str, token: str, request: dict[str, Any], opened: Callable[[socket.socket], None]
-) -> socket.socket:
-    """A connection on which both sides have proved the token and the request is sent; `opened` has it before that."""
-    host, _, port = address.rpartition(":")
-    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=wires.HANDSHAKE_S)
-    try:
-        opened(sock)
-        theirs, nonce = str(_receive_frame(sock)["nonce"]), secrets.token_hex(16)
-        sock.sendall(frame_of({"nonce": nonce, "proof": proof(token.encode(), "client", theirs, nonce)}))
-        answer = _receive_frame(sock)
-        if not hmac.compare_digest(str(answer.get("proof")), proof(token.encode(), "server", theirs, nonce)):
-            raise PeerError("the peer does not know the token")
-        sock.sendall(frame_of(request))
-        sock.settimeout(wires.STALL_S)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _receive_admitted(sock: socket.socket) -> dict[str, Any]:
-    """The first frame of a holder that has a place for this transfer. Raises PeerError when that takes too long."""
-    deadline = time.monotonic() + PLACE_S
-    while "busy" in (frame := _receive_frame(sock)):
-        if time.monotonic() > deadline:
-            raise PeerError(f"it has been busy with other transfers for {PLACE_S:g} s")
-    return frame
-
-
-def _receive_frame(sock: socket.socket, begun: bytes = b"") -> dict[str, Any]:
-    prefix = bytearray(4)
-    prefix[: len(begun)] = begun
-    _receive_into(sock, memoryview(prefix)[len(begun) :], lambda done: None)
-    (length,) = struct.unpack("<I", prefix)
-    wires.check_length(length, MAX_FRAME_BYTES)
-    body = bytearray(length)
-    _receive_into(sock, memoryview(body), lambda done: None)
-    return document_of(bytes(body))
-
-
-def _receive_into(sock: socket.socket, into: memoryview, arrived: Callable[[int], None]) -> None:
-    """Fill `into`; each wait for more ends after the socket's own timeout.
-
-    The kernel does the waiting, for a whole piece at a time: Python's own timeouts return with each packet's worth,
-    and each return costs a turn at the interpreter, which the check of what has come wants, too.
-    """
-    timeout = sock.gettimeout()
-    assert timeout, "every wait has a deadline"
-    deadline = time.monotonic() + timeout + len(into) / MIN_BYTES_PER_S
-    stall = struct.pack("@ll", int(timeout), int(timeout % 1 * 1_000_000))
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
-    try:
-        done = 0
-        while done < len(into):
-            n_bytes = sock.recv_into(into[done : done + _RECEIVE_BYTES], 0, socket.MSG_WAITALL)
-            if not n_bytes:
-                raise EOFError(f"after {done} of {len(into)} bytes")
-            done += n_bytes
-            arrived(done)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{done} of {len(into)} bytes in time")
-    except BlockingIOError as e:
-        raise TimeoutError(f"no more for {timeout:g} s, after {done} of {len(into)} bytes") from e
-    finally:
-        sock.settimeout(timeout)
-
-
-def shut(sock: socket.socket) -> None:
-    """End a connection, so that a thread which waits for it goes on."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-async def in_thread(work: Callable[[], T], end: Callable[[], None]) -> T:
-    """Do `work` in a thread of its own. When this is cancelled, `end` must end it, and its end is waited for."""
-    result: Future[T] = Future()
-    _start(work, result, "transfer")
-    done = asyncio.wrap_future(result)
-    try:
-        return await asyncio.shield(done)
-    except asyncio.CancelledError:
-        end()
-        await asyncio.wait({done}, timeout=wires.STALL_S)
-        done.cancelled() or done.exception()
-        raise
-
-
-def _start(work: Callable[[], T], result: Future[T], name: str) -> None:
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as e:
-            result.set_exception(e)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
+def _blocks(index: Index) -> Iterator[_Block]:
+    """All blocks in the order of the data file."""
+    for chunk in sorted(index.chunks, key=lambda chunk: chunk.file_offset):
+        for block in range(len(chunk.blocks)):
+            begin = chunk.file_offset + block * BLOCK_BYTES
+            yield begin, min(begin + BLOCK_BYTES, chunk.file_offset + chunk.n_bytes), chunk, block

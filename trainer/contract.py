@@ -198,6 +198,25 @@ class WorkerConfig:
     audit: AuditConfig
     data_digest: str = ""
     """Of the tokens and their order, as all nodes have prepared them; a worker that finds others refuses to train."""
+    microbatch_samples: int = 0
+    """Samples in each microbatch of a rank, in a mesh that has shrunk; 0: what `parallel` makes of the global batch."""
+
+    @property
+    def samples(self) -> int:
+        """In each microbatch of a rank."""
+        p = self.parallel
+        return self.microbatch_samples or self.data.global_batch // (p.dp * p.microbatches)
+
+    def with_replicas(self, dp_replicate: int) -> WorkerConfig:
+        """The same steps on another number of replicas: microbatches keep their size, and so does a rank's memory;
+        where replicas are fewer, each takes more of them. `parallel.microbatches` is then the most that one takes."""
+        if dp_replicate == self.parallel.dp_replicate:
+            return self
+        rounds = self.data.global_batch // (self.parallel.dp_shard * self.samples)
+        parallel = dataclasses.replace(
+            self.parallel, dp_replicate=dp_replicate, microbatches=-(-rounds // dp_replicate)
+        )
+        return dataclasses.replace(self, parallel=parallel, microbatch_samples=self.samples)
 
 
 # --- agent -> worker -------------------------------------------------------------------------------------------------
@@ -213,6 +232,9 @@ class Restore:
     """The generation that wrote the snapshot, for ``ram``."""
     commit: str = ""
     """Name of the commit record under run.url, for ``durable``."""
+    slots: tuple[int, ...] = ()
+    """For ``ram``: the slots that hold this rank's shard, as that generation numbered them. The node has the snapshot
+    of one of them; empty: of the rank's own number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +276,25 @@ class Assign:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """To a worker that waits for its first assignment, which is likely to be this rank: warm up, answer with Parked of
+    generation 0."""
+
+    rank: int
+    local_rank: int
+    config: WorkerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """End at the next step boundary on which all ranks agree, with a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Park:
+    """Leave `generation` at once, keep the process, answer with Parked, and wait for the next assignment."""
+
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +382,9 @@ class StepDone:
     """Newest step whose RAM snapshot of this rank is complete; 0 when there is none."""
     copied_step: int = 0
     """Newest step whose snapshots have all been copied to other nodes; 0 when there is none."""
+    own_us: int | None = None
+    """Of `step_us`, what the training thread computed or waited for a core, without its waits for other ranks; None
+    where it is not known, as on accelerators."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,7 +446,7 @@ class SaveFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The worker's last words before it exits."""
+    """The worker's last words in a generation, before it exits or, after ``collective`` and ``unclean``, parks."""
 
     generation: int
     rank: int
@@ -416,6 +458,15 @@ class Failed:
     error: str
     """Type and message on one line."""
     traceback: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """The worker has let go of its process groups, model and files, and waits for its next assignment."""
+
+    generation: int
+    rank: int
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,6 +490,9 @@ class Pulse:
     """Whether the training loop stands in an exchange with other ranks."""
     where: str
     """Where the training loop stands: its innermost frames as file:line function, the innermost last."""
+    exchanges: dict[str, int] = field(default_factory=dict)
+    """How many exchanges this rank has begun in this generation, by the name of the process group: all its members
+    call it the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +506,7 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Stop | SaveEvery | Copied | Inject
+ToWorker = Assign | Prepare | Stop | Park | SaveEvery | Copied | Inject
 FromWorker = (
     Phase
     | Restored
@@ -463,6 +517,7 @@ FromWorker = (
     | ShardWritten
     | SaveFailed
     | Failed
+    | Parked
     | Finished
     | Pulse
     | Injected
@@ -535,11 +590,16 @@ def _value(hint: Any, value: Any) -> Any:
     return value
 
 
-def send(sock: socket.socket, message: object) -> None:
-    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+def frame(message: object) -> bytes:
+    """A message as it goes over the wire."""
     body = json.dumps(encode(message), separators=(",", ":")).encode()
     assert len(body) <= MAX_FRAME_BYTES, len(body)
-    sock.sendall(struct.pack("<I", len(body)) + body)
+    return struct.pack("<I", len(body)) + body
+
+
+def send(sock: socket.socket, message: object) -> None:
+    """Write one frame; blocks until the kernel has taken it (or the socket's own timeout)."""
+    sock.sendall(frame(message))
 
 
 @dataclass

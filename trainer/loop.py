@@ -27,6 +27,7 @@ from trainer import optim
 from trainer.audit import StateAudit, stop_on
 from trainer.contract import CopyStep, Finished, Phase, StepDone, Validated, WorkerConfig
 from trainer.copies import Copies
+from trainer.own_time import OwnTime
 from trainer.parallel import Stage, forward_backward, forward_only
 from trainer.saves import Interval, Saves
 
@@ -41,6 +42,10 @@ log = logging.getLogger(__name__)
 
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient norm of a step is not finite; no rank has taken the optimizer's step."""
+
+
+class Parking(Exception):
+    """The agent has asked this rank to leave the generation and to keep its process."""
 
 
 @dataclass
@@ -61,6 +66,8 @@ class Session:
     """Set when the agent has asked to stop; the loop ends at the next boundary on which all ranks agree."""
     interval: Interval
     """Between durable saves; the agent may change it."""
+    parking: threading.Event = field(default_factory=threading.Event)
+    """Set when the agent has asked to park; the loop ends at this rank's next boundary."""
     sends_copies: bool = False
     """Whether snapshots are copied to other nodes, as on all ranks or none."""
     copied_step: int = 0
@@ -109,18 +116,25 @@ def train(session: Session, saved_step: int) -> None:
     Raises:
         NonFiniteError: on every rank alike, before the optimizer's step.
         StateCorruptError, StateDivergedError, PeerStateError: the same, by what the audit holds against this rank.
+        Parking: the agent has asked for it.
     """
     config, state = session.config, session.state
     if state.step == 0:
         validate(session)
     session.phase("compute")
     boundary_us, save_us, stopped = _now_us(), 0, False
+    own_time = OwnTime()
     while state.step < config.steps and not stopped:
+        if session.parking.is_set():
+            raise Parking(f"asked to park after step {state.step}")
         result = train_step(session)
         taken = state.step % config.checkpoint.snapshot_interval_steps == 0
         session.copies.agree(state.step, result.copying, result.not_copied, taken)
         snapshot_us = result.snapshot_us + (_snapshot(session) if taken else 0)
-        _report(session, result, step_us=_now_us() - boundary_us, snapshot_us=snapshot_us, save_us=save_us)
+        # On an accelerator the host waits for its device with all its might.
+        own_us = own_time.lap_us() if config.device == "cpu" else None
+        step_us = _now_us() - boundary_us
+        _report(session, result, step_us=step_us, snapshot_us=snapshot_us, save_us=save_us, own_us=own_us)
         boundary_us, save_us, stopped = _now_us(), 0, result.stop
         if state.step == config.steps or stopped:
             break
@@ -129,6 +143,7 @@ def train(session: Session, saved_step: int) -> None:
             session.phase("compute")
             # Its time is reported by itself, not once more as part of the next step.
             boundary_us = _now_us()
+            own_time.lap_us()
         if result.save:
             save_us = session.saves.begin(session)
     session.checkpointer.await_snapshot()
@@ -289,7 +304,9 @@ def _snapshot(session: Session) -> int:
     return _now_us() - started_us
 
 
-def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int, save_us: int) -> None:
+def _report(
+    session: Session, result: StepResult, step_us: int, snapshot_us: int, save_us: int, own_us: int | None
+) -> None:
     config, reports = session.config, session.rank == 0
     session.emit(
         StepDone(
@@ -306,6 +323,7 @@ def _report(session: Session, result: StepResult, step_us: int, snapshot_us: int
             lr=result.lr if reports else None,
             snapshot_step=session.checkpointer.newest_snapshot,
             copied_step=session.copies.complete,
+            own_us=own_us,
         )
     )
 

@@ -58,12 +58,16 @@ class Stage:
         return self.module.output is not None
 
     @property
+    def microbatches(self) -> int:
+        """Of this rank in a step; alike on all ranks of its replica."""
+        return len(_rounds(self.config, self.mesh))
+
+    @property
     def rows(self) -> range:
         """Rows of each global batch that this rank works on; alike on all its tp and pp peers."""
-        dp_rank = self.mesh["dp_replicate"].get_local_rank() * self.mesh["dp_shard"].size()
-        dp_rank += self.mesh["dp_shard"].get_local_rank()
-        local_batch = self.config.data.global_batch // self.config.parallel.dp
-        return range(dp_rank * local_batch, (dp_rank + 1) * local_batch)
+        rounds, samples = _rounds(self.config, self.mesh), self.config.samples
+        first = rounds.start * self.mesh["dp_shard"].size() + self.mesh["dp_shard"].get_local_rank() * len(rounds)
+        return range(first * samples, (first + len(rounds)) * samples)
 
     @property
     def reports_loss(self) -> bool:
@@ -78,6 +82,11 @@ def check_layout(config: WorkerConfig) -> None:
         ValueError: naming the field and what it must be.
     """
     model, data, parallel = config.model, config.data, config.parallel
+    if config.microbatch_samples:
+        divisor_name, divisor = "parallel.dp_shard * microbatch_samples", parallel.dp_shard * config.microbatch_samples
+    else:
+        divisor_name = "parallel.dp_replicate * dp_shard * microbatches"
+        divisor = parallel.dp * parallel.microbatches
     divisible = [
         ("model.n_heads", model.n_heads, "model.n_kv_heads", model.n_kv_heads),
         ("model.dim", model.dim, "model.n_heads", model.n_heads),
@@ -85,12 +94,7 @@ def check_layout(config: WorkerConfig) -> None:
         ("model.ffn_dim", model.ffn_dim, "parallel.tp", parallel.tp),
         ("model.vocab_size", model.vocab_size, "parallel.tp", parallel.tp),
         ("data.seq_len", data.seq_len, "parallel.tp", parallel.tp),
-        (
-            "data.global_batch",
-            data.global_batch,
-            "parallel.dp_replicate * dp_shard * microbatches",
-            parallel.dp * parallel.microbatches,
-        ),
+        ("data.global_batch", data.global_batch, divisor_name, divisor),
     ]
     for name, value, divisor_name, divisor in divisible:
         if value % divisor:
@@ -106,15 +110,17 @@ def check_layout(config: WorkerConfig) -> None:
         )
 
 
-def build_mesh(parallel: ParallelConfig, device_type: str, timeout: timedelta) -> DeviceMesh:
+def build_mesh(parallel: ParallelConfig, device_type: str, timeout: timedelta, backend: str = "") -> DeviceMesh:
     """The mesh (pp, dp_replicate, dp_shard, tp) over all ranks of the default process group, row-major.
 
     `timeout` bounds every collective of each dimension's groups, and their creation. A mesh does not pass on the
-    default group's: without this, ranks would wait 30 minutes for a lost peer.
+    default group's: without this, ranks would wait 30 minutes for a lost peer. `backend` is the device's, or another.
     """
     shape = (parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.tp)
     options: Any
-    if device_type == "cuda":
+    if backend:
+        options = None
+    elif device_type == "cuda":
         backend, options = "nccl", distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
     else:
@@ -133,9 +139,24 @@ def stage_layers(n_layers: int, pp: int, stage: int) -> range:
 
     Layers that are left over go to the first stages, since the last one also works on the output head.
     """
-    each, over = divmod(n_layers, pp)
-    start = stage * each + min(stage, over)
-    return range(start, start + each + (stage < over))
+    return _even_part(n_layers, pp, stage)
+
+
+def _rounds(config: WorkerConfig, mesh: DeviceMesh) -> range:
+    """A step's microbatches are numbered over all replicas: those of this rank's replica.
+
+    Some replicas have one more than others where their number does not divide them: replicas meet only when gradients
+    are reduced, after the last one.
+    """
+    rounds = config.data.global_batch // (config.parallel.dp_shard * config.samples)
+    return _even_part(rounds, config.parallel.dp_replicate, mesh["dp_replicate"].get_local_rank())
+
+
+def _even_part(n: int, parts: int, number: int) -> range:
+    """Part `number` of `n` things in a row; those that are left over go to the first parts."""
+    each, over = divmod(n, parts)
+    start = number * each + min(number, over)
+    return range(start, start + each + (number < over))
 
 
 def build_stage(config: WorkerConfig, mesh: DeviceMesh, *, initial: bool = True) -> Stage:
@@ -244,7 +265,7 @@ def _schedule(module: Llama, config: WorkerConfig, mesh: DeviceMesh) -> Schedule
     parallel, data = config.parallel, config.data
     if parallel.pp == 1:
         return None
-    B, T = data.global_batch // parallel.dp // parallel.microbatches, data.seq_len
+    B, T = config.samples, data.seq_len
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     # Shapes are given, not inferred: inference would run the model once more and exchange pickled objects.
     with torch.device("meta"):
@@ -260,7 +281,7 @@ def _schedule(module: Llama, config: WorkerConfig, mesh: DeviceMesh) -> Schedule
         output_args=logits_BTV if module.output is not None else hidden_BTD,
         group=mesh.get_group("pp"),
     )
-    return Schedule1F1B(stage, parallel.microbatches, loss_fn=_loss_share(config), scale_grads=False)
+    return Schedule1F1B(stage, len(_rounds(config, mesh)), loss_fn=_loss_share(config), scale_grads=False)
 
 
 def _loss_share(config: WorkerConfig) -> Callable[[Tensor, Tensor], Tensor]:
@@ -309,7 +330,7 @@ def _reduce_partial_gradients(module: nn.Module) -> None:
 
 
 def _accumulate(stage: Stage, inputs_BT: Tensor, targets_BT: Tensor) -> list[Tensor]:
-    count = stage.config.parallel.microbatches
+    count = stage.microbatches
     loss_share = _loss_share(stage.config)
     shares = []
     for number, (x_BT, y_BT) in enumerate(zip(inputs_BT.chunk(count), targets_BT.chunk(count), strict=True), start=1):
@@ -328,7 +349,7 @@ def forward_only(stage: Stage, inputs_BT: Tensor | None, targets_BT: Tensor | No
     shares: list[Tensor] = []
     if stage.schedule is None:
         assert inputs_BT is not None and targets_BT is not None
-        count, loss_share = stage.config.parallel.microbatches, _loss_share(stage.config)
+        count, loss_share = stage.microbatches, _loss_share(stage.config)
         for x_BT, y_BT in zip(inputs_BT.chunk(count), targets_BT.chunk(count), strict=True):
             shares.append(loss_share(stage.module(x_BT), y_BT))
     else:

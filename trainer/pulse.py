@@ -6,10 +6,10 @@ of the interpreter, falls silent. Both are findings for the agent's watch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 
@@ -33,17 +33,30 @@ _DTENSOR = os.path.join(_DISTRIBUTED, "tensor") + os.sep
 _PLUMBING = (os.path.join(_TORCH, "_ops.py"), os.path.join(_TORCH, "_library") + os.sep)
 
 
-def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> None:
-    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done."""
-    watched = threading.get_ident()
+def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> threading.Event:
+    """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done.
+
+    The pulse ends when the returned event is set.
+    """
+    watched, ended = threading.get_ident(), threading.Event()
 
     def beat() -> None:
-        while True:
+        while not ended.is_set():
             waiting, where = standing(watched)
-            emit(Pulse(generation=generation, rank=rank, step=step(), waiting=waiting, where=where))
-            time.sleep(INTERVAL_S)
+            emit(
+                Pulse(
+                    generation=generation,
+                    rank=rank,
+                    step=step(),
+                    waiting=waiting,
+                    where=where,
+                    exchanges=exchanges_begun(),
+                )
+            )
+            ended.wait(INTERVAL_S)
 
     threading.Thread(target=beat, name="pulse", daemon=True).start()
+    return ended
 
 
 def standing(thread: int) -> tuple[bool, str]:
@@ -65,6 +78,16 @@ def standing(thread: int) -> tuple[bool, str]:
     told = [*own[:OWN_FRAMES][::-1], *stack[:INNERMOST_FRAMES][::-1]]
     where = " > ".join(f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in told)
     return _is_exchange(stack[0][0]), where
+
+
+def exchanges_begun() -> dict[str, int]:
+    """How many exchanges this process has begun in each of its process groups; a transport that does not count them is
+    left out."""
+    begun: dict[str, int] = {}
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):
+            begun[group.group_name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return begun
 
 
 def _outwards(frame: FrameType | None) -> list[tuple[CodeType, int]]:

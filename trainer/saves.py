@@ -128,7 +128,7 @@ class Saves:
 def _tell(session: Session, step: int, result: RankPart | Exception, write_us: int) -> None:
     generation, rank = session.generation, session.rank
     if isinstance(result, Exception):
-        log.error("step %d: not saved", step, exc_info=result)
+        log.error("step %d: not saved", step, exc_info=None if session.parking.is_set() else result)
         error = " ".join(f"{type(result).__name__}: {result}".split())
         session.emit(SaveFailed(generation=generation, rank=rank, step=step, error=error, write_us=write_us))
     else:

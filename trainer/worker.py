@@ -1,8 +1,8 @@
-"""The worker process: wait for an assignment, join its generation, restore, train, report, exit.
+"""The worker process: wait for an assignment, join its generation, restore, train, report; park, and wait again.
 
 Made to run in a child forked from a single-threaded process that has imported this module: importing it imports
-everything heavy and starts no thread, touches no device and opens no process group. Two helper threads are started
-after the fork: one watches the agent's socket, because a worker must not outlive its agent; one is the pulse.
+everything heavy and starts no thread, touches no device and opens no process group. Helper threads are started after
+the fork: one listens to the agent (trainer/link.py), one is the pulse.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import argparse
 import os
 import socket
 import sys
-import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Literal, NoReturn
+from typing import Literal
 
 import psutil
 import tokenizers  # noqa: F401  (imported before the fork, for the children)
@@ -38,34 +37,27 @@ from storage.urls import StoreError
 from trainer import harm, pulse
 from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, replica_group
 from trainer.contract import (
-    EXIT_AGENT_GONE,
     EXIT_FAILED,
     EXIT_FINISHED,
     Assign,
-    Copied,
     Damaged,
     Failed,
-    Inject,
+    Parked,
     Phase,
-    Receiver,
+    Prepare,
     Restored,
-    SaveEvery,
-    Stop,
-    ToWorker,
-    send,
 )
 from trainer.data import open_dataset
-from trainer.loop import NonFiniteError, Session, train
+from trainer.groups import destroy_groups, forget_meshes
+from trainer.link import Agent, Assignment
+from trainer.loop import NonFiniteError, Parking, Session, train
 from trainer.numeric import numeric_class, set_numerics
 from trainer.optim import build_optimizer, set_completed_steps, set_random_state, train_state
 from trainer.parallel import build_mesh, build_stage
-from trainer.saves import Interval
+from trainer.warm import prepare
 
-RECV_BYTES = 64 * 1024
-
-# Longest that a report may wait for the agent to read. The socket's buffer holds minutes of reports, so an agent that
-# does not read for this long beyond it is as good as gone.
-AGENT_SEND_TIMEOUT_S = 60.0
+# The network interface that gloo shall use, when people have said so; else each generation's own (see `join`).
+USERS_INTERFACE = os.environ.get("GLOO_SOCKET_IFNAME", "")
 
 # What torch's transports say when a peer is lost, for errors that have no class of their own: gloo raises RuntimeError.
 COLLECTIVE_MESSAGES = (
@@ -79,9 +71,8 @@ COLLECTIVE_MESSAGES = (
     "Socket Timeout",
     "ProcessGroup",
 )
-# A rank that another's state has stopped leaves after that one has spoken, which takes milliseconds: its exit would end
-# the generation before the other one has named its node. This rank is killed in its wait.
-LEAVE_LAST_S = 1.0
+# A worker that parks lets the snapshot and the save under way come to their ends. Its agent is less patient.
+CLOSE_DEADLINE_S = 60.0
 
 # Of a worker's last words: the message begins with what is wrong, and a traceback ends with where; 100 lines of it. Ten
 # thousand ranks may fail at once, and this is then 100 MB.
@@ -94,102 +85,91 @@ DAMAGED_TOLD = 4
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
 FailureKind = Literal["exception", "collective", "memory", "state", "store", "audit", "corrupt", "diverged", "unclean"]
-
-
-class Agent:
-    """The worker's end of the socket to its agent: reports go out, orders come in."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._receiver = Receiver(ToWorker)
-        self._sending = threading.Lock()
-        self.stop = threading.Event()
-        self.interval = Interval(0)
-        """Between durable saves: as assigned, until the agent tells another."""
-        self.on_copied: Callable[[int, str], None] | None = None
-        """Called from the thread that watches the agent."""
-        self.on_inject: Callable[[Inject], None] | None = None
-        """Called from the thread that watches the agent; None while there is no state to hurt."""
-
-    def wait_for_assignment(self) -> Assign:
-        """The first message. Waits as long as the agent lives: a parked worker has no deadline, only an owner."""
-        while True:
-            for message in self._receiver.feed(self._receive()):
-                assert isinstance(message, Assign), f"expected Assign first, got {message}"
-                self.interval.steps = message.config.checkpoint.interval_steps
-                return message
-
-    def watch(self) -> None:
-        """From a daemon thread: hear what the agent asks for (`stop`, `interval`), leave with it when it goes."""
-        self._sock.settimeout(AGENT_SEND_TIMEOUT_S)
-        threading.Thread(target=self._watch, name="agent-watch", daemon=True).start()
-
-    def emit(self, message: object) -> None:
-        """Tell the agent; from any thread."""
-        try:
-            with self._sending:
-                send(self._sock, message)
-        except OSError:
-            os._exit(EXIT_AGENT_GONE)
-
-    def _watch(self) -> None:
-        while True:
-            try:
-                messages = self._receiver.feed(self._receive())
-            except TimeoutError:  # the timeout is for sending; silence from the agent is normal
-                continue
-            for message in messages:
-                if isinstance(message, Stop):
-                    self.stop.set()
-                elif isinstance(message, SaveEvery):
-                    self.interval.steps = message.steps
-                elif isinstance(message, Copied) and self.on_copied is not None:
-                    self.on_copied(message.step, message.error)
-                elif isinstance(message, Inject) and self.on_inject is not None:
-                    self.on_inject(message)
-
-    def _receive(self) -> bytes:
-        try:
-            data = self._sock.recv(RECV_BYTES)
-        except TimeoutError:
-            raise
-        except OSError:
-            data = b""
-        if not data:
-            os._exit(EXIT_AGENT_GONE)
-        return data
+UNCLEAN = ("corrupt", "diverged", "unclean")
+# After these a worker parks: the cause is another's, and this process is as good as before.
+PARKED_AFTER = ("collective", "unclean")
+# What an order to park itself makes fail: exchanges, and saves and restores, in which ranks wait for each other.
+BROKEN_BY_PARKING = ("collective", "store")
 
 
 def main(sock: socket.socket) -> int:
-    """Serve one assignment that comes over `sock`.
+    """Serve the assignments that come over `sock`, one after the other.
+
+    Between two of them the worker is parked: it has let go of its process groups, and keeps its process with imports,
+    device and compile caches.
 
     Returns:
         EXIT_FINISHED. Failure ends the process by itself with EXIT_FAILED, the agent's death with EXIT_AGENT_GONE,
         both at once: a process group that a peer has broken can hang the interpreter's own shutdown.
     """
     agent = Agent(sock)
-    assign = agent.wait_for_assignment()
-    agent.watch()
+    place: tuple[object, ...] = ()
+    while True:
+        work = agent.next_work()
+        if isinstance(work, Prepare):
+            place = (work.rank, work.config.parallel)
+            prepare(work)
+            agent.emit(Parked(generation=0, rank=work.rank, step=0))
+            continue
+        assign = work.order
+        before, place = place, (assign.rank, assign.config.parallel)
+        if before not in ((), place):
+            forget_meshes()
+        reached = serve(work, agent)
+        if reached is None:
+            return EXIT_FINISHED
+        agent.emit(Parked(generation=assign.generation, rank=assign.rank, step=reached))
+
+
+def serve(assignment: Assignment, agent: Agent) -> int | None:
+    """Serve one assignment; the steps that its state had when it was left, or None when the run is over.
+
+    A failure that is not another rank's ends the process.
+    """
+    assign = assignment.order
     session: Session | None = None
 
     def step() -> int:
         return assign.restore.step if session is None else session.state.step
 
-    pulse.start(assign.generation, assign.rank, step, agent.emit)
+    pulse_ended = pulse.start(assign.generation, assign.rank, step, agent.emit)
     try:
-        session = start(assign, agent)
-        agent.on_copied = session.copies.ended
-        agent.on_inject = partial(harm.obey, session=session)
+        session = start(assignment, agent)
+        assignment.on_copied = session.copies.ended
+        assignment.on_inject = partial(harm.obey, session=session)
         train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
         # Together: a peer that leaves early resets connections on which the others may still be reading.
         distributed.barrier()
         distributed.destroy_process_group()
+        return None
     except Exception as error:
-        _die(agent, assign, step(), error)
-    return EXIT_FINISHED
+        kind = failure_kind(error)
+        if not (assignment.parking.is_set() and kind in BROKEN_BY_PARKING):
+            _tell(agent, assign, step(), error, kind)
+        if kind not in PARKED_AFTER and not assignment.parking.is_set():
+            os._exit(EXIT_FAILED)
+    # Past the except clause, which drops the error: its traceback holds all that the groups were made with.
+    pulse_ended.set()
+    reached, checkpointer = step(), session.checkpointer if session is not None else None
+    assignment.on_copied = assignment.on_inject = session = None
+    _let_go(assignment, checkpointer)
+    return reached
 
 
-def start(assign: Assign, agent: Agent) -> Session:
+def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
+    """Leave the process groups and the files of an assignment; a process that cannot is ended."""
+    assignment.connections.cut()  # peers that wait for this rank fail at once
+    if checkpointer is not None and not checkpointer.close(CLOSE_DEADLINE_S):
+        sys.stderr.write(f"a save has not ended in {CLOSE_DEADLINE_S:g} s: this worker cannot park\n")
+        os._exit(EXIT_FAILED)
+    mesh, assignment.mesh = assignment.mesh, None
+    destroy_groups(mesh)
+    assignment.over.set()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def start(assignment: Assignment, agent: Agent) -> Session:
     """Join the generation and bring this rank to the assigned state, timing each part.
 
     Raises:
@@ -197,6 +177,7 @@ def start(assign: Assign, agent: Agent) -> Session:
         FileNotFoundError: the data is not prepared on this node.
         storage.manifest.ManifestError: the assigned state is damaged.
     """
+    assign = assignment.order
     config, clock = assign.config, Stopwatch()
 
     def phase(name: Literal["rendezvous", "build", "restore"]) -> None:
@@ -207,36 +188,39 @@ def start(assign: Assign, agent: Agent) -> Session:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     phase("rendezvous")
     set_numerics(config)
-    join(assign)
-    mesh = build_mesh(config.parallel, config.device, timedelta(seconds=config.collective_timeout_s))
-    rendezvous_us = clock.lap_us()
-
-    phase("build")
-    dataset = open_dataset(config.data, config.model.vocab_size, config.seed)
-    if config.data_digest and dataset.digest != config.data_digest:
-        raise ValueError(
-            f"the prepared data of data.corpus = {config.data.corpus!r} has changed under the run: its digest is "
-            f"{dataset.digest}, the run's {config.data_digest}. Restore the corpus, or start a run of its own"
+    with assignment.connections.opening():
+        join(assign)
+        assignment.mesh = mesh = build_mesh(
+            config.parallel, config.device, timedelta(seconds=config.collective_timeout_s)
         )
-    stage = build_stage(config, mesh, initial=assign.restore.source == "init")
-    optimizer = build_optimizer(stage.module, config.optimizer)
-    state = train_state(stage.module, optimizer, step=0)
-    build_us = clock.lap_us()
+        rendezvous_us = clock.lap_us()
+
+        phase("build")
+        dataset = open_dataset(config.data, config.model.vocab_size, config.seed)
+        if config.data_digest and dataset.digest != config.data_digest:
+            raise ValueError(
+                f"the prepared data of data.corpus = {config.data.corpus!r} has changed under the run: its digest is "
+                f"{dataset.digest}, the run's {config.data_digest}. Restore the corpus, or start a run of its own"
+            )
+        stage = build_stage(config, mesh, initial=assign.restore.source == "init")
+        optimizer = build_optimizer(stage.module, config.optimizer)
+        state = train_state(stage.module, optimizer, step=0)
+        checkpointer = Checkpointer(
+            url=config.url,
+            run=config.run,
+            rank=assign.rank,
+            world_size=assign.world_size,
+            epoch=assign.epoch,
+            generation=assign.generation,
+            ram_dir=assign.ram_dir,
+            node=assign.node,
+            copies=assign.copies,
+            local_dir=config.checkpoint.local_dir,
+            keep=config.checkpoint.keep,
+        )
+        build_us = clock.lap_us()
 
     phase("restore")
-    checkpointer = Checkpointer(
-        url=config.url,
-        run=config.run,
-        rank=assign.rank,
-        world_size=assign.world_size,
-        epoch=assign.epoch,
-        generation=assign.generation,
-        ram_dir=assign.ram_dir,
-        node=assign.node,
-        copies=assign.copies,
-        local_dir=config.checkpoint.local_dir,
-        keep=config.checkpoint.keep,
-    )
     audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
     mark = audit.blank_mark() if assign.restore.source == "ram" else {}
     copy = replace(state, per_rank=state.per_rank | mark)
@@ -269,8 +253,9 @@ def start(assign: Assign, agent: Agent) -> Session:
         checkpointer=checkpointer,
         audit=audit,
         emit=agent.emit,
-        stop=agent.stop,
-        interval=agent.interval,
+        stop=assignment.stop,
+        interval=assignment.interval,
+        parking=assignment.parking,
         sends_copies=assign.copies,
         copied_step=assign.copied_step,
     )
@@ -319,10 +304,12 @@ def join(assign: Assign) -> None:
             f"assigned world_size {assign.world_size} is not parallel.pp * dp_replicate * dp_shard * tp = "
             f"{config.parallel.world_size}"
         )
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(assign.store_host, assign.store_port))
+    os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(assign.store_host, assign.store_port)
     timeout = timedelta(seconds=config.collective_timeout_s)
     device = None
     if config.device == "cuda":
+        # Else NCCL's watchdog ends the process when a peer is lost: the agent finds that, and has this worker park.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         device = torch.device("cuda", assign.local_rank)
         torch.cuda.set_device(device)
     store = TCPStore(assign.store_host, assign.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -364,6 +351,8 @@ class Stopwatch:
 
 def failure_kind(error: BaseException) -> FailureKind:
     """What an exception says about its cause, from it and from those that it was raised from."""
+    if isinstance(error, Parking):
+        return "collective"
     chain = list(_chain(error))
     text = "\n".join(str(link) for link in chain if isinstance(link, RuntimeError))
     if any(isinstance(link, StateCorruptError) for link in chain):
@@ -385,19 +374,25 @@ def failure_kind(error: BaseException) -> FailureKind:
     return "exception"
 
 
+def _without_sources(error: BaseException) -> Iterator[str]:
+    """A traceback of places alone: what the audit found, or a peer has done, is no line's fault, and every rank stands
+    still until this one has left, so there is no time to read source files."""
+    for link in reversed(list(_chain(error))):
+        for frame, line in traceback.walk_tb(link.__traceback__):
+            yield f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+        yield from traceback.format_exception_only(link)
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
-    kind = failure_kind(error)
-    # What the audit found is no line's fault, and the first rank to say so has all others ended: there is no time to
-    # read source files for a traceback.
-    in_haste = kind in ("corrupt", "diverged", "unclean")
-    lines = traceback.format_exception_only(error) if in_haste else traceback.format_exception(error)
-    detail = "".join(lines)
+def _tell(agent: Agent, assign: Assign, step: int, error: Exception, kind: FailureKind) -> None:
+    """This rank's last words in a generation."""
+    in_haste = kind in (*UNCLEAN, "collective")
+    detail = "".join(_without_sources(error) if in_haste else traceback.format_exception(error))
     sys.stderr.write(detail)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -412,9 +407,6 @@ def _die(agent: Agent, assign: Assign, step: int, error: Exception) -> NoReturn:
             traceback=redacted(detail)[-TRACEBACK_CHARS:],
         )
     )
-    if kind == "unclean":
-        time.sleep(LEAVE_LAST_S)
-    os._exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,13 @@ from torch import distributed
 from checkpoints.rank import Rank, Timed, host_views
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, read_commit
+from storage.direct import Buffers
 from storage.durable import load as load_state
-from storage.durable import write_part
+from storage.durable import save_part
+from storage.durable_write import Writer
 from storage.manifest import Commit, RankPart
 from storage.peer import PeerServer
+from storage.ram import COPY_FILES
 from storage.snapshots import RamTier
 from storage.state import TrainState
 from storage.transfer import fetch_snapshot
@@ -123,10 +126,12 @@ def _malloc_bytes() -> int:
 
 
 def save(rank: Rank, url: str, step: int) -> Timed:
-    """Durable when it returns, with its commit record."""
+    """Durable when it returns, with its commit record. Buffers are of the saves before, as a Checkpointer's are."""
+    buffers = rank.kept.setdefault("buffers", Buffers())
 
     def work() -> None:
-        part = write_part(url, state_of(rank, step), step=step, epoch=1, generation=1, rank=rank.rank)
+        writer = Writer(url, step=step, epoch=1, generation=1, rank=rank.rank, buffers=buffers)
+        part = save_part(writer, state_of(rank, step), rank.rank)
         parts: list[RankPart | None] = [None] * rank.world_size
         distributed.all_gather_object(parts, part)
         if rank.rank == 0:
@@ -181,7 +186,7 @@ def serve_snapshot(rank: Rank, ram_dir: str) -> str:
 
 
 def fetch(rank: Rank, address: str, ram_dir: str) -> Timed:
-    """A peer's snapshot, into this node's shared memory and verified."""
+    """A peer's snapshot, into this node's shared memory and verified. As an agent's, its files stay mapped."""
     copy = fetch_snapshot(
         address,
         TOKEN,
@@ -192,5 +197,7 @@ def fetch(rank: Rank, address: str, ram_dir: str) -> Timed:
         ram_dir=ram_dir,
         node="target",
         slot=0,
+        files=COPY_FILES,
+        mapped=rank.kept.setdefault("mapped", {}),
     )
     return rank.timed(lambda: asyncio.run(copy))

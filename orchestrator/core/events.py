@@ -45,6 +45,11 @@ class Layout:
     def slots(self) -> int:
         return self.pp * self.dp_replicate * self.dp_shard * self.tp
 
+    @property
+    def smallest(self) -> Layout:
+        """The smallest mesh that it shrinks to."""
+        return self.with_replicas(min((self.dp_replicate, *self.shrinks_to)))
+
     def with_replicas(self, dp_replicate: int) -> Layout:
         """The same mesh with another number of replicas."""
         if dp_replicate == self.dp_replicate:
@@ -75,6 +80,8 @@ class Limits:
     scrub_us: int = 0
     """A kept checkpoint is read anew this long after it was last found whole; 0: never."""
     verify_bytes_per_s: int = 500_000_000
+    swaps_slow: bool = True
+    """Whether a node that is slow is swapped for a spare and gets a strike; else it is only told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +166,9 @@ class NodeSlow:
     generation: int
     detail: str
     """By how much, against whom."""
+    slot: int | None = None
+    workload: bool = False
+    """Its slot was slow on another node, too: it is the slot's work, and not the node."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def _interrupt(s: State, evidence: Evidence) -> list[Action]:
         s.incident.evidence = []
     recovery.note(s.incident, evidence)
     s.job, s.growing = "halting", False
-    s.parked = "park" in s.capabilities and "resume" not in s.incident.spent
+    s.parked = "park" in s.capabilities and not s.incident.spent
     s.awaiting = _still_active(s, evidence.node)
     if not s.awaiting:
         return _recover(s, at)

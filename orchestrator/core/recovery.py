@@ -275,7 +275,7 @@ def decide(state: State) -> Decision:
 def fewest_nodes(state: State) -> int:
     """Nodes of the smallest mesh that this body can train with."""
     assert state.layout is not None
-    return state.layout.with_replicas(min((state.layout.dp_replicate, *state.layout.shrinks_to))).nodes
+    return state.layout.smallest.nodes
 
 
 def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tuple[str, ...], int] | None:

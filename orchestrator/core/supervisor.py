@@ -195,14 +195,20 @@ class Supervisor:
         return []
 
     def _on_node_slow(self, event: ev.NodeSlow) -> list[Action]:
-        """A strike; where a spare can take its place, it is swapped, for the mesh is as slow as its slowest node."""
+        """A strike; where a spare can take its place, it is swapped, for the mesh is as slow as its slowest node.
+
+        Neither when that is not wanted, or when it is not the node.
+        """
         s = self.state
         if event.generation != s.generation or s.job != "training" or event.node not in s.mesh:
+            return []
+        if event.workload or not s.declared_limits.swaps_slow:
+            s.slow[event.node] = s.generation
             return []
         health.forgive(s, event.at)
         quiet = s.incident is None and not s.stopping and planned.loses_nothing(s)
         if quiet and health.can_be_replaced(s):
-            return interruption.fault(s, recovery.seen(s, event.at, event.node, None, "slow", event.detail))
+            return interruption.fault(s, recovery.seen(s, event.at, event.node, event.slot, "slow", event.detail))
         health.found_slow(s, event.node, event.at)
         return []
 

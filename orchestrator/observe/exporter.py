@@ -125,6 +125,9 @@ def _time(s: Status, spec: JobSpec) -> Iterable[Family]:
         s.goodput,
     )
     yield _gauge(run, "places", "Nodes that the run pays for: the mesh's and the spares.", s.places)
+    text = "Replicas (dp_replicate) of the mesh; fewer than the job's while it is shrunk."
+    yield _gauge(run, "replicas", text, s.replicas)
+    yield _gauge(run, "replicas_target", "Replicas of the whole mesh.", s.replicas_declared)
     text = "Node-seconds by ledger label; with the step in flight they add up to wall-clock x places."
     seconds = {(label,): value for label, value in s.ledger_s.items()}
     yield _labelled(run, CounterMetricFamily, "node_seconds", text, ("label",), seconds)
@@ -163,6 +166,8 @@ def _nodes(s: Status, spec: JobSpec) -> Iterable[Family]:
     yield _labelled(run, GaugeMetricFamily, "node_strikes", text, ("node",), strikes)
     quarantined = {(node,): 1.0 for node, state in s.nodes.items() if state in IN_QUARANTINE}
     yield _labelled(run, GaugeMetricFamily, "node_quarantined", "1 for a node in quarantine.", ("node",), quarantined)
+    text = "1 for a node that computes more slowly than its peers in the current generation."
+    yield _labelled(run, GaugeMetricFamily, "node_slow", text, ("node",), {(node,): 1.0 for node in s.slow})
 
 
 def _incidents(s: Status, spec: JobSpec) -> Iterable[Family]:

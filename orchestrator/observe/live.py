@@ -77,6 +77,8 @@ def figures(status: Status) -> str:
         parts.append(f"{status.tokens_per_s:,.0f} tokens/s")
     if status.goodput is not None:
         parts.append(f"goodput {status.goodput:.1%}")
+    if status.replicas < status.replicas_declared:
+        parts.append(f"{status.replicas} of {status.replicas_declared} replicas")
     if status.hold:
         parts.append("HOLD")
     return "  ".join(parts)
@@ -128,6 +130,7 @@ def _checkpoints(status: Status) -> list[str]:
     bad = [c for c in status.trust if c.trust in DISTRUSTED]
     lines += [f"checkpoint {c.step} is {c.trust}, says {c.by or 'an older controller'}: {c.why}" for c in bad]
     lines += [f"checkpoint {c.step} is in doubt, says {c.doubt}" for c in status.trust if c.doubt]
+    lines += [f"node {node} computes more slowly than its peers" for node in status.slow]
     return lines + [f"node {node} has misread {what}" for node, what in status.misread.items()]
 
 

@@ -130,6 +130,7 @@ class History:
     mesh_spans: list[Span] = field(default_factory=list)
     departures: list[tuple[str, Mark]] = field(default_factory=list)
     """Nodes that were lost, and why."""
+    stragglers: list[Mark] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     stories: list[Story] = field(default_factory=list)
     requests: dict[int, ev.FaultRequested] = field(default_factory=dict)
@@ -369,6 +370,8 @@ class _Fold:
             case ev.StopRequested():
                 how = "with a checkpoint" if event.graceful else "at once"
                 history.stops.append(Mark(at=event.at, text=f"{event.by} asked for an end {how}"))
+            case ev.NodeSlow():
+                history.stragglers.append(Mark(at=event.at, text=f"node {event.node}: {event.detail}"))
             case ev.FaultRequested():
                 history.requests[len(self._state.faults)] = event
         for action in actions:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 
 from orchestrator.chaos.scorecard import Score
+from orchestrator.core.actions import OpenGeneration
 from orchestrator.core.state import (
     EXIT_CRASH_LOOP,
     EXIT_FAILED,
@@ -260,11 +261,21 @@ def took_rung(generation: Generation, before: Generation) -> str:
     state = f"restored step {order.step:,} from {SOURCES[order.source]}"
     if order.source == "init":
         state = "began again at step 0 with new weights"
-    gone = [node for node in before.order.nodes if node not in order.nodes]
-    new = [node for node in order.nodes if node not in before.order.nodes]
-    moved = f"{listed(new)} took the place of {listed(gone)}, and " if new else ""
     failed = f" It failed: {generation.end}." if generation.ready is None and generation.ended_at is not None else ""
+    moved = _moved(order, before.order)
     return f"Rung “{generation.rung}”: in generation {order.generation} {moved}new workers {state}.{failed}"
+
+
+def _moved(order: OpenGeneration, before: OpenGeneration) -> str:
+    """What became of the mesh, as the beginning of a sentence; empty when its nodes stay."""
+    gone = [node for node in before.nodes if node not in order.nodes]
+    new = [node for node in order.nodes if node not in before.nodes]
+    replicas = count(order.dp_replicate, "replica")
+    if order.dp_replicate > before.dp_replicate:
+        return f"the mesh grew from {before.dp_replicate} to {replicas}, with {listed(new)}, and "
+    if order.dp_replicate < before.dp_replicate:
+        return f"the mesh went on with {replicas} instead of {before.dp_replicate}, without {listed(gone)}, and "
+    return f"{listed(new)} took the place of {listed(gone)}, and " if new else ""
 
 
 def cost(story: Story) -> str:

@@ -104,8 +104,14 @@ class Status:
     """Failures charged to each node that is not lost and has any."""
     misread: dict[str, str]
     """Node to the checkpoint that it has found damaged and another found whole, as evidence for a strike."""
+    slow: tuple[str, ...]
+    """Nodes that were found to compute more slowly than their peers in the current generation."""
     mesh: tuple[str, ...]
     """Nodes of the current generation in mesh order."""
+    replicas: int
+    """dp_replicate of the current mesh; 0 before the run is declared."""
+    replicas_declared: int
+    """Of the whole mesh."""
     checkpoints: tuple[int, ...]
     """Those that can be restored from, ascending."""
     trust: tuple[CheckpointStatus, ...]
@@ -191,6 +197,8 @@ def status_of(
         recoveries_without_progress=state.recoveries_without_progress,
         faults=tuple(dataclasses.replace(fault) for fault in state.faults),
         mesh=state.mesh,
+        replicas=state.replicas,
+        replicas_declared=state.layout.dp_replicate if state.layout is not None else 0,
         nodes={name: node.state for name, node in state.nodes.items()},
         standings={
             name: standing
@@ -199,6 +207,7 @@ def status_of(
         },
         strikes=_strikes(state, at),
         misread=dict(state.misread),
+        slow=tuple(node for node, generation in state.slow.items() if generation == state.generation),
         checkpoints=tuple(step for step, c in state.checkpoints.items() if c.trust in USABLE),
         trust=tuple(_checkpoint(step, c, step in state.pinned) for step, c in state.checkpoints.items()),
         verifying=state.verification.step if state.verification is not None else None,

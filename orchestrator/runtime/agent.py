@@ -31,7 +31,7 @@ from orchestrator.core.events import Snapshot
 from orchestrator.runtime import copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
-from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary
+from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
 from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
@@ -45,6 +45,8 @@ from orchestrator.runtime.reports import (
     halted,
     still_true,
 )
+from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
+from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import JobSpec, parse
 from storage import peer, ram, transfer
 from storage.blocks import BadBlock
@@ -62,6 +64,14 @@ PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
 """Importing torch takes 3 s alone and 37 s for eight at once on two cores."""
+
+
+ADMISSION_DEADLINE_S = 300.0
+"""For the known products on each device of the node; the process imports torch first, and opens eight devices."""
+
+
+class NotAdmitted(RuntimeError):
+    """A device of this node computes what is wrong."""
 
 
 class StaleOrder(RuntimeError):
@@ -108,6 +118,7 @@ class Agent:
         self._fold: NodeFold | None = None
         self._watch: NodeWatch | None = None
         """Of the generation that trains; none while nothing does."""
+        self._stacks = Stacks()
         self._store = (0, 0)
         self._ended_generation = 0
         self._outbox = Outbox()
@@ -130,6 +141,8 @@ class Agent:
         self._buddies.serve(self._serves)
         self._keeper = ""
         """Who keeps copies of this node's snapshots, in the generation that trains."""
+        self._drop_after = 0
+        """Once this step is done, what lies here of slots that are not this node's is of no use; 0: copies are kept."""
         self._copied_step = self._restored_step = self._supposed_copied = 0
         """The newest step that was copied from every node; that of the restore; and of the newest restore to before
         what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
@@ -150,6 +163,7 @@ class Agent:
             env=worker_env(self._spec),
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
+            warm_workers=self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
         self._tasks: list[asyncio.Task[None]] = []
@@ -159,10 +173,11 @@ class Agent:
     # --- orders ---------------------------------------------------------------------------------------------------
 
     async def prepare(self) -> NodeInfo:
-        """Data on this node, workers' zygote warm, peer server up.
+        """Data on this node, devices checked, workers' zygote warm, peer server up.
 
         Raises:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
+            NotAdmitted: a device is wrong.
             ZygoteError: the worker's module cannot be imported.
         """
         reporter = Reporter(
@@ -179,6 +194,8 @@ class Agent:
             asyncio.create_task(self._watch_ranks()),
         ]
         self._data_digest = await self._prepare_data()
+        if self._spec.checks_admission:
+            await self._check_devices()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
         return await self.describe()
@@ -316,7 +333,13 @@ class Agent:
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
+        if plan.snapshot_slots:
+            # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
+            restored = (plan.restore.generation, plan.restore.step)
+            await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
+        every = plan.config.checkpoint.snapshot_interval_steps
+        self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
         # An agent that is new here knows of none, and its first copy would take the place of the only one.
         copied_step = max(self._copied_step, plan.copied_step)
         self._copied_step = min(copied_step, plan.restore.step)
@@ -327,8 +350,9 @@ class Agent:
         )
         await asyncio.to_thread(self._workers.assign, here)
 
-    async def halt(self, epoch: int, generation: int, hear_out: bool) -> None:
-        """End this generation's workers and report what shared memory holds.
+    async def halt(self, epoch: int, generation: int, hear_out: bool, park: bool) -> None:
+        """End this generation and report what shared memory holds. With `park` its workers keep their processes, if
+        they leave their groups in time.
 
         With `hear_out` they may speak first: state was found corrupt, and each rank says whether it was its own.
         """
@@ -337,22 +361,25 @@ class Agent:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
         self._watch = None
+        await self._stacks.settle(min(STACK_DEADLINE_S, self._spec.recovery.halt_deadline_s / 4))
         # Side by side: a peer that has stopped must not keep the workers from their end.
-        await asyncio.gather(self._end_copies(), self._end_workers(generation, hear_out))
+        _, parked = await asyncio.gather(self._end_copies(), self._end_workers(generation, hear_out, park))
         # The controller may not know yet that state was found corrupt: one word says it as well as all.
         for word in () if hear_out else list(self._held.values())[:1]:
             self._fact(word)
         self._held.clear()
         await asyncio.to_thread(self._drop_scratch)
         slots = self._fold.ranks if self._fold is not None and self._fold.generation == generation else ()
-        self._fact(halted(generation, slots, self._inventory()))
+        self._fact(halted(generation, slots, self._inventory(), parked))
 
-    async def _end_workers(self, generation: int, hear_out: bool) -> None:
+    async def _end_workers(self, generation: int, hear_out: bool, park: bool) -> bool:
+        """Whether all of the generation's workers live and are parked."""
         deadline_s = self._spec.recovery.halt_deadline_s
+        park_s = min(self._spec.recovery.park_deadline_s, deadline_s / 2)
         words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
         if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
             logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
-        await asyncio.to_thread(self._workers.halt, deadline_s - words_s)
+        return await asyncio.to_thread(self._workers.halt, deadline_s - words_s, park_s if park else 0.0)
 
     async def ask_stop(self, epoch: int, generation: int) -> None:
         """Ask the workers to end at their next common step boundary."""
@@ -398,6 +425,11 @@ class Agent:
         """Process ids of the live workers by rank."""
         return self._workers.pids()
 
+    async def stack(self, epoch: int, generation: int, rank: int) -> str:
+        """Where a rank stood that was found to hang: its Python stacks, or why there are none."""
+        self._accept(epoch)
+        return await self._stacks.of(generation, rank)
+
     async def shutdown(self, epoch: int) -> None:
         """End workers, delete this node's snapshots, stop serving. The actor's process is ended by the caller."""
         self._accept(epoch)
@@ -441,19 +473,44 @@ class Agent:
             self._watch.hear(_now_us(), message)
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
+                if not self._kept:
+                    self._begins_to_train()
                 if report.copied_step <= self._supposed_copied:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
                 self._outbox.push(report)
+                self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
-                self._held[report.rank] = report  # until its process ends, a second later
+                self._held[report.rank] = report
             else:
                 self._fact(report)
 
+        if isinstance(message, contract.Parked) and message.rank in self._held:
+            self._loop.call_later(LAST_WORDS_S, self._release, message.generation, message.rank)
         if isinstance(message, contract.CopyStep):
             copying = asyncio.ensure_future(self._copy(message))
             self._sending.add(copying)
             copying.add_done_callback(self._sending.discard)
+
+    def _drop_stale(self, step: int) -> None:
+        """Where no copies are kept, snapshots of other slots are stale as soon as all ranks have one of this mesh.
+
+        That is when the step after it is done: see trainer/loop.py.
+        """
+        if self._drop_after and step > self._drop_after and self._fold is not None:
+            self._drop_after = 0
+            dropping = asyncio.ensure_future(self._buddies.drop_others(self._fold.generation, self._fold.ranks))
+            self._sending.add(dropping)
+            dropping.add_done_callback(self._sending.discard)
+
+    def _begins_to_train(self) -> None:
+        """Now there is time to fill up what the recovery has taken."""
+        self._loop.run_in_executor(None, self._workers.replenish)
+
+    def _release(self, generation: int, rank: int) -> None:
+        """Tell what a rank has said that another's state has stopped, if it has not been told."""
+        if self._fold is not None and self._fold.generation == generation and rank in self._held:
+            self._fact(self._held.pop(rank))
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
@@ -476,7 +533,7 @@ class Agent:
         if order.complete > self._copied_step:
             self._copied_step = order.complete
             if order.complete > self._restored_step and self._fold is not None:
-                await self._buddies.drop_others(self._fold.ranks)
+                await self._buddies.drop_others(order.generation, self._fold.ranks)
         wanted = (order.generation, order.rank, order.step, order.complete)
         return await self._buddies.send(self._keeper, self._address, *wanted)
 
@@ -486,8 +543,7 @@ class Agent:
         in_good_order = exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished
         if self._watch is not None:
             self._watch.exited(exit_.rank, in_good_order)
-        if exit_.rank in self._held:
-            self._fact(self._held.pop(exit_.rank))
+        self._release(exit_.generation, exit_.rank)
         if exit_.error:
             self._fact(StartFailed(generation=exit_.generation, error=exit_.error))
         elif not in_good_order:
@@ -504,6 +560,10 @@ class Agent:
             except Exception:  # the watch must outlive whatever a look at a process may raise
                 logger.exception("the watch over the ranks of %s failed", self._node)
                 continue
+            if self._watch is not None:
+                pids = self._workers.pids()
+                ranks = suspects(found)
+                self._stacks.see(self._watch.generation, {rank: pids[rank] for rank in ranks if rank in pids})
             self._outbox.withdraw(is_momentary)
             for report in found:
                 self._outbox.push(report)
@@ -539,24 +599,41 @@ class Agent:
             "vocab_size": self._spec.model.vocab_size,
             "seed": self._spec.run.seed,
         }
+        told, error = await self._tool("trainer.data.prepare", document, PREPARE_DEADLINE_S)
+        if error:
+            raise RuntimeError(f"the data cannot be prepared on {self._node}: {error}")
+        return str(told["digest"])
+
+    async def _check_devices(self) -> None:
+        document = {"device": self._spec.cluster.device}
+        told, error = await self._tool("trainer.admission", document, ADMISSION_DEADLINE_S)
+        if error:
+            raise RuntimeError(f"the devices of {self._node} cannot be checked: {error}")
+        wrong = [f"{device['name']}: {device['problem']}" for device in told if device["problem"]]
+        if wrong:
+            raise NotAdmitted(f"{self._node} computes what is wrong: {'; '.join(wrong)}")
+        logger.info("%s: %s", self._node, ", ".join(f"{each['name']} {each['tflops']:.3g} TFLOP/s" for each in told))
+
+    async def _tool(self, module: str, document: dict[str, Any], deadline_s: float) -> tuple[Any, str]:
+        """What a process prints that is started as workers are, and what it says of its failure, if it fails."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
             "-m",
-            "trainer.data.prepare",
+            module,
             env={**os.environ, **worker_env(self._spec)},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), PREPARE_DEADLINE_S)
+            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), deadline_s)
         except TimeoutError:
             process.kill()
             raise
         if process.returncode != 0:
-            raise RuntimeError(f"the data cannot be prepared on {self._node}: {err.decode(errors='replace').strip()}")
-        return str(json.loads(out.decode().strip().splitlines()[-1])["digest"])
+            return None, err.decode(errors="replace").strip() or f"exit code {process.returncode}"
+        return json.loads(out.decode().strip().splitlines()[-1]), ""
 
 
 def _now_us() -> int:

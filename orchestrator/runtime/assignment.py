@@ -30,6 +30,8 @@ class NodeAssignment:
     """See contract.Assign, as the two that follow. From the controller: it may be after the step of the restore."""
     holders: dict[int, tuple[contract.Holder, ...]] = field(default_factory=dict)
     """By rank."""
+    snapshot_slots: dict[int, range] = field(default_factory=dict)
+    """By rank, see contract.Restore.slots; empty where the snapshots are of a mesh of the same size."""
     token: str = field(default="", repr=False)
 
     def check(self, slots: int) -> None:

@@ -41,14 +41,14 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import nodes
-from orchestrator.runtime.agent import StaleOrder
+from orchestrator.runtime.agent import NotAdmitted, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
 from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reading import Reading
-from orchestrator.runtime.reports import MeshFold, NodeStep, Report
+from orchestrator.runtime.reports import MeshFold, NodeStep, Report, stack_name
 from orchestrator.spec import JobSpec
 from storage import pins, statements, wires
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
@@ -91,10 +91,14 @@ LINE_SOUND_S = 60.0
 TRACEBACKS = 16
 TRACEBACKS_OF_ONE = 4
 """Of one generation; a program's fault raises on every rank."""
+STACK_DEADLINE_S = 10.0
+"""For an agent to tell the stacks that it has read, three seconds after it began to at the latest."""
 PARTS_DEADLINE_S = 30.0
 """For agents to tell a controller that came back which parts of a checkpoint they have written."""
 LOOK_INTERVAL_S = 0.5
-"""Between two looks at who is silent: a twentieth of recovery.node_silence_s."""
+"""Between two looks at who is silent: a ninth of recovery.node_silence_s."""
+MESHES_KEPT = 8
+"""Generations of which it is known who filled them: snapshots are of the last one that made steps."""
 STALL_S = 2.0
 """From here on this controller's own inattention counts as no silence of the nodes. Less is common when many events
 come at once, and leaves the nodes most of recovery.node_silence_s."""
@@ -135,6 +139,9 @@ class Body:
         self.agents: dict[str, AgentHandle] = {}
         self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind, standing)
         self.fold: MeshFold | None = None
+        self._slow_before: dict[int, dict[int, str]] = {}
+        """By the number of slots, slot to the node on which it was found slow: one that is on another, too, has more to
+        do than its peers."""
         self.rates: list[tuple[float, int, int]] = []
         """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
         self._consequences: set[str] = set()
@@ -169,6 +176,10 @@ class Body:
         self._put_off: set[tuple[int, int]] = set()
         """Those of them that have been tried since the last was added."""
         self._saying: asyncio.Task[Any] | None = None
+        self._layout = spec.layout
+        """Of the generation that was opened last."""
+        self._filled: dict[int, tuple[str, ...]] = {}
+        """Generation to its nodes in mesh order, of the newest MESHES_KEPT."""
         self._keepers: dict[int, str] = {}
         """Slot to the node that keeps copies of its snapshots, in the generation that was opened last."""
         self._copied_step = self._restored_step = 0
@@ -227,7 +238,10 @@ class Body:
         if isinstance(report, NodeStep) and report.loss is not None:
             self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
         try:
-            return self.fold.feed(0, tellers, report) if self.fold is not None else []
+            events = self.fold.feed(0, tellers, report) if self.fold is not None else []
+            while self.fold is not None and self.fold.unseen:
+                self._spawn(self._keep_stack(*self.fold.unseen.pop(), self.fold.generation))
+            return events
         except Exception:  # one report that contradicts others must not keep the agents from sending the rest
             logger.exception("%s sent what cannot be: %r", tellers, report)
             return []
@@ -251,6 +265,17 @@ class Body:
         evidence = (text + self.tracebacks[key]).encode()
         self._spawn(asyncio.to_thread(write_exclusive, self._spec.run.url, f"evidence/{key}.txt", evidence))
 
+    async def _keep_stack(self, node: str, rank: int, generation: int) -> None:
+        """Where a rank that hangs stands goes into the evidence that its incident names; or why that is not known."""
+        try:
+            handle = self._agent(node)
+            text = await call(handle.actor.stack.remote(self._epoch, generation, rank), STACK_DEADLINE_S)
+        except Exception as e:
+            text = f"no stack: the agent of {node} does not tell it: {type(e).__name__}: {e}"
+        evidence = redacted(f"node {node}, rank {rank}, generation {generation}\n{text}")
+        name = stack_name(generation, rank)
+        await asyncio.to_thread(write_exclusive, self._spec.run.url, name, evidence.encode())
+
     # --- what the supervisor orders -------------------------------------------------------------------------------
 
     def perform(self, action: Action) -> None:
@@ -259,12 +284,16 @@ class Body:
             case OpenGeneration():
                 if self.fold is None or self.fold.generation != action.generation:
                     self._note_copied(action.step)
+                    self._layout = self._spec.layout.with_replicas(action.dp_replicate)
                     self.fold = MeshFold(
                         generation=action.generation,
                         nodes=action.nodes,
-                        ranks=self._spec.parallel.world_size,
+                        ranks=self._layout.slots,
                         done=action.step,
+                        stages=self._spec.parallel.pp,
+                        slow_before=self._slow_before.setdefault(self._layout.slots, {}),
                     )
+                    self._note_filled(action)
                 self.rates = []
                 self._stop_opening()
                 self._opening = self._spawn(self._open(action))
@@ -272,7 +301,7 @@ class Body:
                 self._stop_opening()
                 hear_out = self.fold is not None and self.fold.unclean
                 for node in action.nodes:
-                    self._spawn(self._order(node, "halt", self._epoch, action.generation, hear_out))
+                    self._spawn(self._order(node, "halt", self._epoch, action.generation, hear_out, action.park))
             case AskStop():
                 for node in self.fold.nodes if self.fold else ():
                     self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))
@@ -306,6 +335,11 @@ class Body:
         before = min(self._copied_step, self._restored_step)
         self._copied_step, self._restored_step = max(before, last.copied_step if last is not None else 0), step
 
+    def _note_filled(self, action: OpenGeneration) -> None:
+        self._filled[action.generation] = action.nodes
+        while len(self._filled) > MESHES_KEPT:
+            del self._filled[min(self._filled)]
+
     def _stop_opening(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
@@ -332,7 +366,8 @@ class Body:
             self._post(ev.GenerationFailed(at=0, generation=action.generation, node="", error=error))
 
     def _plans(self, action: OpenGeneration, host: str, port: int) -> list[tuple[str, NodeAssignment]]:
-        spec, config = self._spec, self._spec.worker_config
+        layout = self._spec.layout.with_replicas(action.dp_replicate)
+        config = self._spec.worker_config.with_replicas(action.dp_replicate)
         checkpoint = dataclasses.replace(config.checkpoint, interval_steps=self._save_every_steps)
         config = dataclasses.replace(config, checkpoint=checkpoint, data_digest=self._data_digest)
         restore = contract.Restore(
@@ -341,7 +376,7 @@ class Body:
             generation=action.snapshot_generation,
             commit=commit_name(action.step) if action.source == "durable" else "",
         )
-        restored = action.source == "ram"
+        renumbered = action.source == "ram" and action.dp_replicate != action.snapshot_dp_replicate
         return [
             (
                 node,
@@ -350,8 +385,8 @@ class Body:
                     generation=action.generation,
                     group_rank=index,
                     group_world_size=len(action.nodes),
-                    ranks=tuple(placement.slots_of(spec.layout, index)),
-                    world_size=spec.parallel.world_size,
+                    ranks=tuple(placement.slots_of(layout, index)),
+                    world_size=layout.slots,
                     store_host=host,
                     store_port=port,
                     restore=restore,
@@ -359,27 +394,50 @@ class Body:
                     ram_dir="",  # each agent knows its own
                     keeper=self._address(action.nodes[action.buddies[index]]) if action.buddies else "",
                     copied_step=self._copied_step,
-                    holders={
-                        rank: self._holders(action, rank, {node})
-                        for rank in (placement.slots_of(spec.layout, index) if restored else ())
+                    holders=self._holders_for(action, index),
+                    snapshot_slots={
+                        rank: self._snapshot_slots(action, rank)
+                        for rank in (placement.slots_of(layout, index) if renumbered else ())
                     },
                 ),
             )
             for index, node in enumerate(action.nodes)
         ]
 
+    def _snapshot_slots(self, action: OpenGeneration, rank: int) -> range:
+        """The slots that held the rank's shard, as numbered by the generation that wrote the snapshots."""
+        layout = self._spec.layout.with_replicas(action.dp_replicate)
+        writers = self._spec.layout.with_replicas(action.snapshot_dp_replicate)
+        return placement.slots_of_shard(writers, placement.shard_of(layout, rank))
+
     def _address(self, node: str) -> str:
         info = self._agent(node).info
         assert info is not None
         return info.address
 
+    def _holders_for(self, action: OpenGeneration, index: int) -> dict[int, tuple[contract.Holder, ...]]:
+        """By rank of this place: who else may hold what it restores from shared memory."""
+        if action.source != "ram":
+            return {}
+        same = action.dp_replicate == action.snapshot_dp_replicate
+        return {
+            rank: self._holders(action, rank if same else self._snapshot_slots(action, rank)[0], {action.nodes[index]})
+            for rank in placement.slots_of(self._spec.layout, index)
+        }
+
     def _holders(self, action: OpenGeneration, slot: int, without: Collection[str]) -> tuple[contract.Holder, ...]:
-        """Who else may hold what `slot` restores from shared memory, but for nodes `without` it: one of its replicas'
-        nodes, and who kept copies of it until now. They are asked only for what is damaged, and may not have it."""
-        layout = self._spec.layout.with_replicas(action.dp_replicate)
+        """Who else may hold the snapshot of `slot`, but for nodes `without` it: one of its replicas' nodes, and who
+        kept copies of it until now. They are asked only for what is damaged, and may not have it.
+
+        Slots are numbered as by the generation that wrote the snapshot; where this one has another number of replicas,
+        the nodes are that one's, too, as far as it is known.
+        """
+        layout = self._spec.layout.with_replicas(action.snapshot_dp_replicate)
+        renumbered = action.snapshot_dp_replicate != action.dp_replicate
+        nodes = self._filled.get(action.snapshot_generation, ()) if renumbered else action.nodes
         copies = placement.slots_of_shard(layout, placement.shard_of(layout, slot))
-        at = ((copy, action.nodes[copy // layout.slots_per_node]) for copy in copies if copy != slot)
-        replica = next(((copy, node) for copy, node in at if node not in without), None)
+        at = ((copy, nodes[copy // layout.slots_per_node]) for copy in (copies if nodes else ()))
+        replica = next((pair for pair in at if pair[1] not in without and (renumbered or pair[0] != slot)), None)
         keeper = self._keepers.get(slot)
         kept = (slot, keeper) if keeper is not None and keeper not in without else None
         asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
@@ -432,7 +490,7 @@ class Body:
         step, generation = action.step, action.generation
         try:
             fold, parts = await self._parts(action)
-            p = self._spec.parallel
+            p = self._layout
             rank_parts = tuple(RankPart(**parts[rank]) for rank in sorted(parts))
             commit = Commit(
                 run=self._spec.run.name,
@@ -473,7 +531,7 @@ class Body:
             if fold is None or fold.generation != action.generation:
                 raise RuntimeError("its generation is over, and this controller came after its parts were told")
             parts = fold.parts.get(action.step, {})
-            if len(parts) == self._spec.parallel.world_size:
+            if len(parts) == fold.ranks:
                 return fold, dict(parts)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"only {len(parts)} of its parts were told")
@@ -591,11 +649,15 @@ class Body:
         if state.interval is not None:
             self._save_every_steps = state.interval.every_steps
         if state.order is not None:
+            self._layout = self._spec.layout.with_replicas(state.order.dp_replicate)
+            self._note_filled(state.order)
             self.fold = MeshFold(
                 generation=state.generation,
                 nodes=state.order.nodes,
-                ranks=self._spec.parallel.world_size,
+                ranks=self._layout.slots,
                 done=state.step,
+                stages=self._spec.parallel.pp,
+                slow_before=self._slow_before.setdefault(self._layout.slots, {}),
                 unclean=state.generation in state.unclean,
             )
             self._keepers = self._kept_by(state.order)
@@ -647,7 +709,7 @@ class Body:
 
         Nodes that are not there may still come: for them the wait's deadline decides.
         """
-        wanted = self._spec.layout.nodes
+        wanted = self._spec.layout.smallest.nodes
         refused = [self._given_up[node.id] for node in found if node.id in self._given_up]
         hopeless = len(found) >= wanted and len(found) - len(refused) < wanted and not self._starting
         if hopeless and not self._refusal_told:
@@ -693,8 +755,9 @@ class Body:
                 await release(handle)
             if not isinstance(e, Exception):
                 raise
-            # Data that is another stays so; all else is tried again.
-            tries = START_TRIES if isinstance(e, OtherData) else 1
+            # Data that is another stays so, and a device that was wrong once is not to be trusted; all else is tried
+            # again.
+            tries = START_TRIES if isinstance(e, (OtherData, NotAdmitted)) else 1
             self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + tries
             reason = f"node {name} did not come up: {type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"
             self._notice(reason)

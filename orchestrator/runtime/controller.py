@@ -205,7 +205,8 @@ class Controller:
         spec = self._spec
         if order.scenario == "disk-full":
             await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
-        asked = resolve(order, self._supervisor.state, spec.parallel.world_size, by)
+        state = self._supervisor.state
+        asked = resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by)
         if order.scenario == "controller-kill":
             asked = dataclasses.replace(asked, parameters={"pid": str(os.getpid())})
         self._post(asked)
@@ -294,7 +295,13 @@ class Controller:
                 layout=spec.layout,
                 limits=spec.limits,
                 total_steps=spec.run.steps,
-                capabilities=("ram", "peer", "verify", *(["buddy"] if spec.checkpoint.copies == "auto" else [])),
+                capabilities=(
+                    "ram",
+                    "peer",
+                    "park",
+                    "verify",
+                    *(["buddy"] if spec.checkpoint.copies == "auto" else []),
+                ),
             )
             again = await self._decide([declared, began])
         pins_found = ev.CheckpointsPinned(at=0, steps=tuple(pinned))

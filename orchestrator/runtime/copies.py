@@ -44,6 +44,7 @@ class Copies:
         """Mapped once, and written again and again."""
         self._kept: set[int] = set()
         """Slots of others of which this node has kept a copy since `begin`."""
+        self._dropping = asyncio.Lock()
         self._served: Callable[[int], bool] = lambda generation: False
 
     def serve(self, served: Callable[[int], bool]) -> None:
@@ -137,17 +138,22 @@ class Copies:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._unmap_deleted()
+        async with self._dropping:  # what is copied here from now on must not be deleted
+            self._unmap_deleted()
         self._kept.clear()
 
     def unmap(self) -> None:
         """Let go of all files. After `end`."""
         self._files.clear()
 
-    async def drop_others(self, own: tuple[int, ...]) -> None:
-        """Delete what lies here of slots that are neither `own` nor kept: their copies are complete elsewhere."""
-        await asyncio.to_thread(ram.drop_slots, self._ram_dir, self._run, self._node, {*own, *self._kept})
-        self._unmap_deleted()
+    async def drop_others(self, generation: int, own: tuple[int, ...], but: tuple[int, int] | None = None) -> None:
+        """Delete what lies here of slots that are neither `own` nor kept, but for snapshots of (generation, step)
+        `but`: something newer is complete elsewhere. Not once `generation` is over: the next one's state comes then."""
+        async with self._dropping:
+            if not self._served(generation):
+                return
+            await asyncio.to_thread(ram.drop_slots, self._ram_dir, self._run, self._node, {*own, *self._kept}, but)
+            self._unmap_deleted()
 
     def _unmap_deleted(self) -> None:
         """Their memory is free only then."""

@@ -2,12 +2,13 @@
 
 `NodeWorkers` is what the node's agent actor holds. Inside, one `SimpleElasticAgent` lives as long as the node and goes
 from generation to generation: torch elastic's rendezvous and rank assignment through the generation's store, then a
-fork from the zygote for each slot. A worker's death is reported and touches nobody else: the controller orders the
-halt.
+worker for each slot: one that has parked, else a fork from the zygote. A worker's death is reported and touches nobody
+else: the controller orders the halt.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import threading
@@ -40,7 +41,7 @@ from orchestrator.runtime.hangs import Sighting
 from orchestrator.runtime.rendezvous import BACKEND, ControllerRendezvous
 from orchestrator.runtime.worker_log import LogFile
 from orchestrator.runtime.worker_process import ExitStatus, Worker
-from orchestrator.runtime.workers import Workers
+from orchestrator.runtime.workers import Workers, ZygoteError
 from trainer import contract
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,10 @@ class NodeWorkers:
         preload: str = "trainer.worker",
         on_message: Callable[[object], None],
         on_exit: Callable[[WorkerExit], None],
+        warm_workers: int = 0,
     ) -> None:
-        self._slots = slots
+        self._slots, self._warm_workers = slots, min(warm_workers, slots)
+        self._warming = threading.Lock()
         self._on_message = on_message
         self._on_exit = on_exit
         parameters = RendezvousParameters(BACKEND, host, run, min_nodes=1, max_nodes=1, local_addr=host)
@@ -112,7 +115,7 @@ class NodeWorkers:
         return self._rendezvous.open_store(generation)
 
     def assign(self, plan: NodeAssignment) -> None:
-        """Start this generation's workers, soon and in another thread; what is left of the one before is killed.
+        """Start this generation's workers, soon and in another thread; what of those before has not parked is killed.
 
         A worker that cannot be started is reported to `on_exit` with its error.
 
@@ -124,7 +127,7 @@ class NodeWorkers:
 
     def pids(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
-        return {worker.rank: worker.pid for worker in self._workers.live()}
+        return {worker.rank: worker.pid for worker in sorted(self._assigned(), key=lambda w: w.generation)}
 
     def signal(self, rank: int, signum: int) -> int:
         """Send a signal to the worker of this rank; its process id. Raises LookupError when it has no live one."""
@@ -145,10 +148,32 @@ class NodeWorkers:
             return None
 
     def _worker(self, rank: int) -> Worker:
-        live = [worker for worker in self._workers.live() if worker.rank == rank]
+        live = [worker for worker in self._assigned() if worker.rank == rank]
         if not live:
             raise LookupError(f"rank {rank} has no live worker on this node")
         return max(live, key=lambda worker: worker.generation)
+
+    def _assigned(self) -> list[Worker]:
+        """The live workers that have, or had, an assignment: all but the warm ones."""
+        return [worker for worker in self._workers.live() if worker.generation > 0]
+
+    def replenish(self) -> None:
+        """Have as many warm workers as there shall be, each for one of the ranks of the newest generation.
+
+        One that fails while it is made ready is gone, and the next generation tries again.
+        """
+        plan = self._rendezvous.newest()
+        if plan is None:
+            return
+        with self._warming:
+            warm = [worker.rank for worker in self._workers.live() if worker.generation == 0]
+            missing = [rank for rank in plan.ranks if rank not in warm][: max(0, self._warm_workers - len(warm))]
+            for rank in missing:
+                try:
+                    worker = self._workers.fork(generation=0, rank=rank, env={}, deadline_s=FORK_DEADLINE_S)
+                    worker.send(contract.Prepare(rank=rank, local_rank=plan.ranks.index(rank), config=plan.config))
+                except (ZygoteError, OSError) as error:
+                    logger.warning("no warm worker for rank %d: %s", rank, error)
 
     def stop_gracefully(self) -> None:
         """Ask every worker of the newest assigned generation to end at the next step boundary on which all agree.
@@ -162,24 +187,36 @@ class NodeWorkers:
 
         For workers that are known to have failed all at once, such as by the audit, before `halt` ends them.
         """
-        live = {(worker.generation, worker.rank) for worker in self._workers.live()}
+        live = {(worker.generation, worker.rank) for worker in self._assigned() if not worker.parked}
         with self._said:
             return self._said.wait_for(lambda: live <= self._spoken, deadline_s)
 
-    def halt(self, deadline_s: float) -> None:
-        """End the current generation: kill its workers. Of its messages and exits only last words (Failed) that were
-        already said are reported from now on, before this returns.
+    def halt(self, deadline_s: float, park_s: float = 0.0) -> bool:
+        """End the current generation: its workers park within `park_s`, or else are killed.
+
+        Of its messages only last words (Failed), and of its exits those that we did not cause, are reported from now
+        on, before this returns.
+
+        Returns:
+            Whether every worker of it lives and is parked. Without `park_s` none does.
 
         Raises:
             TimeoutError: a process is still there, or a start still under way, after `deadline_s`.
         """
-        deadline = time.monotonic() + deadline_s
+        began = time.monotonic()
         generation = self._rendezvous.end()
-        self._workers.end(self._workers.live(), deadline_s=deadline_s)
-        if not self._rendezvous.await_idle(max(0.0, deadline - time.monotonic())):
+        if park_s > 0 and self._rendezvous.await_idle(park_s):
+            self._workers.park(self._assigned(), deadline_s=max(0.0, began + park_s - time.monotonic()))
+
+        def end() -> None:
+            ended = [worker for worker in self._assigned() if not (worker.parked and park_s > 0)]
+            self._workers.end(ended, deadline_s=max(0.0, began + deadline_s - time.monotonic()))
+
+        end()
+        if not self._rendezvous.await_idle(max(0.0, began + deadline_s - time.monotonic())):
             raise TimeoutError(f"the start of generation {generation} was still under way after {deadline_s:g} s")
-        self._workers.end(self._workers.live(), deadline_s=max(0.0, deadline - time.monotonic()))
-        assert not self._workers.live()
+        end()
+        return self._agent.has_parked(generation)
 
     def shutdown(self, deadline_s: float) -> None:
         """End the workers (SIGTERM, then SIGKILL), the zygote and both threads. Raises TimeoutError as `halt` does."""
@@ -213,15 +250,20 @@ class NodeWorkers:
 
     def _worker_exited(self, worker: Worker, status: ExitStatus) -> None:
         self._has_spoken(worker)
-        self._exited(
-            WorkerExit(
-                generation=worker.generation,
-                rank=worker.rank,
-                pid=worker.pid,
-                exit_code=status.exit_code,
-                signal=status.signal,
-            )
+        exit_ = WorkerExit(
+            generation=worker.generation,
+            rank=worker.rank,
+            pid=worker.pid,
+            exit_code=status.exit_code,
+            signal=status.signal,
         )
+        # The order to halt that follows a worker's death may be here before the death is known.
+        newest = self._rendezvous.newest_generation()
+        if worker.generation == newest > 0 and not worker.doomed and not worker.parked:
+            self._agent.record_exit(exit_)
+            self._on_exit(exit_)
+        else:
+            self._exited(exit_)
 
     def _exited(self, exit_: WorkerExit) -> None:
         if self._rendezvous.is_current(exit_.generation):
@@ -275,6 +317,13 @@ class _ElasticAgent(SimpleElasticAgent):
                 self._exits[exit_.rank] = exit_
         self._update_state()
 
+    def has_parked(self, generation: int) -> bool:
+        """Whether every worker of this generation, if it is the last that was begun, lives and is parked."""
+        with self._lock:
+            ranks = self._controller.plan.ranks if generation == self._generation > 0 else ()
+            workers = [self._started.get(rank) for rank in ranks]
+            return bool(workers) and all(w is not None and w.parked and w.status is None for w in workers)
+
     def request_stop(self) -> None:
         """Send Stop to each worker that has its assignment, and to the others once they have it."""
         generation = self._controller.newest_generation()
@@ -324,28 +373,47 @@ class _ElasticAgent(SimpleElasticAgent):
         self._stop_workers(worker_group)
         with self._lock:
             self._generation, self._started, self._exits = plan.generation, {}, {}
+        parked = [worker for worker in self._forks.live() if worker.parked]
         pids = {}
         for worker in worker_group.workers:
             if not self._controller.is_current(plan.generation):
                 raise RendezvousGracefulExitError(f"generation {plan.generation} was ended")
-            forked = self._forks.fork(
+            taken = self._take(parked, plan, worker)
+            pids[worker.local_rank] = taken.pid
+            if not self._send(taken, self._assignment(plan, worker)):
+                taken.signal(signal.SIGKILL)  # its exit is reported as any other
+            with self._lock:
+                self._started[taken.rank] = taken
+                stop = self._stop_generation == plan.generation
+            if stop:
+                self._send(taken, contract.Stop())
+        for left in parked:
+            if left.generation > 0:
+                left.signal(signal.SIGKILL)
+        return pids
+
+    def _take(self, parked: list[Worker], plan: NodeAssignment, worker: ElasticWorker) -> Worker:
+        """A process for a slot: the one that has filled it before, or a warm one, or a fork.
+
+        Never another's: on CUDA it would hold two devices.
+        """
+        slots = len(plan.ranks)
+        fitting = [w for w in parked if w.rank % slots == worker.local_rank and w.status is None]
+        if not fitting:
+            return self._forks.fork(
                 generation=plan.generation,
                 rank=worker.global_rank,
                 env=self._env(plan, worker),
                 deadline_s=FORK_DEADLINE_S,
             )
-            pids[worker.local_rank] = forked.pid
-            if not self._send(forked, self._assignment(plan, worker)):
-                forked.signal(signal.SIGKILL)  # its exit is reported as any other
-            with self._lock:
-                self._started[forked.rank] = forked
-                stop = self._stop_generation == plan.generation
-            if stop:
-                self._send(forked, contract.Stop())
-        return pids
+        taken = max(fitting, key=lambda w: (w.rank == worker.global_rank, w.generation))
+        parked.remove(taken)
+        taken.assign(plan.generation, worker.global_rank)
+        return taken
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._forks.end(self._forks.live(), deadline_s=KILL_DEADLINE_S)
+        ended = [worker for worker in self._forks.live() if worker.generation > 0 and not worker.parked]
+        self._forks.end(ended, deadline_s=KILL_DEADLINE_S)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         with self._lock:
@@ -395,7 +463,7 @@ class _ElasticAgent(SimpleElasticAgent):
             node=self._node,
             store_host=plan.store_host,
             store_port=plan.store_port,
-            restore=plan.restore,
+            restore=dataclasses.replace(plan.restore, slots=tuple(plan.snapshot_slots.get(worker.global_rank, ()))),
             config=plan.config,
             ram_dir=plan.ram_dir,
             copies=bool(plan.keeper),

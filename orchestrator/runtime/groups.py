@@ -16,7 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.core.events import Event, NodesHalted
-from orchestrator.runtime.reports import FOLDED, HaltedAlike, NodeFinished, NodeReady, NodeStep, Report, slower
+from orchestrator.runtime.reports import (
+    FOLDED,
+    HaltedAlike,
+    NodeFinished,
+    NodeReady,
+    NodeStep,
+    OwnTimes,
+    Report,
+    slower,
+)
 from trainer.contract import decode, encode
 
 
@@ -77,6 +86,8 @@ def _thing(report: Report) -> Hashable:
     match report:
         case NodeStep():
             return "step", report.generation, report.step
+        case OwnTimes():
+            return "own", report.generation, report.step
         case NodeReady():
             return "ready", report.generation, report.step, tuple(sorted(report.versions.items()))
         case NodeFinished() | HaltedAlike():
@@ -87,6 +98,8 @@ def _thing(report: Report) -> Hashable:
 def _folded(one: Report, other: Report) -> Report:
     if isinstance(one, NodeStep) and isinstance(other, NodeStep):
         return slower(one, other)
+    if isinstance(one, OwnTimes) and isinstance(other, OwnTimes):
+        return replace(one, own_us=one.own_us | other.own_us, wall_us=max(one.wall_us, other.wall_us))
     if isinstance(one, NodeReady) and isinstance(other, NodeReady):
         return replace(
             one,

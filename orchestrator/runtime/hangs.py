@@ -16,7 +16,7 @@ stood still counts for nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from trainer import contract
@@ -30,13 +30,16 @@ STALE_US = 5_000_000
 SETTLED_US = 3_000_000
 """A rank that has waited in one place for less may be on its way between two exchanges: it does not count as waiting
 when somebody must be named."""
-PACE_FACTOR = 5
+PACE_FACTOR = 3
 """Patience over the slowest of the recent steps: a stall within it may be a garbage collection, a cold file, a burst of
 other load."""
 PACE_STEPS = 32
-"""Recent steps (and validation passes) whose pace counts: they forget a slow start, and span a few checkpoints."""
+"""Recent steps whose pace counts, so that a slow start is forgotten; and so many that began a durable save, which are
+rare and slower, and so many validation batches."""
 WAIT_SHARE = 0.75
 """Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
+WORLD_SUM = " _sum_over_ranks"
+"""The function of the training loop in which all ranks meet, as it stands in a rank's telling frames."""
 NAMED_MAX = 16
 """Ranks that one finding names, those furthest behind first."""
 
@@ -83,6 +86,8 @@ class Standing:
     silent_us: int
     status: str
     """Of its process, if that was looked at: of one that is silent it is."""
+    exchanges: dict[str, int] = field(default_factory=dict)
+    """How many it has begun in this generation, by process group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +117,26 @@ def is_momentary(report: object) -> bool:
     return isinstance(report, Silent) or (isinstance(report, Stalled) and bool(report.ranks))
 
 
+def suspects(found: Iterable[Silent | Stalled]) -> list[int]:
+    """The ranks of a node whose stacks may become evidence."""
+    ranks: dict[int, None] = {}
+    for report in found:
+        standings = (report.standing,) if isinstance(report, Silent) else report.ranks
+        ranks |= dict.fromkeys(standing.rank for standing in standings)
+    return list(ranks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hung:
     """A verdict; the event WorkerHung without its time."""
 
     node: str
     slot: int | None
+    """None when nobody stands out; `node` is empty then."""
     step: int
     detail: str
+    seen: tuple[str, int]
+    """Node and rank whose stack is the evidence: who is named, or who is furthest behind."""
 
 
 @dataclass
@@ -132,6 +149,7 @@ class _Rank:
     phase: str = "rendezvous"
     step: int = 0
     where: str = ""
+    exchanges: dict[str, int] = field(default_factory=dict)
     waits_since: int | None = None
     stepped: bool = False
     """Whether it has completed a step in this generation."""
@@ -170,14 +188,14 @@ class NodeWatch:
                     rank.waits_since = None
                 elif rank.waits_since is None or message.where != rank.where:
                     rank.waits_since = clock
-                rank.step, rank.where = message.step, message.where
+                rank.step, rank.where, rank.exchanges = message.step, message.where, message.exchanges
             case contract.Phase():
                 if rank.phase == "validate":  # told with each batch
                     self._learn("validate", rank.step, clock - rank.progress_at)
                 rank.phase, rank.step = message.phase, message.step
                 self._progress(rank, clock)
             case contract.StepDone():
-                self._learn("compute", message.step, message.step_us)
+                self._learn("save" if message.save_us else "compute", message.step, message.step_us)
                 rank.step, rank.stepped = message.step, True
                 self._progress(rank, clock)
             case contract.Finished():
@@ -248,7 +266,8 @@ class NodeWatch:
         p = self._patience
         if rank.phase == "checkpoint":
             return max(p.stall_floor_us, p.save_us)
-        slowest_us = max((us for _, us in self._pace.get(rank.phase, ())), default=0)
+        kinds = ("compute", "save") if rank.phase == "compute" else (rank.phase,)
+        slowest_us = max((us for kind in kinds for _, us in self._pace.get(kind, ())), default=0)
         paced = (rank.phase == "compute" and rank.stepped) or (rank.phase == "validate" and slowest_us > 0)
         expected_us = max(PACE_FACTOR * slowest_us, 0 if paced else p.start_us)
         return max(p.stall_floor_us, min(expected_us, round(WAIT_SHARE * p.collective_us)))
@@ -274,6 +293,7 @@ class NodeWatch:
             waited_us=rank.waited_us(self._clock),
             silent_us=rank.silent_us(self._clock),
             status="" if seen is None else seen.status,
+            exchanges=rank.exchanges,
         )
 
 
@@ -282,6 +302,8 @@ class MeshWatch:
     """One generation over all its nodes: what their watches tell in, verdicts out, each once."""
 
     nodes: tuple[str, ...]
+    stage_ranks: int = 0
+    """Ranks of a pipeline stage, which are numbered one after the other and do the same exchanges; 0: all of them."""
     _stalled: dict[str, Stalled] = field(default_factory=dict)
     _confirmed: set[str] = field(default_factory=set)
     """Nodes that have told it since all had: what the first of them told may be true no more."""
@@ -312,7 +334,7 @@ class MeshWatch:
         self._confirmed.add(node)
         if len(self._confirmed) < len(self.nodes):
             return []
-        return self._new(_blame(self._stalled))
+        return self._new(_blame(self._stalled, self.stage_ranks))
 
     def _new(self, verdicts: list[Hung]) -> list[Hung]:
         new = [verdict for verdict in verdicts if verdict.slot not in self._named]
@@ -320,7 +342,7 @@ class MeshWatch:
         return new
 
 
-def _blame(stalled: dict[str, Stalled]) -> list[Hung]:
+def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
     """Who keeps the others waiting, when every node has come to a standstill."""
     everyone = [(node, standing) for node, report in stalled.items() for standing in report.ranks]
     everyone.sort(key=lambda each: _behind(each[1]))
@@ -331,13 +353,54 @@ def _blame(stalled: dict[str, Stalled]) -> list[Hung]:
         if free:
             return [_not_waiting(node, s, len(free), waiting, long_us) for node, s in free[:NAMED_MAX]]
         said = f"all {waiting} ranks wait for each other"
+        odd = _out_of_step([s for _, s in everyone], stage_ranks)
+        for node, s in everyone:
+            if s in odd:
+                detail = f"rank {s.rank} is out of step with {waiting - 1} others, and all wait for each other, "
+                detail += f"no step for {_seconds(long_us)}; {_state(s)}"
+                return [_named(node, s, detail)]
     elif all(report.hopeless for report in stalled.values()):
         said = "nobody waits long for anybody"
     else:
         return []
-    _, last = everyone[0]
+    its_node, last = everyone[0]
     detail = f"no step for {_seconds(long_us)}, and {said}; furthest behind is rank {last.rank}, {_state(last)}"
-    return [Hung(node="", slot=None, step=last.step, detail=detail)]
+    return [Hung(node="", slot=None, step=last.step, detail=detail, seen=(its_node, last.rank))]
+
+
+def _out_of_step(everyone: list[Standing], stage_ranks: int) -> list[Standing]:
+    """The one rank that has left an exchange out, where that can be told; all wait for each other.
+
+    Two patterns tell. In a process group inside a pipeline stage, whose members begin the same exchanges, one rank has
+    begun fewer than the others, and waits elsewhere than they do. Or all others wait in one sum over the world, and it
+    waits in another such sum, or has done more steps: it can have got there only past the others' sum.
+
+    With more than one such rank, it may be the network or the program, and nobody is named.
+    """
+    groups: dict[tuple[int, str], list[Standing]] = {}
+    stages: dict[str, set[int]] = {}
+    for s in everyone:
+        stage = s.rank // stage_ranks if stage_ranks else 0
+        for name in s.exchanges:
+            groups.setdefault((stage, name), []).append(s)
+            stages.setdefault(name, set()).add(stage)
+    missing: dict[int, Standing] = {}
+    for (_, name), members in groups.items():
+        most = max(s.exchanges[name] for s in members)
+        places = {s.where for s in members if s.exchanges[name] == most}
+        behind = [s for s in members if s.exchanges[name] < most and s.where not in places]
+        if len(stages[name]) == 1 and len(members) < len(everyone):
+            missing |= {s.rank: s for s in behind}
+    if missing:
+        return list(missing.values()) if len(missing) == 1 else []
+    crowds: dict[tuple[int, str], list[Standing]] = {}
+    for s in everyone:
+        crowds.setdefault((s.step, s.where), []).append(s)
+    (step, where), crowd = max(crowds.items(), key=lambda each: len(each[1]))
+    elsewhere = [s for s in everyone if s not in crowd]
+    if WORLD_SUM not in where or len(elsewhere) != 1 or len(crowd) < 2:
+        return []
+    return [s for s in elsewhere if s.step > step or WORLD_SUM in s.where]
 
 
 def _behind(standing: Standing) -> tuple[int, int, int]:
@@ -348,13 +411,15 @@ def _not_waiting(node: str, standing: Standing, free: int, waiting: int, stalled
     others = f", nor do {free - 1} more" if free > 1 else ""
     detail = f"rank {standing.rank} does not wait for anybody while {waiting} others do{others}, no step for "
     detail += f"{_seconds(stalled_us)}; {_state(standing)}"
-    return Hung(node=node, slot=standing.rank, step=standing.step, detail=detail)
+    return _named(node, standing, detail)
 
 
 def _silent(node: str, standing: Standing) -> Hung:
-    return Hung(
-        node=node, slot=standing.rank, step=standing.step, detail=f"rank {standing.rank} hangs: {_state(standing)}"
-    )
+    return _named(node, standing, f"rank {standing.rank} hangs: {_state(standing)}")
+
+
+def _named(node: str, standing: Standing, detail: str) -> Hung:
+    return Hung(node=node, slot=standing.rank, step=standing.step, detail=detail, seen=(node, standing.rank))
 
 
 def _state(standing: Standing) -> str:

@@ -117,6 +117,11 @@ class ControllerRendezvous(RendezvousHandler):
         with self._changed:
             return self._newest.generation if self._newest else 0
 
+    def newest(self) -> NodeAssignment | None:
+        """The newest assignment."""
+        with self._changed:
+            return self._newest
+
     def await_idle(self, timeout_s: float) -> bool:
         """Whether within this time the agent's thread had nothing to do but to wait for an assignment (or had left)."""
         with self._changed:

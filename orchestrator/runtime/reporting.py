@@ -41,7 +41,7 @@ BATCH_REPORTS = 500
 """Reports that are under way at once."""
 SPREAD_S = 2.0
 """Agents whose fan-ins fall silent, as all do when the controller stands still, go to it spread over so long. With
-fanin.PATIENCE_S and an answer's age it stays below the 10 s of recovery.node_silence_s."""
+fanin.PATIENCE_S and an answer's age it stays below the 10 s of recovery.node_silence_s with so many nodes."""
 SHUN_S = 10.0
 """After a fan-in was of no use, before it is tried again: trying it takes up to its patience, and nobody is told of
 this node meanwhile."""

@@ -11,12 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeVar
 
 from orchestrator.core import events as ev
 from orchestrator.core.events import Snapshot
 from orchestrator.core.recovery import UNCLEAN
 from orchestrator.runtime import hangs
+from orchestrator.runtime.stragglers import WINDOW_STEPS, Slow, StragglerWatch
 from trainer import contract
 
 _Teller = TypeVar("_Teller")
@@ -57,6 +59,18 @@ class NodeStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnTimes:
+    """How long ranks computed, without their waits for others: in the window of steps that ends with `step`."""
+
+    generation: int
+    step: int
+    own_us: dict[int, int]
+    """Rank to the median over the window of its own time in a step."""
+    wall_us: int
+    """Of the whole window, by the clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeFinished:
     generation: int
     step: int
@@ -67,6 +81,8 @@ class NodeFinished:
 class Halted:
     generation: int
     snapshots: dict[int, tuple[Snapshot, ...]]
+    parked: bool = False
+    """Whether all of its workers live, and wait for their next assignment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +91,7 @@ class HaltedAlike:
 
     generation: int
     snapshots: tuple[Snapshot, ...]
+    parked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +111,7 @@ class Exited:
 Report = (
     NodeReady
     | NodeStep
+    | OwnTimes
     | NodeFinished
     | Halted
     | HaltedAlike
@@ -109,7 +127,7 @@ Report = (
     | hangs.Stalled
 )
 
-FOLDED = (NodeReady, NodeStep, NodeFinished, HaltedAlike)
+FOLDED = (NodeReady, NodeStep, OwnTimes, NodeFinished, HaltedAlike)
 """What several nodes can tell as one report; all else is one node's."""
 
 # Steps whose details an agent keeps for a controller that comes back: at a step a second, a quarter of an hour.
@@ -137,6 +155,9 @@ class NodeFold:
     _steps: dict[int, dict[int, contract.StepDone]] = field(default_factory=dict)
     _validation_us: dict[int, dict[int, int]] = field(default_factory=dict)
     """Step to rank to the time of the validation after that step: a part of the next one's."""
+    _own_us: dict[int, list[int]] = field(default_factory=dict)
+    """Rank to its own times of the steps of the window under way."""
+    _wall_us: int = 0
 
     def feed(self, message: contract.FromWorker) -> list[Report]:
         """The reports that this message completes."""
@@ -149,7 +170,7 @@ class NodeFold:
                     return [self._ready()]
             case contract.StepDone() if message.step > self._done:
                 if _complete(self._steps.setdefault(message.step, {}), (message.rank,), message, len(self.ranks)):
-                    return [self._step(message.step)]
+                    return self._step(message.step)
             case contract.Finished():
                 if _complete(self.finished, (message.rank,), message, len(self.ranks)):
                     return [NodeFinished(generation=self.generation, step=message.step, reason=message.reason)]
@@ -179,9 +200,25 @@ class NodeFold:
             versions=_shared([r.versions for r in ranks]),
         )
 
-    def _step(self, step: int) -> NodeStep:
+    def _step(self, step: int) -> list[Report]:
         ranks = self._steps.pop(step).values()
         self._done = step
+        return [self._node_step(step, ranks), *self._own_times(step, ranks)]
+
+    def _own_times(self, step: int, ranks: Collection[contract.StepDone]) -> list[Report]:
+        for rank in ranks:
+            if rank.own_us is not None:
+                self._own_us.setdefault(rank.rank, []).append(rank.own_us)
+        self._wall_us += max(rank.step_us for rank in ranks)
+        if step % WINDOW_STEPS:
+            return []
+        medians = {rank: round(median(own_us)) for rank, own_us in sorted(self._own_us.items())}
+        wall_us, self._own_us, self._wall_us = self._wall_us, {}, 0
+        if len(medians) < len(self.ranks):
+            return []
+        return [OwnTimes(generation=self.generation, step=step, own_us=medians, wall_us=wall_us)]
+
+    def _node_step(self, step: int, ranks: Collection[contract.StepDone]) -> NodeStep:
         validations = self._validation_us.pop(step - 1, {})
         teller = next((r for r in ranks if r.loss is not None), None)
         return NodeStep(
@@ -200,12 +237,14 @@ class NodeFold:
         )
 
 
-def halted(generation: int, slots: Collection[int], held: dict[int, tuple[Snapshot, ...]]) -> Halted | HaltedAlike:
+def halted(
+    generation: int, slots: Collection[int], held: dict[int, tuple[Snapshot, ...]], parked: bool
+) -> Halted | HaltedAlike:
     """What a node answers that has halted `generation`, in which it filled `slots`, and whose memory holds `held`."""
     first = next(iter(held.values()), ())
     if (not held or sorted(held) == sorted(slots)) and all(snapshots == first for snapshots in held.values()):
-        return HaltedAlike(generation=generation, snapshots=first)
-    return Halted(generation=generation, snapshots=held)
+        return HaltedAlike(generation=generation, snapshots=first, parked=parked)
+    return Halted(generation=generation, snapshots=held, parked=parked)
 
 
 def slower(one: NodeStep, other: NodeStep) -> NodeStep:
@@ -260,8 +299,15 @@ class MeshFold:
     versions: dict[str, str] = field(default_factory=dict)
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
     watch: hangs.MeshWatch = field(init=False)
+    stages: int = 1
+    """Pipeline stages: the ranks of each do the same work."""
+    slow_before: dict[int, str] = field(default_factory=dict)
+    """Slot to the node on which it was slow, over all generations."""
     unclean: bool = False
     """Whether a rank has said that state was found corrupt, its own or another's: all ranks learn it in one step."""
+    unseen: list[tuple[str, int]] = field(default_factory=list)
+    """Node and rank of those who hang, or may, and whose stacks are to be fetched and kept."""
+    _stragglers: StragglerWatch = field(init=False)
     _newest: dict[str, int] = field(init=False)
     """Each node's newest step."""
     _standing: Counter[int] = field(init=False)
@@ -275,7 +321,8 @@ class MeshFold:
     """Newest step of which a failed save was told to the core."""
 
     def __post_init__(self) -> None:
-        self.watch = hangs.MeshWatch(self.nodes)
+        self.watch = hangs.MeshWatch(self.nodes, self.ranks // self.stages)
+        self._stragglers = StragglerWatch(self.nodes, self.ranks, self.stages, self.slow_before)
         self._newest = dict.fromkeys(self.nodes, 0)
         self._standing = Counter({0: len(self.nodes)})
 
@@ -295,13 +342,22 @@ class MeshFold:
                 return self._all_ready(at) if _complete(self.ready, nodes, report, len(self.nodes)) else []
             case NodeStep():
                 return self._step(at, nodes, report)
+            case OwnTimes():
+                return [self._slow(at, s) for s in self._stragglers.feed(report.step, report.own_us, report.wall_us)]
             case NodeFinished():
                 if _complete(self.finished, nodes, report, len(self.nodes)):
                     step, reason = report.step, report.reason
                     return [ev.GenerationFinished(at=at, generation=self.generation, step=step, reason=reason)]
             case HaltedAlike():
-                held = report.snapshots
-                return [ev.NodesHalted(at=at, nodes=tuple(nodes), generation=self.generation, snapshots=held)]
+                return [
+                    ev.NodesHalted(
+                        at=at,
+                        nodes=tuple(nodes),
+                        generation=self.generation,
+                        snapshots=report.snapshots,
+                        parked=report.parked,
+                    )
+                ]
             case _:
                 (node,) = nodes
                 return self._feed_one(at, node, report)
@@ -359,12 +415,31 @@ class MeshFold:
                     )
                 ]
             case Halted():
-                return [ev.NodeHalted(at=at, node=node, generation=self.generation, snapshots=report.snapshots)]
+                return [
+                    ev.NodeHalted(
+                        at=at,
+                        node=node,
+                        generation=self.generation,
+                        snapshots=report.snapshots,
+                        parked=report.parked,
+                    )
+                ]
             case StartFailed():
                 return [ev.GenerationFailed(at=at, generation=self.generation, node=node, error=report.error)]
         return []
 
+    def _slow(self, at: int, found: Slow) -> ev.Event:
+        return ev.NodeSlow(
+            at=at,
+            node=found.node,
+            generation=self.generation,
+            detail=found.detail,
+            slot=found.slot,
+            workload=found.workload,
+        )
+
     def _hung(self, at: int, verdicts: list[hangs.Hung]) -> list[ev.Event]:
+        self.unseen += [verdict.seen for verdict in verdicts]
         return [
             ev.WorkerHung(
                 at=at,
@@ -372,7 +447,7 @@ class MeshFold:
                 generation=self.generation,
                 slot=verdict.slot,
                 step=verdict.step,
-                detail=verdict.detail,
+                detail=f"{verdict.detail}; stack in {stack_name(self.generation, verdict.seen[1])}",
             )
             for verdict in verdicts
         ]
@@ -413,6 +488,7 @@ class MeshFold:
         losses = [step.loss for step in steps if step.loss is not None and math.isfinite(step.loss)]
         if len(losses) != last + 1 - first:
             losses = []  # which is whose could not be told any more
+        straggling_us, self._stragglers.straggling_us = self._stragglers.straggling_us, 0
         return [
             ev.StepsDone(
                 at=at,
@@ -425,6 +501,7 @@ class MeshFold:
                 tokens=sum(step.tokens for step in steps),
                 loss_millionths=tuple(round(loss * 1_000_000) for loss in losses),
                 save_us=sum(step.save_us for step in steps),
+                straggling_us=straggling_us,
             )
         ]
 
@@ -457,6 +534,11 @@ class MeshFold:
                 write_us=self._write_us[report.step],
             )
         ]
+
+
+def stack_name(generation: int, rank: int) -> str:
+    """Where under run.url the stacks of a rank that hung are kept."""
+    return f"evidence/g{generation}-r{rank}-stack.txt"
 
 
 def _complete(told: dict[_Teller, _Report], tellers: Iterable[_Teller], report: _Report, of: int) -> bool:

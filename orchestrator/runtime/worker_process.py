@@ -14,9 +14,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from orchestrator.runtime import zygote as zygote_module
 from orchestrator.runtime.worker_log import LineBuffer
 from trainer import contract
+
+SENDER_S = 1.0
+"""For a message to be handed to the kernel while there is room; microseconds, unless the processor is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,12 @@ class Worker:
     """One worker process, from its fork to its end."""
 
     generation: int
+    """With `rank` what it is assigned to, or was last; 0 when it never was, but is made ready for `rank`."""
     rank: int
+    parked: bool = False
+    """Whether it waits for its next assignment; the thread that listens to it has taken all that it said before."""
+    doomed: bool = False
+    """Whether we have ended it: its end is no news."""
     pid: int
     status: ExitStatus | None = None
     """Set when it has ended and all its messages and output have been taken."""
@@ -49,6 +59,36 @@ class Worker:
         """Raises OSError (TimeoutError, BrokenPipeError) when the worker does not take the message."""
         with self._send_lock:
             contract.send(self.control, message)
+
+    def send_now(self, message: object) -> bool:
+        """Send a short message, which is taken at once or not; if it is not, nothing else must be sent.
+
+        Raises:
+            ConnectionError: the process does not listen any more.
+        """
+        if not self._send_lock.acquire(timeout=SENDER_S):  # longer, and the one before has met a full buffer
+            return False
+        try:
+            if self.status is not None:
+                raise BrokenPipeError("it has ended")
+            frame = contract.frame(message)
+            return self.control.send(frame, socket.MSG_DONTWAIT) == len(frame)
+        except BlockingIOError:
+            return False
+        finally:
+            self._send_lock.release()
+
+    def assign(self, generation: int, rank: int) -> None:
+        """Before its next assignment is sent to a parked worker."""
+        assert self.parked, self
+        self.generation, self.rank, self.lines = generation, rank, LineBuffer(tag(generation, rank))
+        self.parked = False
+
+    def is_stopped(self) -> bool:
+        """Whether its process has been stopped by a signal."""
+        with contextlib.suppress(psutil.Error):
+            return self.status is None and bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        return False
 
     def signal(self, signum: int) -> None:
         """Send a signal to this very process, never to a later one of the same number; nothing if it has ended."""
@@ -74,6 +114,11 @@ class Worker:
             self.control.close()
             os.close(self.log)
             os.close(self.pidfd)
+
+
+def tag(generation: int, rank: int) -> str:
+    """Before each line of a worker's output."""
+    return f"g{generation} r{rank}" if generation else f"warm r{rank}"
 
 
 @dataclass(eq=False, kw_only=True)

@@ -24,7 +24,8 @@ from typing import Any
 
 from orchestrator.runtime import zygote as zygote_module
 from orchestrator.runtime.worker_log import LineBuffer, LogFile
-from orchestrator.runtime.worker_process import ExitStatus, Worker, ZygoteProcess, zygote_env
+from orchestrator.runtime.worker_process import ExitStatus, Worker, ZygoteProcess, tag, zygote_env
+from trainer import contract
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,25 @@ class Workers:
         with self._changed:
             return list(self._live.values())
 
+    def park(self, workers: Iterable[Worker], *, deadline_s: float) -> None:
+        """Order workers to park, and wait until each has, has ended, or the deadline is over.
+
+        One that is stopped, or takes no order, is killed at once: waiting for it would bring nothing.
+        """
+        assert threading.current_thread() is not self._thread, "called from a callback"
+        workers = [worker for worker in workers if not worker.parked]
+        for worker in workers:
+            with contextlib.suppress(ConnectionError):  # it ends by itself, which is news
+                if worker.is_stopped() or not worker.send_now(contract.Park(generation=worker.generation)):
+                    self._kill(worker)
+        with self._changed:
+            self._changed.wait_for(lambda: all(w.parked or w.status is not None for w in workers), deadline_s)
+
+    @staticmethod
+    def _kill(worker: Worker) -> None:
+        worker.doomed = True
+        worker.signal(signal.SIGKILL)
+
     def end(self, workers: Iterable[Worker], *, deadline_s: float, grace_s: float = 0.0) -> None:
         """SIGTERM (with a grace), then SIGKILL; returns when the processes are gone.
 
@@ -137,10 +157,11 @@ class Workers:
         deadline = time.monotonic() + deadline_s
         if grace_s > 0:
             for worker in workers:
+                worker.doomed = True
                 worker.signal(signal.SIGTERM)
             self._await_end(workers, min(grace_s, deadline_s))
         for worker in workers:
-            worker.signal(signal.SIGKILL)
+            self._kill(worker)
         if not self._await_end(workers, max(0.0, deadline - time.monotonic())):
             alive = [worker.pid for worker in workers if worker.status is None]
             raise TimeoutError(f"processes {alive} are still there {deadline_s:g} s after SIGKILL")
@@ -250,7 +271,6 @@ class Workers:
     def _forked(self, fork: _Fork, pid: int, pidfd: int) -> None:
         fork.control.settimeout(SEND_TIMEOUT_S)
         os.set_blocking(fork.log, False)
-        tag = f"g{fork.generation} r{fork.rank}"
         worker = Worker(
             generation=fork.generation,
             rank=fork.rank,
@@ -258,7 +278,7 @@ class Workers:
             control=fork.control,
             log=fork.log,
             pidfd=pidfd,
-            lines=LineBuffer(tag),
+            lines=LineBuffer(tag(fork.generation, fork.rank)),
         )
         with self._changed:
             assert pid not in self._live
@@ -294,8 +314,22 @@ class Workers:
             worker.signal(signal.SIGKILL)
             return 0
         for message in messages:
+            if isinstance(message, contract.Parked) and message.generation == worker.generation:
+                self._parked(worker)
             self._call(self._on_message, worker, message)
         return len(data)
+
+    def _parked(self, worker: Worker) -> None:
+        """What it has printed until now belongs to the generation that it has left."""
+        self._take_output(worker)
+        with self._changed:
+            worker.parked = True
+            self._changed.notify_all()
+
+    def _take_output(self, worker: Worker) -> None:
+        _drain(partial(self._read_log, worker.log, worker.lines))
+        if tagged := worker.lines.end():
+            self._log.write(tagged)
 
     def _read_log(self, fd: int, lines: LineBuffer) -> int:
         """Take what there is; returns the number of bytes."""
@@ -312,12 +346,8 @@ class Workers:
 
     def _ended(self, worker: Worker, status: ExitStatus) -> None:
         """Take the last words of a dead worker, then make its end known."""
-        for read in (partial(self._read_control, worker), partial(self._read_log, worker.log, worker.lines)):
-            taken = 0
-            while taken < DRAIN_MAX_BYTES and (count := read()):
-                taken += count
-        if tagged := worker.lines.end():
-            self._log.write(tagged)
+        _drain(partial(self._read_control, worker))
+        self._take_output(worker)
         for fd in (worker.control, worker.log, worker.pidfd):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
@@ -366,6 +396,13 @@ class Workers:
         with contextlib.suppress(KeyError):
             self._selector.unregister(zygote.log)
         os.close(zygote.log)
+
+
+def _drain(read: Callable[[], int]) -> None:
+    """Take what there is, of which a descendant's endless output is cut."""
+    taken = 0
+    while taken < DRAIN_MAX_BYTES and (count := read()):
+        taken += count
 
 
 @dataclass(kw_only=True)

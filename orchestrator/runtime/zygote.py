@@ -44,6 +44,7 @@ PACKET_MAX_BYTES = 64 * 1024
 TEXT_MAX_BYTES = 16 * 1024
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_PTRACER = 0x59616D61
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -133,13 +134,13 @@ def _fork(
     control, log = descriptors
     try:
         assert_single_threaded()
-        zygote = os.getpid()
+        zygote, agent_pid = os.getpid(), os.getppid()
         pid = os.fork()
     except (OSError, RuntimeError) as error:
         _tell(agent, {"failed": f"{type(error).__name__}: {error}"[:TEXT_MAX_BYTES], "fork": request["fork"]})
     else:
         if pid == 0:
-            _child(module, zygote, control, log, request["env"])
+            _child(module, zygote, agent_pid, control, log, request["env"])
         children.add(pid)
         # The child is not reaped before this returns, so the pid still names it.
         pidfd = os.pidfd_open(pid)
@@ -169,12 +170,15 @@ def _tell(agent: socket.socket, message: dict[str, Any], *descriptors: int) -> N
     socket.send_fds(agent, [json.dumps(message).encode()], descriptors)
 
 
-def _child(module: ModuleType, zygote: int, control: int, log: int, env: dict[str, str]) -> None:
+def _child(module: ModuleType, zygote: int, agent_pid: int, control: int, log: int, env: dict[str, str]) -> None:
     """Become a worker; never returns."""
     code = EXIT_FAILED
     try:
         os.setsid()
         die_with_parent(zygote)
+        # Where Yama lets none but ancestors look into a process, what the agent starts may, too: it reads the stacks of
+        # workers that hang. Elsewhere this does nothing.
+        _libc.prctl(_PR_SET_PTRACER, agent_pid, 0, 0, 0)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.core.events import Layout
 from orchestrator.need import need_of
 from orchestrator.simulate.body import Scenario
 from orchestrator.simulate.profile import Failures, Profile
@@ -57,7 +56,7 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
     if short:
         raise SpecError("\n".join(short))
     return Scenario(
-        layout=_layout(spec, profile),
+        layout=spec.layout if profile.shrinks else replace(spec.layout, shrinks_to=()),
         limits=spec.limits,
         step_us=max(1, round(step_s(spec, profile) * 1_000_000)),
         checkpoint_interval_steps=spec.checkpoint.interval_steps,
@@ -69,14 +68,6 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
         microbatches=spec.parallel.microbatches,
         rack_machines=failures.machines_per_rack,
     )
-
-
-def _layout(spec: JobSpec, profile: Profile) -> Layout:
-    """The job's, with the smaller meshes of a body that shrinks: a replica must fill whole nodes for that."""
-    layout = spec.layout
-    if not profile.shrinks or layout.dp_shard * layout.tp % layout.slots_per_node:
-        return layout
-    return replace(layout, shrinks_to=tuple(range(layout.dp_replicate - 1, 0, -1)))
 
 
 def _unseen(profile: Profile, failures: Failures) -> list[str]:

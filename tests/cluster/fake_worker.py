@@ -18,8 +18,21 @@ def messages(sock: socket.socket) -> Iterator[object]:
 
 def main(sock: socket.socket) -> int:
     incoming = messages(sock)
-    assign = next(incoming)
-    assert isinstance(assign, contract.Assign)
+    while True:
+        assign = next(incoming)
+        if isinstance(assign, contract.Prepare):
+            contract.send(sock, contract.Parked(generation=0, rank=assign.rank, step=0))
+            continue
+        assert isinstance(assign, contract.Assign)
+        code = serve(sock, incoming, assign)
+        if code is not None:
+            return code
+        print(f"rank {assign.rank} parks", end="")
+        contract.send(sock, contract.Parked(generation=assign.generation, rank=assign.rank, step=0))
+
+
+def serve(sock: socket.socket, incoming: Iterator[object], assign: contract.Assign) -> int | None:
+    """The exit code; None to park."""
 
     def say(phase: str, *, generation: int = assign.generation, pid: int | None = None) -> None:
         message = contract.Phase(generation=generation, rank=assign.rank, step=pid or os.getpid(), phase=phase)
@@ -27,8 +40,14 @@ def main(sock: socket.socket) -> int:
 
     print(f"rank {assign.rank} of {assign.world_size} runs {assign.config.url}")
     match assign.config.url.split():
-        case ["wait"] | ["fail-when-told"]:
+        case ["wait"] | ["fail-when-told"] | ["stuck"]:
             pass
+        case ["park-itself"]:
+            word = contract.Failed(
+                generation=assign.generation, rank=assign.rank, step=7, kind="collective", error="", traceback=""
+            )
+            contract.send(sock, word)
+            return None
         case ["exit", code]:
             return int(code)
         case ["raise"]:
@@ -66,6 +85,8 @@ def main(sock: socket.socket) -> int:
             raise ValueError(other)
     say("rendezvous")
     for message in incoming:
+        if isinstance(message, contract.Park) and assign.config.url != "stuck":
+            return None
         if isinstance(message, contract.Stop):
             if assign.config.url == "fail-when-told":
                 word = contract.Failed(

@@ -23,6 +23,7 @@ from orchestrator.localcluster import OBJECT_STORE_BYTES
 from orchestrator.observe.status import Status
 from orchestrator.runtime import driver
 from orchestrator.runtime.controller import namespace_of
+from orchestrator.runtime.nodes import agent_name
 from orchestrator.spec import JobSpec, parse
 from storage.commits import read_commit, state_digest, verify
 
@@ -43,7 +44,7 @@ def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": {"interval_steps": 10},
         # Who is found by a closed connection or a dead process need not be found by silence, too: a machine that is
         # busy with other things is silent. Tests of silence set their own.
-        "recovery": {"node_silence_s": 60, "rank_silence_s": 30, "driver_lease_s": 30},
+        "recovery": {"node_silence_s": 60, "rank_silence_s": 30, "stall_floor_s": 30, "driver_lease_s": 30},
         "cluster": {"slots_per_node": 2, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
     }
     for section, fields in sections.items():
@@ -138,6 +139,15 @@ def look(controller: Any, lease: bool = False) -> Status | None:
 def kill_worker(spec: JobSpec, status: Status, rank: int) -> None:
     node = status.mesh[rank // spec.cluster.slots_per_node]
     faults.kill_worker(namespace_of(spec.run.name), node, rank, status.step)
+
+
+def worker_pids(spec: JobSpec, status: Status) -> dict[int, int]:
+    """Process ids of the mesh's workers by rank."""
+    agents = [ray.get_actor(agent_name(node), namespace_of(spec.run.name)) for node in status.mesh]
+    found: dict[int, int] = {}
+    for pids in ray.get([agent.workers.remote() for agent in agents], timeout=30):
+        found |= pids
+    return found
 
 
 @contextmanager

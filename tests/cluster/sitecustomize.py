@@ -2,7 +2,8 @@
 
 When a worker's process imports trainer.loop, its `train_step` first runs the file `<run>.py` of the folder that
 SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
-imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many.
+imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. The node whose
+raylet's process id stands in a file `wrong-node` there computes wrong products when it is checked.
 """
 
 import importlib.abc
@@ -29,6 +30,13 @@ def _patch_fan_in(module):
         module.FAN_IN_FROM_NODES, module.FAN_IN_NODES = 3, 2
 
 
+def _compute_wrong():
+    import torch
+
+    right = torch.Tensor.__matmul__
+    torch.Tensor.__matmul__ = lambda a, b: right(a, b) + (1 if a.is_floating_point() else 0)
+
+
 class _Patch(importlib.abc.MetaPathFinder):
     """Runs `change` on a module that has just been imported."""
 
@@ -53,3 +61,7 @@ class _Patch(importlib.abc.MetaPathFinder):
 if "SHEPHERD_TEST_FAULTS" in os.environ:
     sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
     sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))
+    wrong_node = Path(os.environ["SHEPHERD_TEST_FAULTS"], "wrong-node")
+    is_check = "trainer.admission" in sys.orig_argv and wrong_node.exists()
+    if is_check and wrong_node.read_text() == os.environ.get("RAY_RAYLET_PID"):
+        _compute_wrong()

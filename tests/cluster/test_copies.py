@@ -74,36 +74,79 @@ def test_without_copies_the_last_checkpoint_is_all_there_is(cluster: Cluster, un
     assert final_digest(spec) == untouched
 
 
-# After step 8 is in every rank's memory, a bit of rank 0's snapshot flips and rank 3 is killed.
-FLIP_AND_KILL = """
-import os, signal
+# What the faults below begin with.
+FLIP = """
+import os, signal, time
 from torch import distributed
 from storage.ram import HEADER_BYTES, snapshot_path
 
+def flip_in_memory(step):
+    with open(snapshot_path(*session.checkpointer._ram._place, step), "r+b") as file:
+        file.seek(HEADER_BYTES + 100)
+        byte = file.read(1)[0]
+        file.seek(HEADER_BYTES + 100)
+        file.write(bytes([byte ^ 1]))
+"""
+
+# After step 8 is in every rank's memory, a bit of rank 0's snapshot flips and rank 3 is killed.
+FLIP_AND_KILL = """
 if session.generation == 1 and session.state.step == 8:
     session.checkpointer.await_snapshot()
     if session.rank == 0:
-        with open(snapshot_path(*session.checkpointer._ram._place, 8), "r+b") as file:
-            file.seek(HEADER_BYTES + 100)
-            byte = file.read(1)[0]
-            file.seek(HEADER_BYTES + 100)
-            file.write(bytes([byte ^ 1]))
+        flip_in_memory(8)
     distributed.barrier()
     if session.rank == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 """
+
+# The first step from 8 on that buddies are to copy has arrived there, a bit of rank 0's own snapshot of it flips, and
+# rank 0 is killed.
+FLIP_OWN_AND_KILL = """
+step = session.state.step
+if session.generation == 1 and step >= 8 and session.copies.wants(step):
+    deadline = time.monotonic() + 60
+    while session.copies.shares()[0]:
+        assert time.monotonic() < deadline, f"step {step} is not copied"
+        time.sleep(0.01)
+    assert session.copies.shares() == (False, False), "the copy has failed"
+    distributed.barrier()
+    if session.rank == 0:
+        flip_in_memory(step)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def damage_told(spec: JobSpec) -> list[ev.CopyDamaged]:
+    return [r.event for r in journal.read(spec.run.url) if isinstance(r.event, ev.CopyDamaged)]
+
+
+def test_a_block_that_is_damaged_in_memory_is_mended_from_a_buddys_copy(
+    cluster: Cluster, untouched: str, tmp_path: Path
+) -> None:
+    """The only other place that has it: there is no replica, no checkpoint and no spare."""
+    spec = spec_of(job("buddy-mends", tmp_path, parallel=MESH, checkpoint={"interval_steps": 100}))
+    (cluster.faults / "buddy-mends.py").write_text(FLIP + FLIP_OWN_AND_KILL)
+    status, told = train(spec)
+    assert status.exit_code == 0, told
+    (incident,) = status.incidents
+    assert (incident.cause, incident.rung, incident.steps_lost) == ("signal", "replace", 0), incident
+    (damaged,) = damage_told(spec)
+    assert (damaged.node, damaged.slot, damaged.step) == (status.mesh[0], 0, incident.step)
+    assert damaged.detail.count("is damaged") == 1 and "block 0 is damaged" in damaged.detail
+    assert status.strikes == {status.mesh[0]: 2}, "one for its worker's death, one for its copy"
+    assert final_digest(spec) == untouched
 
 
 def test_a_block_that_is_damaged_in_memory_is_mended_from_a_replicas(cluster: Cluster, tmp_path: Path) -> None:
     mesh = {"parallel": {"pp": 1, "dp_replicate": 4, "microbatches": 1}, "checkpoint": {"interval_steps": 100}}
     calm, hurt = spec_of(job("calm-memory", tmp_path, **mesh)), spec_of(job("bad-memory", tmp_path, **mesh))
     assert train(calm)[0].exit_code == 0
-    (cluster.faults / "bad-memory.py").write_text(FLIP_AND_KILL)
+    (cluster.faults / "bad-memory.py").write_text(FLIP + FLIP_AND_KILL)
     status, told = train(hurt)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.rung, incident.steps_lost) == ("signal", "replace", 0)
-    damaged = [r.event for r in journal.read(hurt.run.url) if isinstance(r.event, ev.CopyDamaged)]
+    damaged = damage_told(hurt)
     assert [(e.node, e.slot, e.step) for e in damaged] == [(status.mesh[0], 0, 8)]
     assert "block 0 is damaged" in damaged[0].detail
     assert status.strikes[status.mesh[0]] == 1

@@ -1,6 +1,7 @@
 """Workers of a real run stop or loop: each is found by our own deadlines, named, and recovered with equal bits."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -86,6 +87,11 @@ def test_hangs_are_found_named_and_recovered(cluster: Cluster, tmp_path: Path) -
     assert [(i.cause, i.culprit, i.rung) for i in status.incidents] == [
         ("hang", status.mesh[node], "replace") for node in (1, 0, 1)
     ]
+    for incident, rank in zip(status.incidents, (3, 1, 2), strict=True):
+        named = re.search(rf"; stack in (evidence/g\d+-r{rank}-stack\.txt)", incident.detail)
+        assert named is not None, incident.detail
+        stack = Path(hurt.run.url, named[1]).read_text()
+        assert re.search(r'"MainThread"\n +\S+ \(hangs.py:\d+\)', stack), stack
     stop, loop, grip = (incident.detail for incident in status.incidents)
     assert stop.startswith("rank 3 ") and "its process is stopped (SIGSTOP)" in stop
     assert loop.startswith("rank 1 does not wait for anybody while 3 others do") and "hangs.py:" in loop

@@ -58,7 +58,14 @@ class Node:
     """NodeWorkers with queues for what it reports."""
 
     def __init__(
-        self, log_dir: Path, *, slots: int = 2, node: str = "n0", preload: str = "fake_worker", on_message: Any = None
+        self,
+        log_dir: Path,
+        *,
+        slots: int = 2,
+        node: str = "n0",
+        preload: str = "fake_worker",
+        on_message: Any = None,
+        warm_workers: int = 0,
     ) -> None:
         self.messages: queue.Queue = queue.Queue()
         self.exits: queue.Queue[tuple[float, WorkerExit]] = queue.Queue()
@@ -75,6 +82,7 @@ class Node:
             preload=preload,
             on_message=on_message or self.messages.put,
             on_exit=lambda exit_: self.exits.put((time.monotonic(), exit_)),
+            warm_workers=warm_workers,
         )
         self.workers.start(60)
         self._known = before
@@ -224,6 +232,117 @@ def test_halt_kills_silently_and_the_next_generation_starts(node: Node) -> None:
     assert set(second) == {0, 1} and not set(second.values()) & set(first.values())
     assert node.exits.empty()
     assert log_lines(node, r"^\[g2 r1\] rank 1 of 2 runs wait", 1)
+
+
+def test_parked_workers_take_the_next_assignment_in_their_processes(node: Node) -> None:
+    node.begin(1, "wait")
+    first = node.pids()
+    assert node.workers.halt(20, park_s=10)
+    assert node.workers.halt(20, park_s=10), "the order may come again"
+    assert not gone(list(first.values()), 0)
+    node.begin(2, "wait")
+    assert node.pids() == first
+    assert node.exits.empty()
+    assert log_lines(node, r"^\[g1 r1\] rank 1 parks$", 1), "what it prints before it parks is of its generation"
+    assert log_lines(node, r"^\[g2 r1\] rank 1 of 2 runs wait", 1)
+    os.kill(first[1], signal.SIGKILL)
+    assert node.next_exit() == WorkerExit(generation=2, rank=1, pid=first[1], exit_code=None, signal=signal.SIGKILL)
+    assert not node.workers.halt(20, park_s=10), "one of them is dead"
+    node.begin(3, "wait")
+    third = node.pids()
+    assert third[0] == first[0] and third[1] != first[1]
+    node.workers.halt(20)
+    assert gone(list(third.values()), 0), "without the word to park all end"
+
+
+def test_a_worker_that_parks_by_itself_is_kept_and_its_words_are_told(node: Node) -> None:
+    node.begin(1, "park-itself")
+    words = [node.next_message() for _ in range(4)]
+    assert sorted(type(word).__name__ for word in words) == ["Failed", "Failed", "Parked", "Parked"]
+    assert node.workers.hear_out(0)
+    first = node.workers.pids()
+    assert node.workers.halt(20, park_s=10)
+    node.begin(2, "wait")
+    assert node.pids() == first and node.exits.empty()
+
+
+@pytest.mark.parametrize("how", ["stopped", "stuck"])
+def test_a_worker_that_does_not_park_is_killed_and_its_place_filled(node: Node, how: str) -> None:
+    """Stopped: it is not even waited for. Stuck: until the deadline."""
+    node.begin(1, "wait" if how == "stopped" else "stuck")
+    first = node.pids()
+    if how == "stopped":
+        os.kill(first[1], signal.SIGSTOP)
+        assert not node.workers.halt(WAIT_S, park_s=WAIT_S / 2)
+        assert gone([first[1]], 0) and not gone([first[0]], 0)
+    else:
+        assert not node.workers.halt(WAIT_S, park_s=0.2)
+        assert gone(list(first.values()), 0)
+    assert node.exits.empty()
+    node.begin(2, "wait")
+    second = node.pids()
+    assert (second[0] == first[0]) == (how == "stopped") and second[1] != first[1]
+
+
+def test_a_death_that_a_halt_overtakes_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.begin(1, "wait")
+    pids = node.pids()
+    os.kill(node.zygote_pid(), signal.SIGSTOP)  # it is the zygote that tells of deaths
+    os.kill(pids[0], signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        halt = pool.submit(node.workers.halt, WAIT_S, park_s=WAIT_S / 2)
+        os.kill(node.zygote_pid(), signal.SIGCONT)
+        assert not halt.result(WAIT_S)
+    assert node.next_exit().pid == pids[0]
+
+
+def test_a_parked_worker_that_dies_is_replaced_in_silence_and_one_too_many_is_ended(node: Node) -> None:
+    node.begin(1, "wait")
+    first = node.pids()
+    assert node.workers.halt(20, park_s=10)
+    os.kill(first[1], signal.SIGKILL)
+    assert gone([first[1]], WAIT_S)
+    node.begin(2, "wait")
+    third = node.pids()
+    assert third[0] == first[0] and third[1] != first[1]
+    assert node.workers.halt(20, park_s=10)
+    node.begin(4, "wait", ranks=(0,))
+    assert node.next_message().step == third[0]
+    assert gone([third[1]], WAIT_S) and node.exits.empty()
+
+
+def test_a_warm_worker_fills_the_place_of_a_dead_one_and_is_replaced(tmp_path: Path) -> None:
+    node = Node(tmp_path, warm_workers=9)  # no more than there are slots
+
+    def waiting() -> set[int]:
+        """Process ids of the node's worker processes without an assignment, once there are two."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            children = {child.pid for child in psutil.Process(node.zygote_pid()).children()}
+            spare = children - set(node.workers.pids().values())
+            if len(spare) == 2:
+                return spare
+            assert time.monotonic() < deadline, (children, spare)
+            time.sleep(0.01)
+
+    node.begin(1, "wait")
+    first = node.pids()
+    for _ in range(2):
+        node.workers.replenish()
+    warm = waiting()
+    os.kill(first[1], signal.SIGKILL)
+    assert node.next_exit().pid == first[1]
+    assert not node.workers.halt(20, park_s=10)
+    node.begin(2, "wait")
+    second = node.pids()
+    assert second[0] == first[0] and second[1] in warm
+    node.workers.replenish()
+    assert len(waiting() & warm) == 1
+    node.workers.halt(20)
+    assert len(waiting() & warm) == 1, "a halt that trusts no process ends those that have served"
+    assert node.exits.empty()
+    node.workers.shutdown(20)
+    assert not [c for c in psutil.Process().children() if c.pid not in node._known]
 
 
 def test_last_words_are_waited_for_but_not_those_of_the_dead_or_the_mute(node: Node) -> None:

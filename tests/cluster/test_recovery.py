@@ -1,5 +1,6 @@
 """A real run on real Ray nodes loses workers, a node and its controller, and ends with the untouched run's bits."""
 
+import itertools
 import os
 import signal
 import urllib.request
@@ -19,6 +20,7 @@ from herd import (
     spec_of,
     train,
     wait_for,
+    worker_pids,
 )
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -96,6 +98,52 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
     await_nothing_left(tmp_path / "ram")
 
 
+def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
+    """A worker dies, a collective breaks, a worker dies while another is stuck, and two die at once."""
+    spec = spec_of(job("parks", tmp_path, recovery={"park_deadline_s": 2}))
+    fault = cluster.faults / "parks.py"
+    slow = "import time; time.sleep(0.4)\n"
+    fault.write_text(slow)
+    pids: list[dict[int, int]] = []
+
+    def chaos(status: Status) -> None:
+        if status.job != "training" or status.generation != len(pids) + 1 or status.step < 4 * len(pids) + 2:
+            return
+        pids.append(worker_pids(spec, status))
+        match status.generation:
+            case 1:
+                kill_worker(spec, status, rank=2)
+            case 2:
+                broken = "raise RuntimeError('gloo: Connection reset by peer')"
+                fault.write_text(f"{slow}if session.generation == 2 and session.rank == 1: {broken}")
+            case 3:
+                mark = tmp_path / "stuck"
+                stuck = f"import ctypes; open({str(mark)!r}, 'w'); ctypes.CDLL(None).sleep(100)"
+                fault.write_text(f"{slow}if session.generation == 3 and session.rank == 0: {stuck}")
+                wait_for(mark.exists, 30, "a rank to be stuck")
+                kill_worker(spec, status, rank=3)
+            case 4:
+                fault.write_text(slow)
+                kill_worker(spec, status, rank=0)
+                kill_worker(spec, status, rank=2)
+            case 5:
+                fault.unlink()
+
+    status, told = train(spec, chaos)
+    assert status.exit_code == 0, told
+    assert [(i.cause, i.rung) for i in status.incidents] == [
+        ("signal", "replace"),
+        ("collective", "resume"),
+        ("signal", "replace"),
+        ("signal", "replace"),
+    ]
+    kept = [{rank for rank in one if one[rank] == other[rank]} for one, other in itertools.pairwise(pids)]
+    assert kept == [{0, 1, 3}, {0, 1, 2, 3}, {1, 2}, {1, 3}]
+    assert all(incident.steps_lost <= 1 for incident in status.incidents)
+    assert final_digest(spec) == untouched.digest
+    await_nothing_left(tmp_path / "ram")
+
+
 @pytest.mark.long  # seed 3 of the sweep does the same in each run of the tests
 def test_killed_node_without_replicas_restarts_from_the_checkpoint(
     cluster: Cluster, untouched: Untouched, tmp_path: Path
@@ -132,13 +180,17 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     hurt = spec_of(job("hurt", tmp_path, **mesh, cluster={"spares": 1}))
     slow = slow_down(cluster, "hurt", after=7)
     killed: list[str] = []
+    pids: list[dict[int, int]] = []
 
     def chaos(status: Status) -> None:
+        if status.job == "training" and status.generation == 2 and status.step >= 10 and len(pids) == 1:
+            pids.append(worker_pids(hurt, status))
+            slow.unlink()
         spares = [node for node, state in status.nodes.items() if state == "spare"]
         if status.job == "training" and status.step >= 8 and spares and not killed:
+            pids.append(worker_pids(hurt, status))
             killed.append(status.mesh[1])
             faults.kill_node(namespace_of(hurt.run.name), status.mesh[1], hurt.run.name, status.step)
-            slow.unlink()
 
     assert train(calm)[0].exit_code == 0
     try:
@@ -150,6 +202,8 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     assert (incident.cause, incident.culprit, incident.rung) == ("node", killed[0], "spare")
     assert incident.steps_lost <= 1
     assert final_digest(hurt) == final_digest(calm)
+    before, after = pids
+    assert {rank for rank in before if before[rank] == after[rank]} == {0, 1}, "those of the node that lives"
 
 
 @pytest.mark.long  # seed 24 of the sweep does the same in each run of the tests

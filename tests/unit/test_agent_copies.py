@@ -122,7 +122,7 @@ def test_whatever_comes_of_a_copy_the_rank_is_told(monkeypatch: pytest.MonkeyPat
     sent: list[Any] = []
     on = agent()
 
-    async def drop_others(own: Any) -> None:
+    async def drop_others(generation: int, own: Any) -> None:
         raise OSError("no such folder")
 
     on._buddies = SimpleNamespace(drop_others=drop_others)
@@ -138,11 +138,11 @@ def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> N
         halted = asyncio.Event()
         on = agent()
         on._loop = asyncio.get_running_loop()
-        on._spec = SimpleNamespace(recovery=SimpleNamespace(halt_deadline_s=1.0))
-        on._workers = SimpleNamespace(halt=lambda within_s: on._loop.call_soon_threadsafe(halted.set))
+        on._spec = SimpleNamespace(recovery=SimpleNamespace(halt_deadline_s=1.0, park_deadline_s=1.0))
+        on._workers = SimpleNamespace(halt=lambda within_s, park_s: on._loop.call_soon_threadsafe(halted.set))
         on._buddies = SimpleNamespace(end=halted.wait)  # a peer that has stopped
         on._held, on._facts, on._outbox, on._watch = {}, [], Outbox(), None
-        await on.halt(1, 2, False)
+        await on.halt(1, 2, False, False)
         assert on._outbox.reports()
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
@@ -153,16 +153,20 @@ def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> N
 CONFIG = parse({"run": {"name": "r", "url": "/nowhere"}, "model": {"preset": "tiny"}}).worker_config
 
 
+def plan_of(generation: int, step: int, **fields: Any) -> NodeAssignment:
+    """Of one worker."""
+    restore = contract.Restore(source="ram", step=step, generation=1)
+    return NodeAssignment(
+        epoch=1, generation=generation, group_rank=0, group_world_size=1, ranks=(0,), world_size=1, store_host="",
+        store_port=1, restore=restore, config=CONFIG, ram_dir="", **fields,
+    )  # fmt: skip
+
+
 def opened(on: Agent, generation: int, step: int, copied_step: int) -> int:
-    """Open a generation of one worker; what it is told of copies."""
+    """Open a generation; what it is told of copies."""
     told: list[NodeAssignment] = []
     on._workers = SimpleNamespace(assign=told.append)
-    restore = contract.Restore(source="ram", step=step, generation=1)
-    plan = NodeAssignment(
-        epoch=1, generation=generation, group_rank=0, group_world_size=1, ranks=(0,), world_size=1, store_host="",
-        store_port=1, restore=restore, config=CONFIG, ram_dir="", copied_step=copied_step,
-    )  # fmt: skip
-    asyncio.run(on.open(1, plan))
+    asyncio.run(on.open(1, plan_of(generation, step, copied_step=copied_step, keeper="b:1")))
     return told[0].copied_step
 
 
@@ -183,6 +187,7 @@ def opening() -> Agent:
     on._copied_step = on._restored_step = on._supposed_copied = 0
     on._spec = SimpleNamespace(patience=None)
     on._facts, on._kept, on._held, on._watch = [], [], {}, None
+    on._begins_to_train = lambda: None
     on._reader = SimpleNamespace(interrupt=lambda why: None)
     return on
 
@@ -204,3 +209,33 @@ def test_copies_of_what_was_given_up_are_neither_kept_nor_told(monkeypatch: pyte
     assert opened(on, 4, step=10, copied_step=9) == 9
     assert reported(on, 4, 11, 9) == 0
     assert reported(on, 4, 12, 11) == 11
+
+
+# --- what is of no use any more ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keeper", "dropped"), [("", [13]), ("b:1", [])])
+def test_snapshots_of_other_slots_go_once_all_ranks_have_one_of_this_mesh(
+    monkeypatch: pytest.MonkeyPatch, keeper: str, dropped: list[int]
+) -> None:
+    """Where copies are kept, they go when the copies of a later step are complete."""
+    monkeypatch.setattr(agents, "NodeWatch", lambda *args: None)
+    drops: list[Any] = []
+
+    async def work() -> None:
+        on = opening()
+        at = 0
+
+        async def drop_others(generation: int, own: tuple[int, ...], but: Any = None) -> None:
+            drops.append((own, but, at))
+
+        on._buddies = SimpleNamespace(end=nothing, drop_others=drop_others)
+        on._workers = SimpleNamespace(assign=lambda plan: None)
+        on._sending = set()
+        await on.open(1, plan_of(2, step=11, keeper=keeper, snapshot_slots={0: range(1, 3)}))
+        for at in (12, 13, 14):
+            reported(on, 2, at, 0)
+            await asyncio.gather(*on._sending)
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert drops == [((0,), (1, 11), 0), *(((0,), None, at) for at in dropped)]

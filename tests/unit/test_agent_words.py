@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.runtime import agent as agent_module
 from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.assignment import WorkerExit
 from orchestrator.runtime.copies import Copies
@@ -44,9 +45,10 @@ class Ranks:
         self.say()
         return True
 
-    def halt(self, deadline_s: float) -> None:
-        assert 0 < deadline_s <= 10
-        self.log.append("ended")
+    def halt(self, deadline_s: float, park_s: float) -> bool:
+        assert 0 < deadline_s <= 10 and park_s in (0.0, 3.0)
+        self.log.append("parked" if park_s else "ended")
+        return park_s > 0
 
 
 @pytest.fixture
@@ -58,7 +60,8 @@ def agent(ranks: Ranks, tmp_path: Any) -> Agent:
     """As far as words need one; it takes a Ray worker to make a whole one."""
     made = Agent.__new__(Agent)
     spec = SimpleNamespace(
-        recovery=SimpleNamespace(halt_deadline_s=10.0), run=SimpleNamespace(url=f"file://{tmp_path}/run")
+        recovery=SimpleNamespace(halt_deadline_s=10.0, park_deadline_s=3.0),
+        run=SimpleNamespace(url=f"file://{tmp_path}/run"),
     )
     made.__dict__.update(
         _epoch=1, _ended_generation=0, _copies={}, _node="a", _ray_node="x", _run="r", _ram_dir=str(tmp_path / "ram"),
@@ -88,12 +91,32 @@ def test_a_rank_that_another_has_stopped_is_told_of_when_it_has_ended(ranks: Ran
     asyncio.run(work())
 
 
+def test_a_rank_that_another_has_stopped_is_told_of_though_it_parks_and_no_halt_comes(
+    ranks: Ranks, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "LAST_WORDS_S", 0.01)
+
+    async def work() -> None:
+        a = agent(ranks, tmp_path)
+        for rank in (0, 1):
+            a._on_message(word(rank, "unclean"))
+            a._on_message(contract.Parked(generation=GENERATION, rank=rank, step=5))
+        assert told(a) == []
+        deadline = a._loop.time() + DEADLINE_S
+        while len(told(a)) < 2:
+            assert a._loop.time() < deadline
+            await asyncio.sleep(0.01)
+        assert told(a) == [word(0, "unclean"), word(1, "unclean")]
+
+    asyncio.run(work())
+
+
 def test_a_halt_for_corrupt_state_hears_its_ranks_first(ranks: Ranks, tmp_path: Any) -> None:
     async def work() -> None:
         a = agent(ranks, tmp_path)
         a._on_message(word(0, "unclean"))
         ranks.say = lambda: a._call(a._on_message, word(1, "corrupt"))  # as the workers' thread does
-        await asyncio.wait_for(a.halt(1, GENERATION, hear_out=True), DEADLINE_S)
+        await asyncio.wait_for(a.halt(1, GENERATION, hear_out=True, park=False), DEADLINE_S)
         assert ranks.log == ["heard", "ended"]
         assert told(a) == [word(1, "corrupt"), HaltedAlike(generation=GENERATION, snapshots=())]
 
@@ -107,8 +130,8 @@ def test_a_halt_for_another_cause_waits_for_nobody_and_tells_that_state_was_corr
         a = agent(ranks, tmp_path)
         a._on_message(word(0, "unclean"))
         a._on_message(word(1, "unclean"))
-        await asyncio.wait_for(a.halt(1, GENERATION, hear_out=False), DEADLINE_S)
-        assert ranks.log == ["ended"]
-        assert told(a) == [word(0, "unclean"), HaltedAlike(generation=GENERATION, snapshots=())]
+        await asyncio.wait_for(a.halt(1, GENERATION, hear_out=False, park=True), DEADLINE_S)
+        assert ranks.log == ["parked"]
+        assert told(a) == [word(0, "unclean"), HaltedAlike(generation=GENERATION, snapshots=(), parked=True)]
 
     asyncio.run(work())

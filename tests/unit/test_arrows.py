@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_there_are_modules_to_look_at():
     names = {name for name, _ in modules()}
     assert {"orchestrator.core.supervisor", "trainer.contract", "storage.manifest", "storage"} <= names
     assert len(names) > 50
+
+
+def test_no_two_modules_of_tests_have_one_name():
+    """pytest imports them by it, and one run of all the tests would end before the first."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 50
+    assert not [name for name, n in names.items() if n > 1]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -29,6 +29,7 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         "run": {"name": "r", "url": str(tmp_path), "steps": 9},
         "model": {"preset": "tiny"},
         "parallel": {"dp_replicate": 4},
+        "recovery": {"min_replicas": 4},
     }
     body = Body(
         parse(document),
@@ -65,6 +66,18 @@ def test_a_node_that_is_left_alone_ends_no_wait_for_another(tmp_path):
     assert events == [ev.NodesRefused(at=0, error="node e did not come up: no memory")]
     body._check_hope(there("a", "c", "d", "e"))
     assert len(events) == 1, "told once"
+
+
+def test_nodes_that_are_left_alone_end_a_wait_only_if_the_smallest_mesh_cannot_be_filled(tmp_path):
+    events: list[ev.Event] = []
+    body = body_of(tmp_path, events)
+    body._spec = body._spec.model_copy(update={"recovery": body._spec.recovery.model_copy(update={"min_replicas": 3})})
+    body._given_up["d"] = "node d did not come up: no memory"
+    body._check_hope(there("a", "b", "c", "d"))
+    assert events == []
+    body._given_up["c"] = "node c did not come up: no disk"
+    body._check_hope(there("a", "b", "c", "d"))
+    assert events == [ev.NodesRefused(at=0, error="node c did not come up: no disk")]
 
 
 def test_the_loss_of_a_node_is_told_once_however_often_it_is_seen(tmp_path):

@@ -15,6 +15,7 @@ from orchestrator.runtime import body as bodies
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle
 from orchestrator.runtime.reports import MeshFold, NodeStep
+from orchestrator.spec import parse
 from storage.manifest import ManifestError
 from storage.wires import PeerError
 
@@ -137,3 +138,49 @@ def test_what_was_copied_is_known_over_generations(tmp_path: Any) -> None:
         body._note_copied(step)
         known.append(body._copied_step)
     assert known == [10, 10, 12, 9, 13], "one that never trained takes nothing along; after a rewind, no later step"
+
+
+def test_a_smaller_mesh_has_its_own_numbers_and_restores_by_the_old_ones(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages of two replicas, on a b and c s; a is lost. Who had the same shard may mend what is damaged."""
+    document = {
+        "run": {"name": "r", "url": str(tmp_path)},
+        "model": {"preset": "tiny"},
+        "data": {"global_batch": 8},
+        "parallel": {"pp": 2, "dp_replicate": 2, "microbatches": 2},
+    }
+    body = body_of(tmp_path, [])
+    body._spec = parse(document)
+    calls = Calls(body, monkeypatch)
+
+    async def work() -> None:
+        for opening in (
+            order("init", generation=2, step=0, dp_replicate=2, snapshot_dp_replicate=2),
+            order(generation=3, nodes=("b", "c"), dp_replicate=1, snapshot_dp_replicate=2),
+        ):
+            body.perform(opening)
+            await body._opening
+            body.agents.pop("a", None)
+
+    asyncio.run(work())
+    assert (body.fold.ranks, body._layout.dp_replicate) == (2, 1)
+    plans = [calls.opened[node] for node in ("b", "c")]
+    assert [(plan.ranks, plan.world_size, plan.group_world_size) for plan in plans] == [((0,), 2, 2), ((1,), 2, 2)]
+    assert [plan.snapshot_slots for plan in plans] == [{0: range(0, 2)}, {1: range(2, 4)}]
+    assert [[(h.node, h.slot) for h in plan.holders[rank]] for rank, plan in enumerate(plans)] == [[], [("s", 3)]]
+    parallel = plans[0].config.parallel
+    assert (parallel.dp_replicate, parallel.world_size, parallel.microbatches) == (1, 2, 4)
+    assert plans[0].config.samples == calls.opened["s"].config.samples == 2
+
+
+def test_a_copy_in_another_meshs_numbers_names_holders_by_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mesh grows: the third replica is copied from the first of two; the second has the same."""
+    body = body_of(tmp_path, [])
+    calls = Calls(body, monkeypatch)
+    body._filled = {2: ("a", "b")}
+    copy = Transfer(slot=0, to_node="c", from_slot=0, from_node="a")
+    asyncio.run(body._open(order(transfers=(copy,), nodes=("a", "b", "c", "s"), snapshot_dp_replicate=2)))
+    ((*_, source, others),) = calls.fetched
+    assert (source.node, source.slot, [(h.node, h.slot) for h in others]) == ("a", 0, [("b", 1)])
+    assert [(h.node, h.slot) for h in calls.opened["a"].holders[0]] == [("b", 1)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from core_watch import LIMITS
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import OpenGeneration, SetTimer, VerifyCheckpoint
+from orchestrator.core.actions import HaltGeneration, OpenGeneration, SetTimer, VerifyCheckpoint
 from orchestrator.core.events import Layout, Snapshot
 from orchestrator.core.recovery import EVIDENCE_KEPT
 from orchestrator.core.supervisor import Supervisor
@@ -186,3 +187,17 @@ def test_of_ten_thousand_findings_the_earliest_step_decides_what_is_restored() -
         core.handle(ev.NodeHalted(at=13_000_000, node=f"n{number}", generation=1, snapshots=held))
     assert core.state.order is not None
     assert (core.state.order.source, core.state.order.step) == ("ram", 8)
+
+
+def slow(core: Supervisor, **fields: bool) -> ev.NodeSlow:
+    return ev.NodeSlow(at=3_000_000, node="n1", generation=core.state.generation, detail="30% slower", slot=1, **fields)
+
+
+def test_a_slow_node_is_swapped_only_if_that_is_wanted_and_it_is_the_node() -> None:
+    swaps = started(nodes=2, slots_per_node=1, spares=1)
+    assert any(isinstance(action, HaltGeneration) for action in swaps.handle(slow(swaps)))
+    for workload, swaps_slow in ((True, True), (False, False)):
+        core = started(nodes=2, slots_per_node=1, spares=1)
+        core.state.limits = replace(LIMITS, swaps_slow=swaps_slow)
+        assert core.handle(slow(core, workload=workload)) == []
+        assert (core.state.slow, core.state.strikes) == ({"n1": core.state.generation}, {})

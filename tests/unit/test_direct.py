@@ -35,19 +35,23 @@ def expected(pieces: list[tuple[int, memoryview]], size: int) -> bytes:
 
 
 def write(path: Path, pieces: list[tuple[int, memoryview]], size: int, buffers: direct.Buffers | None = None) -> None:
-    """Write, and check that each byte of each piece was shown to the check once, and as it is."""
+    """Write, and check that each byte of each piece was looked at twice, as it is: unwritten, then written."""
     seen: Counter = Counter()
     lock = threading.Lock()
 
-    def check(number: int, begin: int, written: memoryview) -> None:
+    def look(number: int, begin: int, memory: memoryview) -> None:
         assert begin % direct.UNIT_BYTES == 0
-        assert written == pieces[number][1][begin : begin + len(written)]
+        at, piece = pieces[number]
+        assert memory == piece[begin : begin + len(memory)]
+        with open(path, "rb") as file:
+            file.seek(at + begin)
+            written = file.read(len(memory)) == memory
         with lock:
-            seen[number] += len(written)
+            seen[number, written] += len(memory)
 
     path.touch()
-    direct.write(path, pieces, size, check, buffers or direct.Buffers())
-    assert seen == Counter({n: len(piece) for n, (_, piece) in enumerate(pieces) if piece})
+    direct.write(path, pieces, size, look, buffers or direct.Buffers())
+    assert seen == Counter({(n, w): len(piece) for n, (_, piece) in enumerate(pieces) if piece for w in (False, True)})
 
 
 MIXTURES = {
@@ -154,18 +158,20 @@ def test_a_write_that_fails_is_told(tmp_path, monkeypatch, failure):
         write(tmp_path / "x", pieces, size)
 
 
-def test_a_check_that_fails_ends_the_write(tmp_path):
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_look_that_fails_ends_the_write(tmp_path, failing):
     pieces, size = pieces_of([direct.UNIT_BYTES] * 16, [0] * 16)
-    checked = []
+    looks: Counter = Counter()
 
-    def check(number: int, begin: int, written: memoryview) -> None:
-        checked.append(number)
-        raise ValueError("changed")
+    def look(number: int, begin: int, memory: memoryview) -> None:
+        looks[number] += 1
+        if looks[number] == failing:
+            raise ValueError("changed")
 
     (tmp_path / "x").touch()
     with pytest.raises(ValueError, match="changed"):
-        direct.write(tmp_path / "x", pieces, size, check, direct.Buffers())
-    assert len(checked) <= direct.THREADS
+        direct.write(tmp_path / "x", pieces, size, look, direct.Buffers())
+    assert len(looks) <= direct.THREADS
 
 
 def test_buffers_are_made_once(tmp_path, monkeypatch):

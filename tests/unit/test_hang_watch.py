@@ -215,8 +215,8 @@ class Node:
         for rank in ranks or self.ranks:
             self.hear(contract.Phase, rank, phase=phase)
 
-    def steps(self, *durations_us: int) -> None:
-        zero = dict.fromkeys(("data_us", "snapshot_us", "save_us", "tokens", "snapshot_step"), 0)
+    def steps(self, *durations_us: int, save_us: int = 0) -> None:
+        zero = dict.fromkeys(("data_us", "snapshot_us", "tokens", "snapshot_step"), 0) | {"save_us": save_us}
         for duration_us in durations_us:
             self.step += 1
             for rank in self.ranks:
@@ -293,7 +293,7 @@ def test_patience_follows_the_slowest_of_the_recent_steps_and_never_passes_the_c
     node = Node(0)
     node.phase("compute")
     node.steps(S, 12 * S, S)
-    assert node.seconds(60) == []
+    assert node.seconds(36) == []
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(*[S] * hangs.PACE_STEPS)
     assert node.seconds(20)[0] == Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, hopeless=False)
@@ -303,6 +303,15 @@ def test_patience_follows_the_slowest_of_the_recent_steps_and_never_passes_the_c
     (report,) = node.seconds(1)
     assert isinstance(report, Stalled)
     assert report.patience_us == 90 * S
+
+
+def test_steps_that_begin_a_save_are_rare_and_are_not_forgotten_for_it() -> None:
+    node = Node(0)
+    node.phase("compute")
+    node.steps(25 * S, save_us=24 * S)
+    node.steps(*[S] * 100)
+    assert node.seconds(75) == []
+    assert isinstance(node.seconds(1)[0], Stalled)
 
 
 @pytest.mark.parametrize(("phase", "seconds"), [("validate", 90), ("checkpoint", 720)])
@@ -367,7 +376,7 @@ def test_the_pace_of_validation_is_learnt() -> None:
     node.steps(S)
     for _ in range(3):
         node.phase("validate")
-        node.seconds(6)
+        node.seconds(10)
     node.phase("compute")
     node.steps(S)
     node.phase("validate")
@@ -462,6 +471,68 @@ def test_when_all_wait_nobody_is_named() -> None:
     assert "all 2 ranks wait for each other; furthest behind is rank 1" in hung.detail
 
 
+LOSS = "loop.py:129 train_step > loop.py:235 _sum_over_ranks > distributed_c10d.py:3200 all_reduce"
+AUDIT = LOSS.replace(":129", ":148")
+SHARDS = "loop.py:121 train_step > parallel.py:292 forward_backward > _fsdp_param.py:88 wait"
+
+
+def begun(*counts: tuple[int, int, int]) -> list[dict[str, int]]:
+    """Of each rank: in the world, among its stage's replicas, and in its pipeline."""
+    return [dict(zip(("w", f"s{rank // 2}", f"p{rank % 2}"), count, strict=True)) for rank, count in enumerate(counts)]
+
+
+EVEN = begun((9, 5, 8), (9, 5, 8), (9, 4, 8), (9, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("places", "exchanges", "steps", "out_of_step"),
+    [
+        pytest.param([LOSS, LOSS, AUDIT, LOSS], EVEN, [17] * 4, 2, id="past the sum that the others wait in"),
+        pytest.param([LOSS, SHARDS, LOSS, LOSS], EVEN, [17, 18, 17, 17], 1, id="a step ahead"),
+        pytest.param(
+            [SHARDS, LOSS, LOSS, LOSS],
+            begun((8, 5, 8), (9, 4, 8), (9, 4, 8), (9, 4, 8)),
+            [17] * 4,
+            1,
+            id="left out what its peer waits in",
+        ),
+        pytest.param([LOSS, SHARDS, LOSS, LOSS], EVEN, [17] * 4, None, id="alone, and has left nothing out"),
+        pytest.param([LOSS, LOSS, AUDIT, AUDIT], EVEN, [17] * 4, None, id="no majority"),
+        pytest.param([SHARDS, SHARDS, LOSS, SHARDS], EVEN, [17] * 4, None, id="not where all meet"),
+        pytest.param(
+            [SHARDS, LOSS, SHARDS, LOSS],
+            begun((8, 5, 8), (9, 4, 8), (8, 4, 8), (9, 3, 8)),
+            [17] * 4,
+            None,
+            id="two that have left one out",
+        ),
+        pytest.param(
+            [SHARDS] * 4, begun((9, 5, 8), (9, 6, 6), (9, 4, 8), (9, 4, 9)), [17] * 4, None, id="in one place"
+        ),
+    ],
+)
+def test_who_has_left_an_exchange_out_is_named(
+    places: list[str], exchanges: list[dict[str, int]], steps: list[int], out_of_step: int | None
+) -> None:
+    mesh = MeshWatch(("a",), stage_ranks=2)
+    each = zip(steps, places, exchanges, strict=True)
+    ranks = [replace(standing(n, 30, step=s), where=where, exchanges=e) for n, (s, where, e) in enumerate(each)]
+    (hung,) = mesh.feed("a", stalled(*ranks))
+    assert (hung.slot, "out of step" in hung.detail) == (out_of_step, out_of_step is not None), hung.detail
+
+
+def test_a_pulse_tells_how_many_exchanges_its_rank_has_begun() -> None:
+    node = Node(0)
+    node.phase("compute")
+    node.hear(contract.Pulse, 0, waiting=True, where=LOSS, exchanges={"w": 7})
+    node.steps(S)
+    node.hear(contract.Pulse, 0, waiting=True, where=LOSS, exchanges={"w": 12})
+    node.quiet = {0}
+    *_, report = node.seconds(95)
+    assert isinstance(report, Stalled)
+    assert report.ranks[0].exchanges == {"w": 12}
+
+
 def test_long_work_for_which_nobody_waits_is_given_time() -> None:
     mesh = MeshWatch(("a",))
     assert mesh.feed("a", stalled(standing(0, 0), standing(1, 5))) == []
@@ -486,8 +557,9 @@ def test_a_silent_rank_becomes_one_event() -> None:
         slot=1,
         step=17,
         detail="rank 1 hangs: silent for 8.4 s, its process is stopped (SIGSTOP); "
-        "last step 17, phase compute, at llama.py:88 forward",
+        "last step 17, phase compute, at llama.py:88 forward; stack in evidence/g3-r1-stack.txt",
     )
+    assert fold.unseen == [("b", 1)]
     assert fold.feed(8, ("b",), silent(1)) == []
 
 

@@ -18,7 +18,7 @@ def test_the_view_of_a_log_prints_news_at_once_and_progress_now_and_then(capsys,
         show(PICTURE, ["node n1 joined (1 of 5)", "[bold]not markup[/]"])
         show(replace(PICTURE, step=42), [])
         now[0] += live.PLAIN_INTERVAL_S + 1
-        show(replace(PICTURE, step=43, hold="disk full", wall_clock_s=3725.5), [])
+        show(replace(PICTURE, step=43, hold="disk full", wall_clock_s=3725.5, replicas=2), [])
         now[0] += live.PLAIN_INTERVAL_S + 1
         show(replace(PICTURE, job="halting"), ["rank 3 on n2 was killed by signal 9"])
     assert capsys.readouterr().out.splitlines() == [
@@ -26,7 +26,7 @@ def test_the_view_of_a_log_prints_news_at_once_and_progress_now_and_then(capsys,
         "[  3:20.0] node n1 joined (1 of 5)",
         "[  3:20.0] [bold]not markup[/]",
         "[  3:20.0] step 41/100 loss 3.2500  1,234 tokens/s  goodput 75.0%",
-        "[ 62:05.5] step 43/100 loss 3.2500  1,234 tokens/s  goodput 75.0%  HOLD",
+        "[ 62:05.5] step 43/100 loss 3.2500  1,234 tokens/s  goodput 75.0%  2 of 3 replicas  HOLD",
         "[  3:20.0] rank 3 on n2 was killed by signal 9",
     ]
 
@@ -42,6 +42,7 @@ def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):
         "checkpoints: 10 damaged, 20 verified (pinned), 40 committed in doubt; 40 is being read back\n"
         "checkpoint 10 is damaged, says n1 and n3: rank-00000.bin: block 3\n"
         "checkpoint 40 is in doubt, says n1: block 9\n"
+        "node n1 computes more slowly than its peers\n"
         "node n2 has misread checkpoint 20, which n1 found whole afterwards: block 7\n"
     ) in text
     (row,) = [line for line in text.splitlines() if line.startswith("│ 1")]

@@ -74,9 +74,11 @@ def test_copies_are_counted_where_some_are_made():
             "replicas": need_of(spec(slots=2, dp_shard=2, dp_replicate=2)),
             "stages": need_of(spec(slots=2, pp=2, dp_replicate=2, microbatches=2)),
             "shards": need_of(spec(slots=2, dp_shard=4)),
+            "replicas of stages": need_of(spec(slots=1, pp=2, dp_replicate=2, microbatches=2)),
         }.items()
     }
-    assert files == {"one node": 3, "replicas": 3, "stages": 6, "shards": 6}
+    whole = {"one node": 3, "replicas": 3, "stages": 6, "shards": 6}
+    assert files == whole | {"replicas of stages": 6}, "one that is left of two is copied"
 
 
 def test_a_snapshot_has_room_for_what_the_tier_allocates(tmp_path):

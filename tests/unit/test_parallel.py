@@ -81,6 +81,37 @@ def test_follows_a_single_process_step_for_step(parallel: ParallelConfig) -> Non
     assert losses[-1] < losses[0] - 0.2, "the run must learn, else equal losses show little"
 
 
+@pytest.mark.parametrize(
+    ("declared", "replicas"),
+    [
+        (ParallelConfig(dp_replicate=4), 3),
+        (ParallelConfig(pp=2, dp_replicate=4, microbatches=2), 3),
+        (ParallelConfig(dp_replicate=2, dp_shard=2, microbatches=2), 1),
+    ],
+    ids=["uneven", "uneven pipelines", "sharded"],
+)
+def test_a_shrunk_mesh_follows_a_single_process_step_for_step(declared: ParallelConfig, replicas: int) -> None:
+    """Also where some replicas take a microbatch more than others. Microbatches keep their size."""
+    whole = config_of(declared)
+    results = on_ranks(train_and_record_rows, whole.with_replicas(replicas))
+    expected = single(4)
+    for kind in (contract.StepDone, contract.Validated):
+        losses = [message.loss for message in of_type(results[0][0], kind)]
+        assert losses == pytest.approx([message.loss for message in of_type(expected, kind)], rel=1e-5, abs=0), kind
+    rows = [row for _, own, _ in results[:: declared.tp] for row in own]
+    assert sorted(rows) == sorted(list(range(8)) * declared.pp), "each sample once, whatever the mesh"
+    samples = 8 // (declared.dp * declared.microbatches)
+    assert all(len(own) == count * samples for _, own, count in results)
+    assert max(count for *_, count in results) == -(-declared.dp_replicate * declared.microbatches // replicas)
+
+
+def train_and_record_rows(config: WorkerConfig) -> tuple[list[Any], list[int], int]:
+    messages: list[Any] = []
+    session = make_session(config, messages)
+    train(session, saved_step=-1)
+    return messages, list(session.stage.rows), session.stage.microbatches
+
+
 @pytest.mark.parametrize("parallel", [HYBRID_3D, SHARDED_3D], ids=["hybrid", "sharded"])
 def test_runs_of_one_mesh_are_bit_identical(parallel: ParallelConfig) -> None:
     first, second = trained(parallel), on_ranks(train_and_record, config_of(parallel, layers_of(parallel)), 8)

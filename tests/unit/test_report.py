@@ -86,6 +86,12 @@ def test_every_incident_is_told(seed: int) -> None:
         assert sum(shown) == sum(told["phases_us"].values())
 
 
+def test_stragglers_are_told() -> None:
+    slow = [r.event for r in trace("slow_node") if isinstance(r.event, ev.NodeSlow)]
+    text = page_of(trace("slow_node")).text("stragglers")
+    assert slow and all(f"node {event.node}: {event.detail}" in text for event in slow)
+
+
 def test_the_timeline_has_nodes_generations_and_marks() -> None:
     records = hostile(11)
     history = fold(records)
@@ -314,3 +320,14 @@ def test_a_run_whose_training_never_began_has_a_page() -> None:
     page = page_of(records_of([declared, began, found, refused]))
     assert "out of disk" in page.text("verdict") and "Exit code 1 means" in page.text("verdict")
     assert isinstance(page.json("report-data")["ledger_us"]["provisioning"], int)
+
+
+def test_a_mesh_that_shrinks_and_grows_is_told_by_its_replicas() -> None:
+    page = page_of(trace("shrink_and_grow"))
+    shrunk, grown = (text for _, text in page.find("article", under="incidents"))
+    assert "the mesh went on with 2 replicas instead of 3, without c and f, and new workers restored step 40" in shrunk
+    assert "the mesh grew from 2 to 3 replicas, with f and g, and new workers restored step 50" in grown
+    records = trace("shrink_and_grow")
+    grows = next(i for i, record in enumerate(records) if isinstance(record.event, ev.TimerFired))
+    assert "2 replicas were there last" in page_of(records[:grows]).text("facts")
+    assert "there last" not in page.text("facts")

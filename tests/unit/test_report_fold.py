@@ -52,6 +52,7 @@ def test_the_fold_of_any_history_tells_what_the_supervisor_knows(choices: bytes)
     told = {row.step: (row.generation, row.fate) for row in history.checkpoints.rows if row.fate in TRUSTS}
     assert told == {step: (c.generation, c.trust) for step, c in final.checkpoints.items()}
     assert len(history.checkpoints.failures) == final.saves_failed
+    assert len(history.stragglers) == sum(isinstance(record.event, ev.NodeSlow) for record in records)
 
 
 @settings(max_examples=40, deadline=None)

@@ -358,22 +358,28 @@ TWO = (Snapshot(generation=3, step=19), Snapshot(generation=4, step=20))
     ],
 )
 def test_a_node_answers_in_short_when_all_slots_of_its_place_hold_the_same(held, alike):
-    told = halted(GENERATION, (2, 3), held)
-    if alike is None:
-        assert told == Halted(generation=GENERATION, snapshots=held)
-    else:
-        assert told == HaltedAlike(generation=GENERATION, snapshots=alike)
+    for parked in (False, True):
+        told = halted(GENERATION, (2, 3), held, parked)
+        if alike is None:
+            assert told == Halted(generation=GENERATION, snapshots=held, parked=parked)
+        else:
+            assert told == HaltedAlike(generation=GENERATION, snapshots=alike, parked=parked)
 
 
 def test_nodes_that_hold_the_same_are_told_of_as_one():
     alike = HaltedAlike(generation=GENERATION, snapshots=TWO)
-    told = group(("a", alike), ("b", HaltedAlike(generation=GENERATION, snapshots=())), ("c", alike))
-    assert [list(t.tellers) for t in told] == [["a", "c"], ["b"]]
-    fold = MeshFold(generation=GENERATION, nodes=("a", "b", "c"), ranks=6, done=START)
+    parked = replace(alike, parked=True)
+    other = HaltedAlike(generation=GENERATION, snapshots=())
+    told = group(("a", alike), ("b", other), ("c", alike), ("d", parked), ("e", parked))
+    assert [list(t.tellers) for t in told] == [["a", "c"], ["b"], ["d", "e"]]
+    fold = MeshFold(generation=GENERATION, nodes=("a", "b", "c", "d", "e", "f"), ranks=12, done=START)
+    told.append(Told({"f": 1}, Halted(generation=GENERATION, snapshots={}, parked=True)))
     events = [event for t in told for event in fold.feed(5, t.tellers, t.report)]
     assert events == [
         ev.NodesHalted(at=5, nodes=("a", "c"), generation=GENERATION, snapshots=TWO),
         ev.NodesHalted(at=5, nodes=("b",), generation=GENERATION, snapshots=()),
+        ev.NodesHalted(at=5, nodes=("d", "e"), generation=GENERATION, snapshots=TWO, parked=True),
+        ev.NodeHalted(at=5, node="f", generation=GENERATION, snapshots={}, parked=True),
     ]
 
 
@@ -421,7 +427,7 @@ def test_reports_survive_the_wire():
     reports = [
         *(report for node in range(2) for report in node_life(node, 2)),
         Halted(generation=GENERATION, snapshots={2: TWO, 3: ()}),
-        HaltedAlike(generation=GENERATION, snapshots=TWO),
+        HaltedAlike(generation=GENERATION, snapshots=TWO, parked=True),
         Exited(generation=GENERATION, rank=1, exit_code=None, signal=9),
         contract.Failed(generation=GENERATION, rank=1, step=22, kind="memory", error="e", traceback="t"),
     ]

@@ -260,3 +260,44 @@ def check_divides(spec: JobSpec) -> None:
     slots = [list(placement.slots_of(layout, place)) for place in range(layout.nodes)]
     assert [slot for node in slots for slot in node] == list(range(p.world_size))
     assert all(len({slot // p.tp for slot in node}) * p.tp == len(node) for node in slots), "tp stays inside a node"
+
+
+def test_many_nodes_report_through_others_and_may_be_silent_longer():
+    def silence_s(nodes: int, **recovery: float) -> float:
+        parallel, data = {"dp_replicate": nodes}, {"global_batch": nodes}
+        return parse(document(parallel=parallel, data=data, recovery=recovery)).recovery.node_silence_s
+
+    assert (silence_s(255), silence_s(256), silence_s(256, node_silence_s=12)) == (4.5, 10, 12)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "shards", "slots", "min_replicas", "shrinks_to"),
+    [
+        (4, 1, 1, 1, (3, 2, 1)),
+        (4, 2, 2, 3, (3,)),
+        (4, 4, 2, 4, ()),
+        (1, 4, 2, 1, ()),
+        (4, 1, 2, 1, ()),  # a node holds two replicas, and cannot lose one of them
+    ],
+)
+def test_a_mesh_shrinks_as_far_as_it_may_where_a_replica_fills_whole_nodes(
+    replicas, shards, slots, min_replicas, shrinks_to
+):
+    job = document(
+        parallel={"dp_replicate": replicas, "dp_shard": shards},
+        data={"global_batch": 16},
+        cluster={"slots_per_node": slots},
+        recovery={"min_replicas": min_replicas},
+    )
+    assert parse(job).layout.shrinks_to == shrinks_to
+
+
+def test_a_shrunk_mesh_has_the_same_batch_in_the_same_microbatches():
+    job = document(parallel={"dp_replicate": 4, "dp_shard": 2, "microbatches": 3}, data={"global_batch": 96})
+    whole = parse(job).worker_config
+    assert whole.with_replicas(4) == whole
+    for replicas, most in ((3, 4), (2, 6), (1, 12)):
+        config = whole.with_replicas(replicas)
+        assert (config.samples, config.parallel.microbatches, config.parallel.dp_replicate) == (4, most, replicas)
+        assert config.data == whole.data
+        assert config.with_replicas(2) == whole.with_replicas(2), "whatever it was made from"

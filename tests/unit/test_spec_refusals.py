@@ -110,6 +110,8 @@ INTEGER, NUMBER, TRUTH, TEXT = "a valid integer", "a valid number", "a valid boo
         ("recovery", "collective_timeout_s", 0, "greater than 0"),
         ("recovery", "same_error_tries", 0, "greater than or equal to 1"),
         ("recovery", "recoveries_without_progress", 0, "greater than or equal to 1"),
+        ("recovery", "min_replicas", 0, "greater than or equal to 1"),
+        ("recovery", "min_replicas", 2, "must be at most parallel.dp_replicate = 1"),
         ("recovery", "strikes", 0, "greater than or equal to 1"),
         ("recovery", "driver_lease_s", 0, "greater than 0"),
         ("metrics", "bind", 8, TEXT),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from parallel_pool import run_ranks
 from test_storage_ranks import check_against, ran, sharded_state, tmp_path_for
 
-from storage import blocks, durable_write
+from storage import blocks, direct, durable_write
 from storage import checkpointer as checkpointers
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, read_commit, state_digest, verify
@@ -113,6 +113,21 @@ def test_the_state_of_the_step_is_written_however_far_training_has_gone(tmp_path
     assert verify(url, commit) == []
 
 
+def test_a_checkpointer_that_is_closed_abandons_its_save_and_completes_its_snapshot(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch.setattr)
+    url, state = str(tmp_path), small_state()
+    saver, ended = checkpointer(url), Ended()
+    saver.snapshot(state)
+    saver.begin_save(state, None, ended)
+    assert gate.reached.wait(WAIT_S)
+    assert not saver.close(0.1), "it is still in the store's hands"
+    gate.open.set()
+    assert saver.close(WAIT_S)
+    assert "abandoned" in str(ended.result())
+    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert saver.newest_snapshot == state.step
+
+
 def test_buffers_are_made_once_and_hold_the_newest_state(tmp_path):
     url, state, saver = str(tmp_path), small_state(), checkpointer(str(tmp_path))
     addresses = []
@@ -195,22 +210,30 @@ def test_a_try_that_hangs_is_not_tried_again_over_itself(tmp_path, monkeypatch):
     assert verify(str(tmp_path), commit_of(saver.save(small_state()))) == []
 
 
-def test_what_changes_in_memory_while_it_is_written_fails_the_save(tmp_path, monkeypatch):
-    """The audit has passed the copy, and block digests are those of what is written: only the chunk's can tell."""
-    state = small_state()
-    saver, ended = checkpointer(str(tmp_path)), Ended()
-    content = durable_write.SavePlanner.content
-    asked: dict[str, int] = {}
+@pytest.mark.parametrize(("flipped", "found"), [("before", "state changed at rest: w"), ("between", "w: changed")])
+def test_what_changes_in_memory_around_the_write_fails_the_save(tmp_path, monkeypatch, flipped, found):
+    """What changes before it is digested is for the audit to find, what changes afterwards for the second look."""
+    saver, ended, state, actual = checkpointer(str(tmp_path)), Ended(), small_state(), direct.write
 
-    def flipped_at_the_second_look(planner: Any, item: Any) -> memoryview:
-        asked[item.index.fqn] = asked.get(item.index.fqn, 0) + 1
-        if item.index.fqn == "w" and asked["w"] == 2:
-            planner.resolve_data(item).view(torch.int32).reshape(-1)[7] ^= 1 << 20
-        return content(planner, item)
+    def flip(pieces: Any) -> None:
+        (piece,) = (piece for _, piece in pieces if len(piece) == state.tensors["w"].nbytes)
+        piece[7] ^= 1 << 4
 
-    monkeypatch.setattr(durable_write.SavePlanner, "content", flipped_at_the_second_look)
-    saver.begin_save(state, lambda copies: [], ended)
-    assert "w: changed in memory while it was written" in str(ended.result())
+    def write(path: Path, pieces: Any, size: int, look: Any, buffers: Any) -> None:
+        if flipped == "before":
+            flip(pieces)
+        else:  # as if between the disk's read of it and the second look
+            for number, (_, piece) in enumerate(pieces):
+                look(number, 0, piece)
+            flip(pieces)
+        actual(path, pieces, size, look, buffers)
+
+    def unchanged(copies: Any) -> list[str]:
+        return [name for name, tensor in copies.items() if not torch.equal(tensor, state.tensors[name])]
+
+    monkeypatch.setattr(direct, "write", write)
+    saver.begin_save(state, unchanged, ended)
+    assert found in str(ended.result())
     assert not list(tmp_path.rglob("rank-*"))
     saver._saving.join(WAIT_S)
 

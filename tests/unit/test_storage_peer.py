@@ -18,7 +18,7 @@ import pytest
 import torch
 from parallel_pool import CONTEXT
 
-from storage import peer, transfer, wires
+from storage import peer, sockets, transfer, wires
 from storage.blocks import SourceError, read_blocks
 from storage.manifest import ManifestError
 from storage.peer import PeerServer
@@ -367,7 +367,7 @@ def test_ranges_are_read_while_the_snapshot_stands(folder, other_process):
     into = bytearray(chunk.n_bytes)
     assert read_blocks(copy, chunk, 0, len(chunk.blocks), memoryview(into)) == []
     assert bytes(into) == state_of(8).tensors["w"].numpy().tobytes()
-    transfer.shut(source._sock)  # as the other side does to who is idle for too long
+    sockets.shut(source._sock)  # as the other side does to who is idle for too long
     assert read_blocks(copy, chunk, 3, 5, memoryview(into)[: 2 << 20]) == []
     SnapshotFile.existing(snapshot_path(folder, "run", "a", 3, 8)).begin()
     with pytest.raises(SourceError, match="overwritten"):

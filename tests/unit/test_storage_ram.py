@@ -480,3 +480,28 @@ def test_tensors_that_move_between_snapshots_are_found_where_they_are(folder):
         restored = TrainState(0, {"w": torch.zeros(3, 3)}, {})
         RamTier(folder, RUN, NODE, SLOT).restore(step, restored)
         assert torch.equal(restored.tensors["w"], tensor), step
+
+
+def test_a_shard_is_restored_by_the_number_that_its_slot_had(folder):
+    """In a mesh with another number of replicas; the random state of another rank stays where it is."""
+    for slot in (2, SLOT, 6):
+        take(tier(folder, slot=slot), state_of(slot))  # its step is the slot's number
+    restored = blank()
+    tier(folder).restore(6, restored, slots=(1, 4, 6))
+    assert equal(TrainState(6, restored.tensors, {}), TrainState(6, state_of(6).tensors, {}))
+    assert restored.per_rank["rng"].tolist() == [255] * 5
+    tier(folder).restore(SLOT, restored, slots=(1, SLOT))
+    assert equal(restored, state_of(SLOT)), "its own snapshot has its own random state"
+    with pytest.raises(ManifestError, match="no complete snapshot of slot 1 or of 1 others, step 6"):
+        tier(folder).restore(6, restored, slots=(1, 2))
+
+
+def test_of_other_slots_the_snapshot_that_is_restored_may_stay(folder):
+    for slot in (0, 1, 2):
+        for generation, step in ((1, 4), (1, 5), (2, 5)):
+            take(tier(folder, generation, slot), state_of(step))
+    ram.drop_slots(folder, RUN, NODE, {0}, but=(1, 5))
+    kept = {s: [(h.generation, h.step) for h in headers] for s, headers in ram.held(folder, RUN, NODE).items()}
+    assert kept == {0: [(1, 4), (1, 5), (2, 5)], 1: [(1, 5)], 2: [(1, 5)]}
+    ram.drop_slots(folder, RUN, NODE, {0})
+    assert list(ram.held(folder, RUN, NODE)) == [0]

@@ -76,6 +76,40 @@ def serve(sock: socket.socket, config: WorkerConfig, poisoned: bool) -> None:
     os._exit(worker.main(sock))
 
 
+def spawn(config: WorkerConfig, poisoned: bool = False) -> Process:
+    ours, theirs = socket.socketpair()
+    process = CONTEXT.Process(target=serve, args=(theirs, config, poisoned), daemon=True)
+    process.start()
+    theirs.close()
+    return Process(process, ours)
+
+
+def assign(
+    process: Process,
+    rank: int,
+    config: WorkerConfig,
+    folder: Path,
+    restore: Restore,
+    store_port: int,
+    generation: int,
+    **changes: Any,
+) -> None:
+    order = Assign(
+        epoch=1,
+        generation=generation,
+        rank=rank,
+        world_size=config.parallel.world_size,
+        local_rank=rank,
+        node="node-a",
+        store_host="127.0.0.1",
+        store_port=store_port,
+        restore=restore,
+        config=replace(config, url=str(folder / "run")),
+        ram_dir=str(folder / "ram"),
+    )
+    send(process.sock, replace(order, **changes))
+
+
 @contextlib.contextmanager
 def workers(
     config: WorkerConfig, folder: Path, restore: Restore, *, generation: int = 1, poisoned: bool = False, **changes: Any
@@ -87,28 +121,11 @@ def workers(
     store = distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S)
     )
-    group = []
+    group: list[Process] = []
     try:
         for rank in range(world_size):
-            ours, theirs = socket.socketpair()
-            process = CONTEXT.Process(target=serve, args=(theirs, config, poisoned), daemon=True)
-            process.start()
-            theirs.close()
-            group.append(Process(process, ours))
-            assign = Assign(
-                epoch=1,
-                generation=generation,
-                rank=rank,
-                world_size=world_size,
-                local_rank=rank,
-                node="node-a",
-                store_host="127.0.0.1",
-                store_port=store.port,
-                restore=restore,
-                config=config,
-                ram_dir=str(folder / "ram"),
-            )
-            send(ours, replace(assign, **changes))
+            group.append(spawn(config, poisoned))
+            assign(group[rank], rank, config, folder, restore, store.port, generation, **changes)
         yield group
     finally:
         for member in group:
@@ -211,15 +228,15 @@ def test_workers_leave_with_their_agent(tmp_path: Path) -> None:
         assert [member.exit_code() for member in group] == [contract.EXIT_AGENT_GONE] * 2
 
 
-def test_a_lost_peer_is_reported_as_a_broken_collective(tmp_path: Path) -> None:
+def test_a_lost_peer_is_reported_as_a_broken_collective_and_the_survivor_parks(tmp_path: Path) -> None:
     (tmp_path / "ram").mkdir()
     with workers(replace(PAIR, steps=100_000), tmp_path, INIT) as group:
         group[0].read_until(lambda message: isinstance(message, contract.StepDone))
         os.kill(group[1].process.pid, signal.SIGKILL)
         killed = time.monotonic()
-        group[0].read_until()
-        assert group[0].exit_code() == contract.EXIT_FAILED
+        group[0].read_until(lambda message: isinstance(message, contract.Parked))
         assert time.monotonic() - killed < PAIR.collective_timeout_s / 2, "it waited for the timeout"
+        assert group[0].process.is_alive()
     (failed,) = group[0].of_type(contract.Failed)
     assert failed.kind == "collective", failed.traceback
     assert failed.step == group[0].of_type(contract.StepDone)[-1].step
@@ -295,20 +312,10 @@ def test_last_words_are_logged_and_told_and_of_the_audit_without_reading_sources
 ) -> None:
     """A halt is on its way to a rank whose state is corrupt as soon as another one has said so."""
     said: list[Any] = []
-
-    class Ended(BaseException):
-        pass
-
-    def leave(code: int) -> None:
-        assert code == contract.EXIT_FAILED
-        raise Ended
-
     agent = SimpleNamespace(emit=said.append)
-    monkeypatch.setattr(worker.os, "_exit", leave)
-    monkeypatch.setattr(worker, "LEAVE_LAST_S", 0.0)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=said.append, flush=lambda: None))
-    with pytest.raises(Ended):
-        worker._die(agent, SimpleNamespace(generation=1, rank=1), 5, raised(error))  # type: ignore[arg-type]
+    order, failed = SimpleNamespace(generation=1, rank=1), raised(error)
+    worker._tell(agent, order, 5, failed, worker.failure_kind(failed))  # type: ignore[arg-type]
     log, word = said
     assert word.traceback == log and str(error) in log
     assert ("Traceback" in log) == sources
@@ -320,18 +327,13 @@ def test_last_words_are_cut_to_the_messages_begin_and_the_tracebacks_end_and_no_
 ) -> None:
     """Wherever the cut is in a URL."""
     said: list[Any] = []
-
-    def leave(code: int) -> None:
-        raise KeyboardInterrupt
-
     url = "s3://key:hush-hush@host/path"
     to_begin = worker.ERROR_CHARS - len("LookupError: begin ") - shift
     to_end = worker.TRACEBACK_CHARS - len("end\n") - shift
     message = f"begin {'x' * to_begin} {url} {'y' * (to_end - 1)} end"
-    monkeypatch.setattr(worker.os, "_exit", leave)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: None, flush=lambda: None))
-    with pytest.raises(KeyboardInterrupt):
-        worker._die(SimpleNamespace(emit=said.append), SimpleNamespace(generation=1, rank=1), 5, LookupError(message))  # type: ignore[arg-type]
+    agent, order = SimpleNamespace(emit=said.append), SimpleNamespace(generation=1, rank=1)
+    worker._tell(agent, order, 5, LookupError(message), "exception")  # type: ignore[arg-type]
     (word,) = said
     assert len(word.error) == worker.ERROR_CHARS and word.error.startswith("LookupError: begin x")
     assert len(word.traceback) == worker.TRACEBACK_CHARS and word.traceback.endswith(" end\n")

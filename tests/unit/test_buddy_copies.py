@@ -200,10 +200,29 @@ def test_what_is_neither_own_nor_kept_is_deleted(folder: str) -> None:
     async def work(send, keeper) -> None:
         take(folder, 7)
         assert await send(7, 0) == ""
-        await keeper.drop_others((1,))
+        await keeper.drop_others(4, (1,))
         assert inventory(folder, "run", "b") == {1: [1], 3: [7]}
 
     between(folder, work)
+
+
+def test_nothing_is_deleted_once_the_generation_is_over(folder: str) -> None:
+    """What the next one restores may have come meanwhile."""
+    over: list[bool] = []
+
+    async def work(send, keeper) -> None:
+        take(folder, 7)
+        assert await send(7, 0) == ""
+        deleting = asyncio.ensure_future(keeper.drop_others(4, (1,)))
+        over.append(True)
+        await keeper.end()
+        await deleting
+        assert inventory(folder, "run", "b") == {3: [7]}
+        over.clear()
+        await keeper.drop_others(4, (1,))
+        assert inventory(folder, "run", "b") == {}
+
+    between(folder, work, serves=lambda generation: not over)
 
 
 def test_files_stay_mapped_over_generations_until_they_are_deleted(folder: str) -> None:

@@ -1,0 +1,201 @@
+"""Workers that park: the same processes go on in the next generation, with the same numbers, and nothing piles up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_sessions import config_of
+from test_worker import DEADLINE_S, INIT, Process, assign, numbers, run_to_the_end, spawn, workers
+from torch import distributed
+
+from storage import ram
+from trainer import contract
+from trainer.contract import ParallelConfig, Restore, send
+from trainer.groups import GroupConnections
+
+# TP and replicas: DTensor's caches and groups of several dimensions stand between a parked worker and its next mesh.
+STEPS = 16
+SQUARE = config_of(ParallelConfig(dp_replicate=2, tp=2), n_layers=2, steps=STEPS, validation_interval_steps=STEPS)
+RANKS = range(4)
+
+
+def step_is(least: int) -> Callable[[Any], bool]:
+    return lambda message: isinstance(message, contract.StepDone) and message.step >= least
+
+
+def parked_in(generation: int) -> Callable[[Any], bool]:
+    return lambda message: isinstance(message, contract.Parked) and message.generation == generation
+
+
+def order_to_park(group: Sequence[Process], generation: int) -> None:
+    for member in group:
+        send(member.sock, contract.Park(generation=generation))
+    await_parked(group, generation)
+
+
+def await_parked(group: Sequence[Process], generation: int) -> None:
+    for member in group:
+        member.read_until(parked_in(generation))
+        assert parked_in(generation)(member.messages[-1]), member.messages[-1]
+        assert member.process.is_alive()
+
+
+def newest_common(folder: Path) -> Restore:
+    """The newest snapshot that every rank holds."""
+    held = ram.held(str(folder / "ram"), SQUARE.run, "node-a")
+    assert sorted(held) == list(RANKS)
+    step, generation = max(set.intersection(*({(h.step, h.generation) for h in headers} for headers in held.values())))
+    return Restore(source="ram", step=step, generation=generation)
+
+
+def go_on(group: Sequence[Process], folder: Path, generation: int, restore: Restore) -> Any:
+    """The next generation in the processes of `group`, whose order is that of the ranks. Returns its store."""
+    store = distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S)
+    )
+    for rank, member in enumerate(group):
+        assign(member, rank, SQUARE, folder, restore, store.port, generation)
+    return store
+
+
+def finish(group: Sequence[Process]) -> dict[int, tuple[float, float]]:
+    for member in group:
+        member.read_until()
+    assert [member.exit_code() for member in group] == [contract.EXIT_FINISHED] * len(group)
+    return numbers(group[0])
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[float, float]]:
+    folder = tmp_path_factory.mktemp("untouched")
+    (folder / "ram").mkdir()
+    return numbers(run_to_the_end(SQUARE, folder, INIT)[0])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "ram").mkdir()
+    return tmp_path
+
+
+def held_by(group: Sequence[Process]) -> list[tuple[int, int]]:
+    """Descriptors and threads of each process."""
+    return [tuple(len(os.listdir(f"/proc/{m.process.pid}/{what}")) for what in ("fd", "task")) for m in group]
+
+
+def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
+    folder: Path, untouched: dict[int, tuple[float, float]]
+) -> None:
+    held = []
+    with workers(SQUARE, folder, INIT) as group:
+        pids = [member.process.pid for member in group]
+        for generation in (1, 2, 3):
+            group[0].read_until(step_is(3 * generation))
+            order_to_park(group, generation)
+            held.append(held_by(group))
+            store = go_on(group, folder, generation + 1, newest_common(folder))
+        assert finish(group) == untouched
+        del store
+        assert [member.process.pid for member in group] == pids
+    words = [word.kind for member in group for word in member.of_type(contract.Failed)]
+    assert set(words) <= {"collective"}, "parking is no failure, though a peer may see it before it is ordered"
+    # One rank's groups may live until its next ones come, by a reference that torch keeps to its last error.
+    assert min(held[2]) == min(held[0])
+
+
+def test_survivors_of_a_kill_park_by_themselves_even_without_a_link_to_the_dead(
+    folder: Path, untouched: dict[int, tuple[float, float]]
+) -> None:
+    with workers(SQUARE, folder, INIT) as group:
+        group[0].read_until(step_is(3))
+        os.kill(group[3].process.pid, signal.SIGKILL)
+        survivors = group[:3]
+        await_parked(survivors, 1)
+        for member in survivors:
+            assert [word.kind for word in member.of_type(contract.Failed)] == ["collective"]
+        group[3] = spawn(SQUARE)
+        store = go_on(group, folder, 2, newest_common(folder))
+        assert finish(group) == untouched
+        del store
+
+
+def test_a_parked_worker_takes_another_place(folder: Path, untouched: dict[int, tuple[float, float]]) -> None:
+    with workers(SQUARE, folder, INIT) as group:
+        group[0].read_until(step_is(3))
+        order_to_park(group, 1)
+        shifted = [*group[1:], group[0]]
+        store = go_on(shifted, folder, 2, newest_common(folder))
+        told = {step: told for step, told in finish(shifted).items() if told != (None, None)}
+        assert max(told) == STEPS and told.items() <= untouched.items()
+        del store
+
+
+def test_warm_workers_take_the_place_that_they_were_made_for_or_another(
+    folder: Path, untouched: dict[int, tuple[float, float]]
+) -> None:
+    group = [spawn(SQUARE) for _ in RANKS]
+    try:
+        for rank, likely in ((3, 3), (2, 1)):
+            order = contract.Prepare(rank=likely, local_rank=likely, config=SQUARE)
+            send(group[rank].sock, order)
+        for rank in (3, 2):
+            group[rank].read_until(parked_in(0))
+        store = go_on(group, folder, 1, INIT)
+        assert finish(group) == untouched
+        del store
+    finally:
+        for member in group:
+            member.process.kill()
+
+
+def test_a_worker_parks_out_of_a_rendezvous_that_never_ends(folder: Path) -> None:
+    store = distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S)
+    )
+    alone = spawn(SQUARE)
+    assign(alone, 0, SQUARE, folder, INIT, store.port, 1)
+    alone.read_until(lambda message: isinstance(message, contract.Pulse) and message.waiting)
+    order_to_park([alone], 1)
+    group = [alone, *(spawn(SQUARE) for _ in RANKS[1:])]
+    store = go_on(group, folder, 2, INIT)
+    group[0].read_until(step_is(1))
+    for member in group:
+        member.process.kill()
+    del store
+
+
+def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    foreign, theirs = socket.create_connection(listener.getsockname()), listener.accept()[0]
+    connections = GroupConnections()
+    with connections.opening():
+        late_listener = socket.create_server(("127.0.0.1", 0))
+        own, peer = socket.create_connection(late_listener.getsockname()), late_listener.accept()[0]
+        pair = socket.socketpair()
+        connections.cut()  # also while groups are made
+        assert own.recv(1) == peer.recv(1) == b""
+    later = socket.create_connection(late_listener.getsockname())
+    with connections.opening():
+        second = socket.create_connection(late_listener.getsockname())
+    connections.cut()
+    assert second.recv(1) == b""
+    for one, other in ((foreign, theirs), pair):
+        one.sendall(b"x")
+        assert other.recv(1) == b"x"
+    later.sendall(b"x")
+    number, _ = own.fileno(), own.close()
+    os.dup2(foreign.fileno(), number)  # another's descriptor by now
+    connections.cut()
+    foreign.sendall(b"x")
+    assert theirs.recv(1) == b"x"
+    assert socket.create_connection(late_listener.getsockname()), "who listens still does"
+    os.close(number)
+    for each in (listener, late_listener, foreign, theirs, peer, second, later, *pair):
+        each.close()

@@ -1,0 +1,115 @@
+"""Process groups of one generation: whose connections they are, how to break them, and what they leave behind.
+
+A worker that parks leaves its process groups while peers may hang in them. gloo has no abort: its ``abort()`` wakes
+nobody, and a peer learns of our leaving only when the connection to it ends. So the connections are shut down below
+gloo; its own thread then fails every exchange that uses them, here and on the peer, within milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+
+from torch import distributed
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._collective_utils import MeshTopoInfo
+from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+
+
+class GroupConnections:
+    """The TCP connections of a generation's process groups and of its store: those that are opened in `opening`.
+
+    Sockets are known by their inode, which the kernel gives once, so that a descriptor's next owner is never meant.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._own: set[int] = set()
+        self._before: set[int] | None = None
+        """What there was when `opening` was entered; None outside it."""
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Groups are made in here, and nothing else is connected by any thread of this process."""
+        with self._lock:
+            self._before = set(_sockets())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._own |= set(_sockets()) - self._before
+                self._before = None
+
+    def cut(self) -> None:
+        """Shut down those that there are now. From any thread.
+
+        Listening sockets stay: gloo ends the process when it cannot accept.
+        """
+        with self._lock:
+            found = _sockets()
+            own = self._own if self._before is None else self._own | (set(found) - self._before)
+            for inode in own & set(found):
+                _shut(found[inode], inode)
+
+
+def _sockets() -> dict[int, int]:
+    """Inode to descriptor of this process's sockets."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if match := _SOCKET.fullmatch(os.readlink(f"/proc/self/fd/{name}")):
+                found[int(match[1])] = int(name)
+    return found
+
+
+def _shut(fd: int, inode: int) -> None:
+    """Shut down a TCP connection, if the descriptor still is this socket's and it does not listen."""
+    with contextlib.suppress(OSError):
+        copy = os.dup(fd)
+        if os.fstat(copy).st_ino != inode:
+            os.close(copy)
+            return
+        with socket.socket(fileno=copy) as held:
+            tcp = held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM
+            if tcp and not held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                held.shutdown(socket.SHUT_RDWR)
+
+
+def abort_device_groups() -> None:
+    """Abort NCCL's communicators, which wakes who waits for them on the device. Has not been run on a GPU yet."""
+    if distributed.is_initialized():
+        distributed_c10d._abort_process_group()
+
+
+def destroy_groups(mesh: DeviceMesh | None) -> None:
+    """Let go of all process groups, those of `mesh` too; nothing else may hold what was made with them any more."""
+    if mesh is not None:
+        mesh._pg_registry.clear()  # what DTensor keeps for the next steps holds the mesh, and so its groups
+    gc.collect()  # tracebacks and hooks make cycles, and a group is closed with its last reference only
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    # A default group that failed to come up is counted, though there is nothing to destroy: names of later groups, by
+    # which ranks find each other in the store, would differ from those of ranks that have counted from 0.
+    distributed_c10d._world.group_count = 0
+
+
+def forget_meshes() -> None:
+    """Clear what DTensor keeps from one step to the next: it names the process groups of the mesh that it was made on.
+
+    Needed before this process takes another place or mesh; for the same one the names are the same again.
+    """
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    clear_redistribute_planner_cache()
+    DTensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
+    _gen_transform_infos.cache_clear()
+    MeshTopoInfo.build_from_mesh.cache_clear()

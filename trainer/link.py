@@ -1,0 +1,138 @@
+"""The worker's link to its agent: reports go out, orders come in, assignments follow one another.
+
+One daemon thread listens for as long as the process lives, because a worker must not outlive its agent, and because an
+order to park must reach a worker whose training thread is stuck in an exchange with peers that are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from trainer.contract import (
+    EXIT_AGENT_GONE,
+    Assign,
+    Copied,
+    Inject,
+    Park,
+    Prepare,
+    Receiver,
+    SaveEvery,
+    Stop,
+    ToWorker,
+    send,
+)
+from trainer.groups import GroupConnections, abort_device_groups
+from trainer.saves import Interval
+
+RECV_BYTES = 64 * 1024
+
+# Longest that a report may wait for the agent to read. The socket's buffer holds minutes of reports, so an agent that
+# does not read for this long beyond it is as good as gone.
+AGENT_SEND_TIMEOUT_S = 60.0
+# Between two cuts of a parking worker's connections: it may open another just after the first, as in a rendezvous.
+CUT_INTERVAL_S = 0.05
+
+
+@dataclass
+class Assignment:
+    """One assignment while it is served, and what the agent has asked for meanwhile."""
+
+    order: Assign
+    stop: threading.Event = field(default_factory=threading.Event)
+    parking: threading.Event = field(default_factory=threading.Event)
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set once the process groups are gone: nothing is left to cut."""
+    connections: GroupConnections = field(default_factory=GroupConnections)
+    mesh: DeviceMesh | None = None
+    """Once there is one."""
+    interval: Interval = field(init=False)
+    """Between durable saves: as assigned, until the agent tells another."""
+    on_copied: Callable[[int, str], None] | None = None
+    """Called from the thread that listens to the agent."""
+    on_inject: Callable[[Inject], None] | None = None
+    """Called from the thread that listens to the agent; None while there is no state to hurt."""
+
+    def __post_init__(self) -> None:
+        self.interval = Interval(self.order.config.checkpoint.interval_steps)
+
+    def park(self) -> None:
+        """Have the training thread leave this generation, whatever exchange it waits in; returns at once."""
+        if not self.parking.is_set():
+            self.parking.set()
+            threading.Thread(target=self._cut_until_over, name="park", daemon=True).start()
+
+    def _cut_until_over(self) -> None:
+        if self.order.config.device == "cuda" and not self.over.is_set():
+            abort_device_groups()
+        while not self.over.is_set():
+            self.connections.cut()
+            self.over.wait(CUT_INTERVAL_S)
+
+
+class Agent:
+    """The worker's end of the socket to its agent. It listens from the start."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sock.settimeout(AGENT_SEND_TIMEOUT_S)
+        self._sending = threading.Lock()
+        self._work: queue.SimpleQueue[Assignment | Prepare] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="agent-link", daemon=True).start()
+
+    def next_work(self) -> Assignment | Prepare:
+        """Waits as long as the agent lives: a parked worker has no deadline, only an owner."""
+        return self._work.get()
+
+    def emit(self, message: object) -> None:
+        """Tell the agent; from any thread."""
+        try:
+            with self._sending:
+                send(self._sock, message)
+        except OSError:
+            os._exit(EXIT_AGENT_GONE)
+
+    def _listen(self) -> None:
+        receiver = Receiver(ToWorker)
+        current: Assignment | None = None
+        while True:
+            for message in receiver.feed(self._receive()):
+                if isinstance(message, Assign):
+                    current = Assignment(message)
+                    self._work.put(current)
+                elif isinstance(message, Prepare):
+                    self._work.put(message)
+                elif current is not None:
+                    _obey(current, message)
+
+    def _receive(self) -> bytes:
+        while True:
+            try:
+                data = self._sock.recv(RECV_BYTES)
+            except TimeoutError:  # the timeout is for sending; silence from the agent is normal
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(EXIT_AGENT_GONE)
+            return data
+
+
+def _obey(current: Assignment, message: object) -> None:
+    match message:
+        case Stop():
+            current.stop.set()
+        case Park() if message.generation == current.order.generation:
+            current.park()
+        case SaveEvery():
+            current.interval.steps = message.steps
+        case Copied() if current.on_copied is not None:
+            current.on_copied(message.step, message.error)
+        case Inject() if current.on_inject is not None:
+            current.on_inject(message)
