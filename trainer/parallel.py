@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
-from trainer.contract import ParallelConfig, WorkerConfig
+from trainer.contract import ParallelConfig, WorkerConfig, even_part
 from trainer.llama import Block, Llama, initialise
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -60,14 +60,14 @@ class Stage:
     @property
     def microbatches(self) -> int:
         """Of this rank in a step; alike on all ranks of its replica."""
-        return len(_rounds(self.config, self.mesh))
+        return len(_microbatches(self.config, self.mesh))
 
     @property
     def rows(self) -> range:
         """Rows of each global batch that this rank works on; alike on all its tp and pp peers."""
-        rounds, samples = _rounds(self.config, self.mesh), self.config.samples
-        first = rounds.start * self.mesh["dp_shard"].size() + self.mesh["dp_shard"].get_local_rank() * len(rounds)
-        return range(first * samples, (first + len(rounds)) * samples)
+        own, samples = _microbatches(self.config, self.mesh), self.config.samples
+        first = own.start * self.mesh["dp_shard"].size() + self.mesh["dp_shard"].get_local_rank() * len(own)
+        return range(first * samples, (first + len(own)) * samples)
 
     @property
     def reports_loss(self) -> bool:
@@ -139,24 +139,12 @@ def stage_layers(n_layers: int, pp: int, stage: int) -> range:
 
     Layers that are left over go to the first stages, since the last one also works on the output head.
     """
-    return _even_part(n_layers, pp, stage)
+    return even_part(n_layers, pp, stage)
 
 
-def _rounds(config: WorkerConfig, mesh: DeviceMesh) -> range:
-    """A step's microbatches are numbered over all replicas: those of this rank's replica.
-
-    Some replicas have one more than others where their number does not divide them: replicas meet only when gradients
-    are reduced, after the last one.
-    """
-    rounds = config.data.global_batch // (config.parallel.dp_shard * config.samples)
-    return _even_part(rounds, config.parallel.dp_replicate, mesh["dp_replicate"].get_local_rank())
-
-
-def _even_part(n: int, parts: int, number: int) -> range:
-    """Part `number` of `n` things in a row; those that are left over go to the first parts."""
-    each, over = divmod(n, parts)
-    start = number * each + min(number, over)
-    return range(start, start + each + (number < over))
+def _microbatches(config: WorkerConfig, mesh: DeviceMesh) -> range:
+    """Those of this rank's replica."""
+    return config.microbatches_of(mesh["dp_replicate"].get_local_rank())
 
 
 def build_stage(config: WorkerConfig, mesh: DeviceMesh, *, initial: bool = True) -> Stage:
@@ -281,7 +269,7 @@ def _schedule(module: Llama, config: WorkerConfig, mesh: DeviceMesh) -> Schedule
         output_args=logits_BTV if module.output is not None else hidden_BTD,
         group=mesh.get_group("pp"),
     )
-    return Schedule1F1B(stage, len(_rounds(config, mesh)), loss_fn=_loss_share(config), scale_grads=False)
+    return Schedule1F1B(stage, len(_microbatches(config, mesh)), loss_fn=_loss_share(config), scale_grads=False)
 
 
 def _loss_share(config: WorkerConfig) -> Callable[[Tensor, Tensor], Tensor]:
