@@ -66,13 +66,13 @@ class Stage:
     def rows(self) -> range:
         """Rows of each global batch that this rank works on; alike on all its tp and pp peers."""
         own, samples = _microbatches(self.config, self.mesh), self.config.samples
-        first = own.start * self.mesh["dp_shard"].size() + self.mesh["dp_shard"].get_local_rank() * len(own)
+        first = own.start * self.config.parallel.dp_shard + self.mesh.get_local_rank("dp_shard") * len(own)
         return range(first * samples, (first + len(own)) * samples)
 
     @property
     def reports_loss(self) -> bool:
         """Whether this rank's loss enters the global sum: the last stage's, and of a tp group only the first one's."""
-        return self.is_last and self.mesh["tp"].get_local_rank() == 0
+        return self.is_last and self.mesh.get_local_rank("tp") == 0
 
 
 def check_layout(config: WorkerConfig) -> None:
@@ -144,7 +144,7 @@ def stage_layers(n_layers: int, pp: int, stage: int) -> range:
 
 def _microbatches(config: WorkerConfig, mesh: DeviceMesh) -> range:
     """Those of this rank's replica."""
-    return config.microbatches_of(mesh["dp_replicate"].get_local_rank())
+    return config.microbatches_of(mesh.get_local_rank("dp_replicate"))
 
 
 def build_stage(config: WorkerConfig, mesh: DeviceMesh, *, initial: bool = True) -> Stage:
@@ -159,20 +159,24 @@ def build_stage(config: WorkerConfig, mesh: DeviceMesh, *, initial: bool = True)
     check_layout(config)
     parallel = config.parallel
     with torch.device("meta"):
-        module = Llama(config.model, stage_layers(config.model.n_layers, parallel.pp, mesh["pp"].get_local_rank()))
+        module = Llama(config.model, stage_layers(config.model.n_layers, parallel.pp, mesh.get_local_rank("pp")))
+    # A mesh of two dimensions makes it HSDP: sharded over the inner, replicated over the outer. Each slice of a mesh
+    # is made anew, which takes a millisecond.
+    data_mesh = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
+    tp_mesh = mesh["tp"]
     for number, block in module.layers.items():
         assert isinstance(block, Block)
         _materialise(block, config, mesh, f"layers.{number}", initial)
         if parallel.tp > 1:
-            _tensor_parallel_block(block, mesh["tp"])
-        _shard(block, config, mesh)
+            _tensor_parallel_block(block, tp_mesh)
+        _shard(block, config, data_mesh)
     for name in ("tok_embeddings", "norm", "output"):
         part = getattr(module, name)
         if part is not None:
             _materialise(part, config, mesh, name, initial)
     if parallel.tp > 1:
-        _tensor_parallel_ends(module, mesh["tp"])
-    _shard(module, config, mesh)
+        _tensor_parallel_ends(module, tp_mesh)
+    _shard(module, config, data_mesh)
     return Stage(module=module, mesh=mesh, config=config, schedule=_schedule(module, config, mesh))
 
 
@@ -227,7 +231,7 @@ def _tensor_parallel_ends(module: Llama, tp: DeviceMesh) -> None:
 # --- fully sharded and hybrid data parallel (FSDP2; Zhao et al. 2023) ------------------------------------------------
 
 
-def _shard(module: nn.Module, config: WorkerConfig, mesh: DeviceMesh) -> None:
+def _shard(module: nn.Module, config: WorkerConfig, data_mesh: DeviceMesh) -> None:
     parallel = config.parallel
     low_precision = config.dtype == "bfloat16"
     if parallel.dp == 1 and not low_precision:
@@ -236,8 +240,6 @@ def _shard(module: nn.Module, config: WorkerConfig, mesh: DeviceMesh) -> None:
     if low_precision:
         # Gradients are accumulated over microbatches and reduced over ranks in float32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # A mesh of two dimensions makes it HSDP: sharded over the inner, replicated over the outer.
-    data_mesh = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
     # A pipeline stage runs many microbatches between two optimizer steps: gathering the parameters for each again
     # would cost more than keeping them.
     fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=parallel.pp == 1)
@@ -262,7 +264,7 @@ def _schedule(module: Llama, config: WorkerConfig, mesh: DeviceMesh) -> Schedule
         logits_BTV = torch.empty(B, T, config.model.vocab_size, dtype=dtype, requires_grad=True)
     stage = PipelineStage(
         module,
-        mesh["pp"].get_local_rank(),
+        mesh.get_local_rank("pp"),
         parallel.pp,
         mesh_device(mesh),
         input_args=tokens_BT if module.tok_embeddings is not None else hidden_BTD,
