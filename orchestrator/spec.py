@@ -90,7 +90,8 @@ class ClusterSection(_Section):
         default=1,
         ge=0,
         description="Processes on each node that are ready to take a dead worker's place, beyond those that train; "
-        "useful up to slots_per_node. Each takes some 150 MB of memory, and a few seconds of a processor to make.",
+        "useful up to slots_per_node. Each takes the memory of a process without a model, and to make it half a second "
+        "of a processor.",
     )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
