@@ -6,11 +6,12 @@ import itertools
 import os
 import random
 import select
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+
+import psutil
 
 from recoveries.marks import Mark, Recovery, Watch, recovery, shrunk
 from recoveries.running import ContestantFailed, Running
@@ -60,11 +61,24 @@ def _reached(watch: Watch, step: int) -> bool:
     return watch.complete >= step
 
 
+def worker_of(watch: Watch, rank: int) -> psutil.Process:
+    """The process that fills a rank. Its number may be another's by now: only what this run has started counts.
+
+    Raises:
+        LookupError: it is gone, or has not begun.
+    """
+    for process in psutil.Process().children(recursive=True):
+        if process.pid == watch.pids.get(rank):
+            return process
+    raise LookupError(f"rank {rank} has no process")
+
+
 def _kill(run: Running, watch: Watch, rank: int, what: str, judge: Callable[..., Recovery | None]) -> Recovery:
     victims: tuple[int, ...] = (rank,)
+    worker = worker_of(watch, rank)
     if what == "node":
         assert run.node_of is not None
-        node = run.node_of(watch.pids[rank])
+        node = run.node_of(worker.pid)
         theirs = {process.pid for process in node.processes}
         victims = tuple(sorted(rank for rank, pid in watch.pids.items() if pid in theirs))
     outcome: list[Recovery] = []
@@ -73,7 +87,7 @@ def _kill(run: Running, watch: Watch, rank: int, what: str, judge: Callable[...,
         if what == "node":
             node.kill()
         else:
-            os.kill(watch.pids[rank], signal.SIGKILL)
+            worker.kill()
 
         def recovered() -> bool:
             ended()

@@ -104,7 +104,9 @@ def process(job: Job, command: list[str], **env: str) -> Iterator[Running]:
 
 
 def end(started: subprocess.Popen[Any]) -> None:
-    """SIGKILL for a process and all under it."""
+    """SIGKILL for a process and all under it; of one that has ended, its number may be another's by now."""
+    if started.poll() is not None:
+        return
     family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(started.pid)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from recoveries.kills import LOOK_S, START_S, until
+from recoveries.kills import LOOK_S, START_S, until, worker_of
 from recoveries.marks import Watch, last_of
 from recoveries.running import Running
 
@@ -94,12 +92,12 @@ def _kill(run: Running, watch: Watch, kind: str, chance: random.Random) -> str:
     deadline = time.monotonic() + ALIVE_S
     while time.monotonic() < deadline:
         watch.read()
-        with suppress(LookupError, ProcessLookupError, StopIteration, psutil.NoSuchProcess):
+        with suppress(LookupError, StopIteration, psutil.NoSuchProcess):
             if kind == "node" and run.node_of is not None:
-                run.node_of(watch.pids[rank]).kill()
+                run.node_of(worker_of(watch, rank).pid).kill()
                 run.mend()
                 return f"node of rank {rank}"
-            os.kill(watch.pids[rank], signal.SIGKILL)
+            worker_of(watch, rank).kill()
             return f"worker {rank}"
         time.sleep(10 * LOOK_S)
     return f"nobody: rank {rank} was not there"
