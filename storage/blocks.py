@@ -11,7 +11,7 @@ from typing import Protocol
 
 import xxhash
 
-from storage import direct
+from storage import direct, s3
 from storage.index import BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.urls import Store
@@ -91,6 +91,8 @@ class StoreSource:
         try:
             if self.store.local:
                 return direct.read(Path(path), start, into)
+            if s3.is_s3(self.store.fs):
+                return s3.read(self.store.fs, path, start, into)
             raw = self.store.fs.cat_file(path, start=start, end=start + len(into))
         except FileNotFoundError:
             return 0

@@ -136,7 +136,7 @@ def read_index_bytes(store: Store, commit: Commit, part: RankPart) -> bytes:
         ManifestError: it is missing, or not the one that the commit names.
     """
     try:
-        raw = bytes(store.fs.cat_file(store.path(part.index)))
+        raw = store.read(part.index)
     except FileNotFoundError as e:
         raise ManifestError(f"{part.index}: missing, but the commit of step {commit.step} names it") from e
     if xxhash.xxh3_128_hexdigest(raw) != part.index_digest:

@@ -14,12 +14,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from storage.blocks import BadBlock, Copy, StoreSource
 from storage.commits import check_whole, index_of, read_index_bytes
-from storage.durable_write import SavePlanner, Writer
+from storage.durable_write import Writer
 from storage.index import Index
 from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
 from storage.ranks import CheckpointFailed, agreed, dcp_errors, rank_of, size_of
 from storage.restore import load_copies
+from storage.save_plan import SavePlanner
 from storage.state import TrainState, check_usable, named_tensors
 from storage.urls import locate, portable_errors
 

@@ -1,9 +1,8 @@
-"""The writing half of a durable checkpoint: DCP's save planner with its blind spots closed, and the file writer."""
+"""Writes a rank's part of a durable checkpoint: its data file, digested block by block, and its index."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
@@ -12,21 +11,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.planner import SavePlanner as DcpSavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from storage import direct, s3
 from storage.blocks import block_digests
-from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index, check_tiling
+from storage.index import ALIGN_BYTES, BLOCK_BYTES, ITEM_BYTES, Chunk, Index
 from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, ManifestError, RankPart, data_name, index_name
-from storage.state import dtype_name, host_bytes
+from storage.save_plan import SavePlanner, described, different_content
+from storage.state import dtype_name
 from storage.threads import in_threads
 from storage.urls import (
     Store,
@@ -44,92 +42,6 @@ log = logging.getLogger(__name__)
 
 DISCARD_DEADLINE_S = 60.0
 """To remove a part that nobody will commit; what is left then, `commits.prune` finds."""
-
-
-class SavePlanner(DefaultSavePlanner):
-    """DCP's planner, refusing what it drops in silence: one name for different shapes, dtypes or content.
-
-    A final plan's `planner_data` are those of the rank's boxes that other ranks hold, too. One of them writes each; the
-    writer sends the coordinator everybody's digests of them with the results (`Writer.finish`), so that planning does
-    not wait for digests.
-    """
-
-    def __init__(self, check: Callable[[], None], failure: Exception | None) -> None:
-        """
-        Args:
-            check: called once the content's digests are taken; what it raises fails the save on every rank. So what it
-                has found good is what the digests name.
-            failure: why this rank cannot take part; fails the save on every rank before anything is written.
-        """
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.check = check
-        self.held: list[WriteItem] = []
-        """All boxes of this rank, whoever writes them."""
-        self._failure = failure
-
-    def create_local_plan(self) -> SavePlan:
-        with portable_errors():
-            if self._failure is not None:
-                raise self._failure
-            plan = super().create_local_plan()
-            self.held = plan.items
-            return plan
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        shared = _held_twice(all_plans)
-        plans, metadata = super().create_global_plan(all_plans)
-        for fqn, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
-            check_tiling(fqn, tuple(tensor.size), boxes)
-        own = [frozenset(item.index for item in plan.items) & shared for plan in all_plans]
-        return [dataclasses.replace(p, planner_data=o) for p, o in zip(plans, own, strict=True)], metadata
-
-    def content(self, item: WriteItem) -> memoryview:
-        """The raw bytes of an item's box."""
-        tensor = self.resolve_data(item)
-        assert isinstance(tensor, torch.Tensor), item
-        return host_bytes(tensor).data
-
-
-def described(item: WriteItem) -> TensorWriteData:
-    """Shape, dtype and box of what is to be written."""
-    if item.tensor_data is None:
-        raise ManifestError(f"{item.index.fqn}: only tensors can be saved")
-    return item.tensor_data
-
-
-def _held_twice(plans: list[SavePlan]) -> frozenset[MetadataIndex]:
-    """Boxes that several ranks hold, of which DCP keeps one.
-
-    Raises:
-        ManifestError: ranks use one name for tensors of different shape, dtype or boxes.
-    """
-    kinds: dict[str, tuple[int, Any, Any]] = {}
-    seen: dict[MetadataIndex, tuple[int, Any]] = {}
-    twice = set()
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            tensor, fqn = described(item), item.index.fqn
-            first, *kind = kinds.setdefault(fqn, (rank, tensor.size, tensor.properties.dtype))
-            if kind != [tensor.size, tensor.properties.dtype]:
-                raise ManifestError(
-                    f"{fqn}: rank {first} holds {kind[1]} of shape {tuple(kind[0])}, rank {rank} holds "
-                    f"{tensor.properties.dtype} of shape {tuple(tensor.size)}; names must be global"
-                )
-            holder, sizes = seen.setdefault(item.index, (rank, tensor.chunk.sizes))
-            if sizes != tensor.chunk.sizes:
-                raise _different(item.index, holder, rank)
-            if holder != rank:
-                twice.add(item.index)
-    return frozenset(twice)
-
-
-def _different(box: MetadataIndex, first: int, second: int) -> ManifestError:
-    return ManifestError(
-        f"{box.fqn} at {tuple(box.offset or ())}: ranks {first} and {second} hold different content; "
-        "values that differ between ranks belong into per_rank, stages need global names"
-    )
 
 
 class Writer(StorageWriter):
@@ -206,7 +118,7 @@ class Writer(StorageWriter):
             for result in own:
                 holder, digest = seen.setdefault(result.index, (rank, result.storage_data))
                 if digest != result.storage_data:
-                    raise _different(result.index, holder, rank)
+                    raise different_content(result.index, holder, rank)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -226,7 +138,7 @@ class Writer(StorageWriter):
         def work() -> None:
             content = _Content(plan, planner, self._identity, self._abandoned)
             works: tuple[Callable[[], None], ...] = (partial(self._write, content), digest_others)
-            in_threads(lambda each: each(), works, 2)
+            in_threads(lambda each: each(), works, len(works))
             digests.update((box, digest) for box, digest in content.digests() if box in plan.planner_data)
 
         with portable_errors():

@@ -1,7 +1,8 @@
-"""Multipart uploads to S3 from memory, and what is left of those that were cut off. No torch.
+"""S3: multipart uploads from memory, what is left of those that were cut off, and reads into memory. No torch.
 
 Through s3fs's `call_s3`, its door to single requests. Nothing stands under the final name before all parts are there;
-fsspec's streams would leave a truncated object, and its `put_file` wants a file on a disk.
+fsspec's streams would leave a truncated object, and its `put_file` wants a file on a disk. Its `cat_file` asks for an
+object's size first, and gathers what comes before it is copied to where it belongs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
 
 from storage.threads import in_threads
 
@@ -40,7 +42,7 @@ def upload(fs: Any, path: str, pieces: Sequence[tuple[int, memoryview]], size: i
     """
     part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
     if size <= part_bytes:
-        content = bytes(_gathered(pieces, 0, size))
+        content = _gathered(pieces, 0, size)
         check()
         fs.pipe_file(path, content)
         return
@@ -64,16 +66,52 @@ def upload(fs: Any, path: str, pieces: Sequence[tuple[int, memoryview]], size: i
     fs.invalidate_cache(path)
 
 
-def _gathered(pieces: Sequence[tuple[int, memoryview]], begin: int, end: int) -> bytearray:
-    """Bytes [begin, end) of the object."""
-    content = bytearray(end - begin)
+def _gathered(pieces: Sequence[tuple[int, memoryview]], begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of the object, copied once: clients copy what is not bytes another time."""
+    found: list[bytes | memoryview] = []
+    done = begin
     for at, piece in pieces[max(0, bisect_right(pieces, begin, key=lambda entry: entry[0]) - 1) :]:
         if at >= end:
             break
         first, last = max(begin, at), min(end, at + len(piece))
         if first < last:
-            content[first - begin : last - begin] = piece[first - at : last - at]
-    return content
+            found += [bytes(first - done), piece[first - at : last - at]]
+            done = last
+    return b"".join([*found, bytes(end - done)])
+
+
+def read(fs: Any, path: str, start: int, into: memoryview) -> int:
+    """Fill `into`, which is not empty, with an object's bytes from `start` on as they arrive; how many there were.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        Exception: the store failed, the answer was cut off, or the object ends before `start`.
+    """
+    return int(sync(fs.loop, _read, fs, path, start, into))
+
+
+async def _read(fs: Any, path: str, start: int, into: memoryview) -> int:
+    done = 0
+    with contextlib.closing(await _body(fs, path, Range=f"bytes={start}-{start + len(into) - 1}")) as body:
+        while done < len(into) and (part := await body.read(len(into) - done)):
+            into[done : done + len(part)] = part
+            done += len(part)
+    return done
+
+
+def read_all(fs: Any, path: str) -> bytes:
+    """An object's bytes, by one request. Raises as `read` does."""
+    return bytes(sync(fs.loop, _read_all, fs, path))
+
+
+async def _read_all(fs: Any, path: str) -> bytes:
+    with contextlib.closing(await _body(fs, path)) as body:
+        return bytes(await body.read())
+
+
+async def _body(fs: Any, path: str, **options: str) -> Any:
+    bucket, key, _ = fs.split_path(path)
+    return (await fs._call_s3("get_object", Bucket=bucket, Key=key, **options))["Body"]
 
 
 def abort_stale_uploads(fs: Any, path: str) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from storage import s3
 from storage.manifest import ManifestError, StateMismatch
 
 # A record is sent as one PUT: s3fs turns to multipart at 100 MiB. The largest, a commit of 16,384 ranks, has 5 MB.
@@ -72,6 +73,11 @@ class Store:
         if not parts or name.startswith("/") or ".." in parts or "\\" in name:
             raise ValueError(f"name {name!r} must be a relative path below {self.url}")
         return f"{self.root.rstrip('/')}/{'/'.join(parts)}"
+
+    def read(self, name: str) -> bytes:
+        """The content of `name`. Raises FileNotFoundError when there is no such file."""
+        path = self.path(name)
+        return s3.read_all(self.fs, path) if s3.is_s3(self.fs) else bytes(self.fs.cat_file(path))
 
 
 def locate(url: str) -> Store:
@@ -123,7 +129,7 @@ def write_exclusive(url: str, name: str, data: bytes) -> bool:
         except Exception as e:  # "exists" has no common type: on Ceph RGW it is OSError(22) with a 412 as its cause
             failure = e
         try:
-            return bytes(store.fs.cat_file(path)) == data
+            return store.read(name) == data
         except FileNotFoundError:
             continue
         except Exception as e:
@@ -164,8 +170,7 @@ def read_bytes(url: str, name: str) -> bytes:
     Raises:
         FileNotFoundError: there is no such record.
     """
-    store = locate(url)
-    return bytes(store.fs.cat_file(store.path(name)))
+    return locate(url).read(name)
 
 
 def list_names(url: str, folder: str) -> list[str]:

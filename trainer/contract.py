@@ -207,6 +207,15 @@ class WorkerConfig:
         p = self.parallel
         return self.microbatch_samples or self.data.global_batch // (p.dp * p.microbatches)
 
+    def microbatches_of(self, replica: int) -> range:
+        """The microbatches of a step are numbered over all replicas: those that this one takes.
+
+        A run of them, as even as possible. Some replicas have one more where their number does not divide them:
+        replicas meet only when gradients are reduced, after the last one.
+        """
+        count = self.data.global_batch // (self.parallel.dp_shard * self.samples)
+        return even_part(count, self.parallel.dp_replicate, replica)
+
     def with_replicas(self, dp_replicate: int) -> WorkerConfig:
         """The same steps on another number of replicas: microbatches keep their size, and so does a rank's memory;
         where replicas are fewer, each takes more of them. `parallel.microbatches` is then the most that one takes."""
@@ -217,6 +226,13 @@ class WorkerConfig:
             self.parallel, dp_replicate=dp_replicate, microbatches=-(-rounds // dp_replicate)
         )
         return dataclasses.replace(self, parallel=parallel, microbatch_samples=self.samples)
+
+
+def even_part(n: int, parts: int, number: int) -> range:
+    """Part `number` of `n` things in a row; those that are left over go to the first parts."""
+    each, over = divmod(n, parts)
+    start = number * each + min(number, over)
+    return range(start, start + each + (number < over))
 
 
 # --- agent -> worker -------------------------------------------------------------------------------------------------

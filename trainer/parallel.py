@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
-from trainer.contract import ParallelConfig, WorkerConfig
+from trainer.contract import ParallelConfig, WorkerConfig, even_part
 from trainer.llama import Block, Llama, initialise
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "tp")
@@ -60,19 +60,19 @@ class Stage:
     @property
     def microbatches(self) -> int:
         """Of this rank in a step; alike on all ranks of its replica."""
-        return len(_rounds(self.config, self.mesh))
+        return len(_microbatches(self.config, self.mesh))
 
     @property
     def rows(self) -> range:
         """Rows of each global batch that this rank works on; alike on all its tp and pp peers."""
-        rounds, samples = _rounds(self.config, self.mesh), self.config.samples
-        first = rounds.start * self.mesh["dp_shard"].size() + self.mesh["dp_shard"].get_local_rank() * len(rounds)
-        return range(first * samples, (first + len(rounds)) * samples)
+        own, samples = _microbatches(self.config, self.mesh), self.config.samples
+        first = own.start * self.config.parallel.dp_shard + self.mesh.get_local_rank("dp_shard") * len(own)
+        return range(first * samples, (first + len(own)) * samples)
 
     @property
     def reports_loss(self) -> bool:
         """Whether this rank's loss enters the global sum: the last stage's, and of a tp group only the first one's."""
-        return self.is_last and self.mesh["tp"].get_local_rank() == 0
+        return self.is_last and self.mesh.get_local_rank("tp") == 0
 
 
 def check_layout(config: WorkerConfig) -> None:
@@ -139,24 +139,12 @@ def stage_layers(n_layers: int, pp: int, stage: int) -> range:
 
     Layers that are left over go to the first stages, since the last one also works on the output head.
     """
-    return _even_part(n_layers, pp, stage)
+    return even_part(n_layers, pp, stage)
 
 
-def _rounds(config: WorkerConfig, mesh: DeviceMesh) -> range:
-    """A step's microbatches are numbered over all replicas: those of this rank's replica.
-
-    Some replicas have one more than others where their number does not divide them: replicas meet only when gradients
-    are reduced, after the last one.
-    """
-    rounds = config.data.global_batch // (config.parallel.dp_shard * config.samples)
-    return _even_part(rounds, config.parallel.dp_replicate, mesh["dp_replicate"].get_local_rank())
-
-
-def _even_part(n: int, parts: int, number: int) -> range:
-    """Part `number` of `n` things in a row; those that are left over go to the first parts."""
-    each, over = divmod(n, parts)
-    start = number * each + min(number, over)
-    return range(start, start + each + (number < over))
+def _microbatches(config: WorkerConfig, mesh: DeviceMesh) -> range:
+    """Those of this rank's replica."""
+    return config.microbatches_of(mesh.get_local_rank("dp_replicate"))
 
 
 def build_stage(config: WorkerConfig, mesh: DeviceMesh, *, initial: bool = True) -> Stage:
@@ -171,20 +159,24 @@ def build_stage(config: WorkerConfig, mesh: DeviceMesh, *, initial: bool = True)
     check_layout(config)
     parallel = config.parallel
     with torch.device("meta"):
-        module = Llama(config.model, stage_layers(config.model.n_layers, parallel.pp, mesh["pp"].get_local_rank()))
+        module = Llama(config.model, stage_layers(config.model.n_layers, parallel.pp, mesh.get_local_rank("pp")))
+    # A mesh of two dimensions makes it HSDP: sharded over the inner, replicated over the outer. Each slice of a mesh
+    # is made anew, which takes a millisecond.
+    data_mesh = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
+    tp_mesh = mesh["tp"]
     for number, block in module.layers.items():
         assert isinstance(block, Block)
         _materialise(block, config, mesh, f"layers.{number}", initial)
         if parallel.tp > 1:
-            _tensor_parallel_block(block, mesh["tp"])
-        _shard(block, config, mesh)
+            _tensor_parallel_block(block, tp_mesh)
+        _shard(block, config, data_mesh)
     for name in ("tok_embeddings", "norm", "output"):
         part = getattr(module, name)
         if part is not None:
             _materialise(part, config, mesh, name, initial)
     if parallel.tp > 1:
-        _tensor_parallel_ends(module, mesh["tp"])
-    _shard(module, config, mesh)
+        _tensor_parallel_ends(module, tp_mesh)
+    _shard(module, config, data_mesh)
     return Stage(module=module, mesh=mesh, config=config, schedule=_schedule(module, config, mesh))
 
 
@@ -239,7 +231,7 @@ def _tensor_parallel_ends(module: Llama, tp: DeviceMesh) -> None:
 # --- fully sharded and hybrid data parallel (FSDP2; Zhao et al. 2023) ------------------------------------------------
 
 
-def _shard(module: nn.Module, config: WorkerConfig, mesh: DeviceMesh) -> None:
+def _shard(module: nn.Module, config: WorkerConfig, data_mesh: DeviceMesh) -> None:
     parallel = config.parallel
     low_precision = config.dtype == "bfloat16"
     if parallel.dp == 1 and not low_precision:
@@ -248,8 +240,6 @@ def _shard(module: nn.Module, config: WorkerConfig, mesh: DeviceMesh) -> None:
     if low_precision:
         # Gradients are accumulated over microbatches and reduced over ranks in float32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # A mesh of two dimensions makes it HSDP: sharded over the inner, replicated over the outer.
-    data_mesh = mesh["dp_replicate", "dp_shard"] if parallel.dp_replicate > 1 else mesh["dp_shard"]
     # A pipeline stage runs many microbatches between two optimizer steps: gathering the parameters for each again
     # would cost more than keeping them.
     fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=parallel.pp == 1)
@@ -274,14 +264,14 @@ def _schedule(module: Llama, config: WorkerConfig, mesh: DeviceMesh) -> Schedule
         logits_BTV = torch.empty(B, T, config.model.vocab_size, dtype=dtype, requires_grad=True)
     stage = PipelineStage(
         module,
-        mesh["pp"].get_local_rank(),
+        mesh.get_local_rank("pp"),
         parallel.pp,
         mesh_device(mesh),
         input_args=tokens_BT if module.tok_embeddings is not None else hidden_BTD,
         output_args=logits_BTV if module.output is not None else hidden_BTD,
         group=mesh.get_group("pp"),
     )
-    return Schedule1F1B(stage, len(_rounds(config, mesh)), loss_fn=_loss_share(config), scale_grads=False)
+    return Schedule1F1B(stage, len(_microbatches(config, mesh)), loss_fn=_loss_share(config), scale_grads=False)
 
 
 def _loss_share(config: WorkerConfig) -> Callable[[Tensor, Tensor], Tensor]:

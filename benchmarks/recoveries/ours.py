@@ -114,19 +114,11 @@ def environment(**env: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def ledger_of(run: str) -> dict[str, Any]:
-    """Goodput as `shepherd status` has it, with spares and without, and the node-seconds of each label."""
+def ledger_of(run: str) -> dict[str, float]:
+    """Node-seconds of each label, as `shepherd status` has them."""
     from orchestrator.runtime import driver
 
-    status, _ = driver.poll(driver.find(run))
-    labels = status.ledger_s
-    without_spares = sum(labels.values()) - labels["idle_spare"]
-    return {
-        "goodput": status.goodput,
-        "goodput without spares": labels["productive"] / without_spares,
-        "node-seconds": {label: seconds for label, seconds in labels.items() if seconds},
-        "incidents": len(status.incidents),
-    }
+    return driver.poll(driver.find(run))[0].ledger_s
 
 
 # --- after a storm ---------------------------------------------------------------------------------------------------

@@ -18,8 +18,6 @@ from recoveries.running import END_S, PATH, ContestantFailed, Running, end, free
 
 ANSWER_S = 120.0
 """For the Ray cluster to have a new node."""
-
-
 SHARED_STORE_OFF = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it, gloo of torch 2.13 reads the addresses of the attempt before from the agent's store, and hangs."""
 
@@ -131,8 +129,7 @@ def torchft(job: Job, python: str, **lighthouse_ms: int) -> Iterator[Running]:
                 "REPLICA_GROUP_ID": str(number),
                 "NUM_REPLICA_GROUPS": str(replicas),
                 "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}",
-                **SHARED_STORE_OFF,
-            }
+            }  # and the agent's store, which its Manager needs
             stack.enter_context(process(job, [*agent, "-m", "recoveries.torchft_rank", job_file(job)], **env))
         yield running
 

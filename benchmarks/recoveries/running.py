@@ -37,8 +37,8 @@ class Running:
     """Starts what has ended once more, as whoever watches over jobs would."""
     explain: Callable[[list[Recovery]], None] = lambda recoveries: None
     """Adds to the stages of all recoveries of this run, in their order, what the contestant itself tells."""
-    ledger: Callable[[], dict[str, Any]] = dict
-    """How the contestant itself accounts for its time."""
+    ledger: Callable[[], dict[str, float]] = dict
+    """How the contestant itself accounts for its time: node-seconds so far by label."""
     node_of: Callable[[int], Node] | None = None
     """The node of a worker's process; None where all ranks live on one."""
     controller: Callable[[], psutil.Process] | None = None

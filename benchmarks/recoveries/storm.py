@@ -37,7 +37,8 @@ class Storm:
     kills: list[str]
     restarts: int
     """How often the whole of it had ended and was started once more."""
-    ledger: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, float] = field(default_factory=dict)
+    """Node-seconds by label, of the time with kills alone."""
     holds: dict[str, Any] = field(default_factory=dict)
     """What was compared with an untouched run."""
 
@@ -57,7 +58,7 @@ def storm(run: Running, minutes: float, seed: int) -> Storm:
         until(run, watch, lambda: watch.complete >= 2, START_S, "to train")
         calm_from, calm_until = watch.complete, time.monotonic() + CALM_S
         until(run, watch, lambda: time.monotonic() > calm_until, START_S, "to train on")
-        first, began = watch.complete, time.monotonic()
+        first, began, before = watch.complete, time.monotonic(), run.ledger()
         calm_step_s = (_completed_at(watch, first) - _completed_at(watch, calm_from)) / (first - calm_from)
         for number in range(round(minutes * 60 / EVERY_S)):
             restarts += _follow(run, watch, began + (number + 0.5) * EVERY_S)
@@ -67,7 +68,8 @@ def storm(run: Running, minutes: float, seed: int) -> Storm:
     finally:
         watch.close()
     share = (last - first) * calm_step_s / took_s
-    return Storm(took_s / 60, calm_step_s, first, last, share, kills, restarts, run.ledger())
+    ledger = {label: seconds - before[label] for label, seconds in run.ledger().items()}
+    return Storm(took_s / 60, calm_step_s, first, last, share, kills, restarts, ledger)
 
 
 def _follow(run: Running, watch: Watch, end: float) -> int:
@@ -117,7 +119,8 @@ def untouched(run: Running, storm: Storm) -> float:
     """
     watch = Watch(run.job.marks, run.job.world_size)
     try:
-        until(run, watch, lambda: watch.complete >= storm.last, 3 * 60 * storm.minutes, f"to reach step {storm.last}")
+        deadline_s = START_S + CALM_S + 180 * storm.minutes
+        until(run, watch, lambda: watch.complete >= storm.last, deadline_s, f"to reach step {storm.last}")
         return _completed_at(watch, storm.last) - _completed_at(watch, storm.first)
     finally:
         watch.close()

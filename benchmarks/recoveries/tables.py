@@ -96,6 +96,18 @@ def show(console: Console, outcomes: Mapping[str, Shown], verdicts: Sequence[Ver
             console.print(f"  takes no further part: {outcome.failed}", markup=False)
 
 
+def goodput(ledger: Mapping[str, float]) -> dict[str, str]:
+    """Productive node-seconds over all of them, and over all but those of idle spares."""
+    if not ledger:
+        return {}
+    every = sum(ledger.values())
+    shares = {
+        "goodput by the ledger": ledger["productive"] / every,
+        "goodput without idle spares": ledger["productive"] / (every - ledger["idle_spare"]),
+    }
+    return {name: f"{share:.1%}" for name, share in shares.items()}
+
+
 def show_storms(console: Console, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Of each contestant a Storm as a JSON object, or why there is none."""
     table = Table(title="one kill each 30 s: worker, node, controller in turn")
@@ -110,7 +122,7 @@ def show_storms(console: Console, found: Mapping[str, Mapping[str, Any]]) -> Non
         table.add_row(name, *map(str, row), f"{storm['share']:.1%}", str(storm["restarts"]))
     console.print(table)
     for name, storm in found.items():
-        told = {**storm.get("ledger", {}), **storm.get("holds", {})}
+        told = {**goodput(storm.get("ledger", {})), **storm.get("holds", {})}
         if seconds := told.get("untouched_s"):
             told["untouched run's time for the same steps"] = f"{seconds / (60 * storm['minutes']):.1%}"
         console.print(f"{name}: {storm.get('failed', told)}", markup=False)

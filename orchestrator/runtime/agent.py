@@ -505,7 +505,7 @@ class Agent:
 
     def _begins_to_train(self) -> None:
         """Now there is time to fill up what the recovery has taken."""
-        self._loop.run_in_executor(None, self._workers.replenish, self._spec.worker_config)
+        self._loop.run_in_executor(None, self._workers.replenish)
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""

@@ -292,6 +292,7 @@ class Body:
                         done=action.step,
                         stages=self._spec.parallel.pp,
                         slow_before=self._slow_before.setdefault(self._layout.slots, {}),
+                        loads=self._loads(),
                     )
                     self._note_filled(action)
                 self.rates = []
@@ -334,6 +335,12 @@ class Body:
         last = self.fold.last if self.fold is not None else None
         before = min(self._copied_step, self._restored_step)
         self._copied_step, self._restored_step = max(before, last.copied_step if last is not None else 0), step
+
+    def _loads(self) -> tuple[int, ...]:
+        """Microbatches that each replica of the mesh takes in a step."""
+        replicas = self._layout.dp_replicate
+        config = self._spec.worker_config.with_replicas(replicas)
+        return tuple(len(config.microbatches_of(replica)) for replica in range(replicas))
 
     def _note_filled(self, action: OpenGeneration) -> None:
         self._filled[action.generation] = action.nodes
@@ -658,6 +665,7 @@ class Body:
                 done=state.step,
                 stages=self._spec.parallel.pp,
                 slow_before=self._slow_before.setdefault(self._layout.slots, {}),
+                loads=self._loads(),
                 unclean=state.generation in state.unclean,
             )
             self._keepers = self._kept_by(state.order)

@@ -157,19 +157,21 @@ class NodeWorkers:
         """The live workers that have, or had, an assignment: all but the warm ones."""
         return [worker for worker in self._workers.live() if worker.generation > 0]
 
-    def replenish(self, config: contract.WorkerConfig) -> None:
+    def replenish(self) -> None:
         """Have as many warm workers as there shall be, each for one of the ranks of the newest generation.
 
         One that fails while it is made ready is gone, and the next generation tries again.
         """
-        ranks = self._rendezvous.newest_ranks()
+        plan = self._rendezvous.newest()
+        if plan is None:
+            return
         with self._warming:
             warm = [worker.rank for worker in self._workers.live() if worker.generation == 0]
-            missing = [rank for rank in ranks if rank not in warm][: max(0, self._warm_workers - len(warm))]
+            missing = [rank for rank in plan.ranks if rank not in warm][: max(0, self._warm_workers - len(warm))]
             for rank in missing:
                 try:
                     worker = self._workers.fork(generation=0, rank=rank, env={}, deadline_s=FORK_DEADLINE_S)
-                    worker.send(contract.Prepare(rank=rank, local_rank=ranks.index(rank), config=config))
+                    worker.send(contract.Prepare(rank=rank, local_rank=plan.ranks.index(rank), config=plan.config))
                 except (ZygoteError, OSError) as error:
                     logger.warning("no warm worker for rank %d: %s", rank, error)
 

@@ -117,10 +117,10 @@ class ControllerRendezvous(RendezvousHandler):
         with self._changed:
             return self._newest.generation if self._newest else 0
 
-    def newest_ranks(self) -> tuple[int, ...]:
-        """This node's ranks in it; none when there was none."""
+    def newest(self) -> NodeAssignment | None:
+        """The newest assignment."""
         with self._changed:
-            return self._newest.ranks if self._newest else ()
+            return self._newest
 
     def await_idle(self, timeout_s: float) -> bool:
         """Whether within this time the agent's thread had nothing to do but to wait for an assignment (or had left)."""

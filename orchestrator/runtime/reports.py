@@ -300,7 +300,9 @@ class MeshFold:
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
     watch: hangs.MeshWatch = field(init=False)
     stages: int = 1
-    """Pipeline stages: the ranks of each do the same work."""
+    """Pipeline stages: the ranks of each do the same work, as far as `loads` says so."""
+    loads: tuple[int, ...] = (1,)
+    """Microbatches that each replica takes in a step."""
     slow_before: dict[int, str] = field(default_factory=dict)
     """Slot to the node on which it was slow, over all generations."""
     unclean: bool = False
@@ -322,7 +324,7 @@ class MeshFold:
 
     def __post_init__(self) -> None:
         self.watch = hangs.MeshWatch(self.nodes, self.ranks // self.stages)
-        self._stragglers = StragglerWatch(self.nodes, self.ranks, self.stages, self.slow_before)
+        self._stragglers = StragglerWatch(self.nodes, self.ranks, self.stages, self.slow_before, self.loads)
         self._newest = dict.fromkeys(self.nodes, 0)
         self._standing = Counter({0: len(self.nodes)})
 

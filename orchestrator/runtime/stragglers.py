@@ -1,6 +1,7 @@
 """Stragglers: ranks that compute more slowly than their peers do. Pure: own times in, findings out.
 
-Peers are the ranks of one pipeline stage: they do the same work on data of the same shape. A rank's time is its own
+Peers are the ranks of one pipeline stage: they do the same work on data of the same shape. (In a mesh that has shrunk
+some replicas may take a microbatch more than others: peers are of those that take as many.) A rank's time is its own
 (trainer/own_time.py): what it waits for others is not in it, so the one that keeps the mesh waiting is the one that
 stands out, by its time over the median of its peers'.
 
@@ -83,13 +84,24 @@ class StragglerWatch:
     stages: int
     slow_before: dict[int, str] = field(default_factory=dict)
     """Slot to the node on which it was slow; kept by the owner from one generation to the next."""
+    loads: tuple[int, ...] = (1,)
+    """Microbatches that each replica takes in a step; the replicas of a stage follow each other."""
     straggling_us: int = 0
     """What the mesh has waited for ranks that are named, and the owner has not accounted for yet."""
     _told: dict[int, tuple[dict[int, int], int]] = field(default_factory=dict)
     """Last step of a window to its ranks' own times and the longest wall-clock, of those that are not complete."""
     _suspicions: dict[int, _Suspicion] = field(init=False)
+    _peers: list[list[int]] = field(init=False)
+    """All ranks, by stage and load."""
 
     def __post_init__(self) -> None:
+        per_stage = self.ranks // self.stages
+        per_replica = per_stage // len(self.loads)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for rank in range(self.ranks):
+            load = self.loads[rank % per_stage // per_replica]
+            groups.setdefault((rank // per_stage, load), []).append(rank)
+        self._peers = list(groups.values())
         self._suspicions = {rank: _Suspicion() for rank in range(self.ranks)}
 
     def feed(self, step: int, own_us: dict[int, int], wall_us: int) -> list[Slow]:
@@ -106,9 +118,8 @@ class StragglerWatch:
                 del self._told[min(self._told)]
             return []
         _, longest_us = self._told.pop(step)
-        per_stage = self.ranks // self.stages
-        for first in range(0, self.ranks, per_stage):
-            self._judge({rank: told[rank] for rank in range(first, first + per_stage)}, longest_us)
+        for peers in self._peers:
+            self._judge({rank: told[rank] for rank in peers}, longest_us)
         return self._findings()
 
     def _judge(self, peers: dict[int, int], wall_us: int) -> None:
@@ -142,9 +153,10 @@ class StragglerWatch:
         neighbours = range(place * per_node, (place + 1) * per_node)
         slow = [each for each in neighbours if self._suspicions[each].evidence > ENOUGH / 2]
         suspicion = self._suspicions[rank]
+        peers = next(len(group) - 1 for group in self._peers if rank in group)
         detail = (
-            f"rank {rank} computes {suspicion.mean_ratio:.2f} times as long as its {self.ranks // self.stages - 1} "
-            f"peers, over {suspicion.windows * WINDOW_STEPS} steps; "
+            f"rank {rank} computes {suspicion.mean_ratio:.2f} times as long as its {peers} peers, "
+            f"over {suspicion.windows * WINDOW_STEPS} steps; "
         )
         if before != node:
             detail += f"it was slow on {before}, too: it is the slot's work, not the node"

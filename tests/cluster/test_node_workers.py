@@ -328,7 +328,7 @@ def test_a_warm_worker_fills_the_place_of_a_dead_one_and_is_replaced(tmp_path: P
     node.begin(1, "wait")
     first = node.pids()
     for _ in range(2):
-        node.workers.replenish(config("wait"))
+        node.workers.replenish()
     warm = waiting()
     os.kill(first[1], signal.SIGKILL)
     assert node.next_exit().pid == first[1]
@@ -336,7 +336,7 @@ def test_a_warm_worker_fills_the_place_of_a_dead_one_and_is_replaced(tmp_path: P
     node.begin(2, "wait")
     second = node.pids()
     assert second[0] == first[0] and second[1] in warm
-    node.workers.replenish(config("wait"))
+    node.workers.replenish()
     assert len(waiting() & warm) == 1
     node.workers.halt(20)
     assert len(waiting() & warm) == 1, "a halt that trusts no process ends those that have served"

@@ -164,7 +164,7 @@ def test_a_smaller_mesh_has_its_own_numbers_and_restores_by_the_old_ones(
             body.agents.pop("a", None)
 
     asyncio.run(work())
-    assert (body.fold.ranks, body._layout.dp_replicate) == (2, 1)
+    assert (body.fold.ranks, body.fold.loads, body._layout.dp_replicate) == (2, (4,), 1)
     plans = [calls.opened[node] for node in ("b", "c")]
     assert [(plan.ranks, plan.world_size, plan.group_world_size) for plan in plans] == [((0,), 2, 2), ((1,), 2, 2)]
     assert [plan.snapshot_slots for plan in plans] == [{0: range(0, 2)}, {1: range(2, 4)}]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 from recoveries.contestants import CONTESTANTS
+from recoveries.job import Job
+from recoveries.kills import ends_of
 from recoveries.marks import Mark, Watch, note, parse, recovery, shrunk
-from recoveries.tables import judge, stage_medians
+from recoveries.running import ContestantFailed, process
+from recoveries.storm import Storm
+from recoveries.tables import judge, show_storms, stage_medians
+from rich.console import Console
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "recovery.py"
 
@@ -109,3 +118,40 @@ def test_who_cannot_take_part_is_refused() -> None:
     command = [sys.executable, BENCHMARK, "--only", "torchft"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert said.returncode and "--only: no torchft" in said.stderr
+
+
+def test_of_a_run_no_process_is_left_and_what_has_ended_can_be_started_anew(tmp_path: Path) -> None:
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    job = Job("small", "small", 10, 5, tmp_path)
+    with process(job, [sys.executable, "-c", script]) as run:
+        first = psutil.Process(run.process.pid)
+        child = wait_for_child(first)
+        with ends_of({0: first.pid, 1: child.pid}) as ended:
+            assert ended() == {}
+            first.kill()
+            run.process.wait(30)
+            assert list(ended()) == [0]
+        with pytest.raises(ContestantFailed, match="exit code -9"):
+            run.check()
+        child.kill()
+        run.restart()
+        child = wait_for_child(psutil.Process(run.process.pid))
+    assert not child.is_running() and run.ended()
+
+
+def wait_for_child(parent: psutil.Process) -> psutil.Process:
+    deadline = time.monotonic() + 30
+    while not (children := parent.children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return children[0]
+
+
+def test_a_storm_is_told_with_its_share_and_what_was_compared() -> None:
+    told = Console(record=True, width=200, file=io.StringIO())
+    ledger = {"productive": 6.0, "recovery": 1.0, "idle_spare": 3.0}
+    storm = Storm(10.0, 0.5, 100, 1120, 0.85, ["worker 1"], 0, ledger, {"identical": True})
+    show_storms(told, {"shepherd": asdict(storm), "torchrun": {"failed": "it has ended"}})
+    text = told.export_text()
+    assert "1020" in text and "85.0%" in text and "60.0%" in text and "85.7%" in text
+    assert "'identical': True" in text and "torchrun: it has ended" in text

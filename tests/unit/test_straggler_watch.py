@@ -26,12 +26,18 @@ GENERATION = 3
 class Mesh:
     """Ranks in stages, on nodes of `per_node`; a step takes a second of everybody's own time, but for the slow."""
 
-    def __init__(self, nodes: int, per_node: int, stages: int = 1, slow_before: dict[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        per_node: int,
+        stages: int = 1,
+        slow_before: dict[int, str] | None = None,
+        loads: tuple[int, ...] = (1,),
+    ) -> None:
         self.names = tuple(f"n{n}" for n in range(nodes))
         self.ranks = nodes * per_node
-        self.watch = StragglerWatch(
-            nodes=self.names, ranks=self.ranks, stages=stages, slow_before={} if slow_before is None else slow_before
-        )
+        known = {} if slow_before is None else slow_before
+        self.watch = StragglerWatch(self.names, self.ranks, stages, known, loads)
         self.step = 0
 
     def windows(self, count: int, slow: dict[int, float], wall_us: int = WINDOW_STEPS * S) -> list[Slow]:
@@ -79,6 +85,18 @@ def test_peers_are_of_one_stage() -> None:
     assert [f.slot for f in mesh.windows(50, {2: 3.0, 3: 4.0})] == [3]
     alone = Mesh(nodes=2, per_node=1, stages=2)
     assert alone.windows(50, {1: 3.0}) == [], "there is nobody to compare it with"
+
+
+def test_peers_take_as_many_microbatches() -> None:
+    """Two stages of three replicas, of which the first takes two microbatches and each other one, on nodes of two."""
+    mesh = Mesh(nodes=6, per_node=2, stages=2, loads=(2, 1, 1))
+    usual = dict.fromkeys((0, 1, 6, 7), 2.0)
+    assert mesh.windows(50, usual) == [], "who does twice the work is not slow"
+    assert [f.slot for f in mesh.windows(50, usual | {0: 3.0})] == [0]
+    (one,) = mesh.windows(50, usual | {9: 1.5})
+    assert one.slot == 9 and "as long as its 3 peers" in one.detail
+    alone = Mesh(nodes=2, per_node=1, loads=(2, 1))
+    assert alone.windows(50, {0: 3.0}) == [], "there is nobody to compare it with"
 
 
 def test_the_verdict_tells_a_node_from_its_work() -> None:
