@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -20,10 +21,15 @@ PEER_PATIENCE_S = 60.0
 
 
 def aligned(rank: Rank, name: str, n_bytes: int) -> memoryview:
-    """A buffer on a page's border whose memory is there and whose content does not compress; made once."""
+    """A buffer on a page's border whose memory is there and whose content does not compress; made once.
+
+    In huge pages where there are any, as ours: the kernel then pins a piece for the disk in a fraction of the time.
+    """
     key = f"raw {name} {n_bytes}"
     if key not in rank.kept:
-        buffer = mmap.mmap(-1, n_bytes)
+        buffer = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
         for start in range(0, n_bytes, 1 << 24):
             buffer[start : start + (1 << 24)] = random.randbytes(min(1 << 24, n_bytes - start))
         rank.kept[key] = buffer
