@@ -14,6 +14,7 @@ from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.reporting import Outbox
 from orchestrator.runtime.reports import NodeStep
+from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import parse
 from storage.blocks import BadBlock
 from storage.manifest import ManifestError
@@ -142,6 +143,7 @@ def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> N
         on._workers = SimpleNamespace(halt=lambda within_s, park_s: on._loop.call_soon_threadsafe(halted.set))
         on._buddies = SimpleNamespace(end=halted.wait)  # a peer that has stopped
         on._held, on._facts, on._outbox, on._watch = {}, [], Outbox(), None
+        on._stacks = Stacks()
         await on.halt(1, 2, False, False)
         assert on._outbox.reports()
 

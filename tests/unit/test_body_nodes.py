@@ -191,7 +191,7 @@ def test_ranks_are_heard_out_where_state_was_found_corrupt(tmp_path, monkeypatch
         await asyncio.gather(*body._tasks)
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
-    assert orders == [(1, 2, heard)]
+    assert orders == [(1, 2, heard, False)]
 
 
 def opened(*nodes: str) -> OpenGeneration:
