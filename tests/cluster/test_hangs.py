@@ -87,11 +87,13 @@ def test_hangs_are_found_named_and_recovered(cluster: Cluster, tmp_path: Path) -
     assert [(i.cause, i.culprit, i.rung) for i in status.incidents] == [
         ("hang", status.mesh[node], "replace") for node in (1, 0, 1)
     ]
-    for incident, rank in zip(status.incidents, (3, 1, 2), strict=True):
+    # Where a signal stops a process is chance; the others stand in the fault itself.
+    stands = {3: r"\S+", 1: r"hangs.py", 2: r"hangs.py"}
+    for incident, rank in zip(status.incidents, stands, strict=True):
         named = re.search(rf"; stack in (evidence/g\d+-r{rank}-stack\.txt)", incident.detail)
         assert named is not None, incident.detail
         stack = Path(hurt.run.url, named[1]).read_text()
-        assert re.search(r'"MainThread"\n +\S+ \(hangs.py:\d+\)', stack), stack
+        assert re.search(rf'"MainThread"\n +\S+ \({stands[rank]}:\d+\)', stack), stack
     stop, loop, grip = (incident.detail for incident in status.incidents)
     assert stop.startswith("rank 3 ") and "its process is stopped (SIGSTOP)" in stop
     assert loop.startswith("rank 1 does not wait for anybody while 3 others do") and "hangs.py:" in loop
