@@ -67,7 +67,8 @@ def document(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, A
     """Two ranks on one node."""
     run = {"steps": STEPS, "validation_interval_steps": STEPS, **sections.pop("run", {})}
     mesh = {"pp": 1, "dp_replicate": 2, "microbatches": 1}
-    return job(name, folder, run=run, parallel=mesh, checkpoint={"interval_steps": INTERVAL_STEPS}, **sections)
+    checkpoint = {"interval_steps": INTERVAL_STEPS, **sections.pop("checkpoint", {})}
+    return job(name, folder, run=run, parallel=mesh, checkpoint=checkpoint, **sections)
 
 
 def slow_down(cluster: Cluster, run: str) -> Path:
@@ -253,7 +254,9 @@ def test_an_object_store_that_cannot_be_reached(cluster: Cluster, untouched: str
     port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
     assert port is not None
     with s3_behind_a_wire(port, "herd") as wire:
-        spec = spec_of(document("far-store", tmp_path, run={"url": "s3://herd/far-store"}))
+        # All are kept: what is read when the store is back must not go meanwhile, since newer ones come.
+        keep = {"keep": STEPS}
+        spec = spec_of(document("far-store", tmp_path, run={"url": "s3://herd/far-store"}, checkpoint=keep))
         slow = slow_down(cluster, "far-store")
 
         def store_is_away(status: Status) -> None:
