@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.pipelining._utils import InferenceMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -40,8 +41,7 @@ def _prepare(order: Prepare) -> None:
         torch.cuda.set_device(order.local_rank)
         torch.cuda.synchronize()
         return
-    _step(_small(order.config), order.rank)
-    destroy_groups(None)
+    destroy_groups(_step(_small(order.config), order.rank))
 
 
 def _small(config: WorkerConfig) -> WorkerConfig:
@@ -49,17 +49,16 @@ def _small(config: WorkerConfig) -> WorkerConfig:
     return replace(config, model=replace(config.model, n_layers=config.parallel.pp))
 
 
-def _step(config: WorkerConfig, rank: int) -> None:
+def _step(config: WorkerConfig, rank: int) -> DeviceMesh:
+    """Take it; what is left is its mesh."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=config.parallel.world_size)
     mesh = build_mesh(config.parallel, config.device, timedelta(seconds=config.collective_timeout_s), backend="fake")
-    try:
-        stage = build_stage(config, mesh, initial=False)
-        if stage.schedule is not None:
-            _know_shapes(stage.schedule)
-        tokens_BT = torch.zeros(len(stage.rows), config.data.seq_len, dtype=torch.int64)
-        forward_backward(stage, tokens_BT if stage.is_first else None, tokens_BT if stage.is_last else None)
-    finally:
-        mesh._pg_registry.clear()
+    stage = build_stage(config, mesh, initial=False)
+    if stage.schedule is not None:
+        _know_shapes(stage.schedule)
+    tokens_BT = torch.zeros(len(stage.rows), config.data.seq_len, dtype=torch.int64)
+    forward_backward(stage, tokens_BT if stage.is_first else None, tokens_BT if stage.is_last else None)
+    return mesh
 
 
 def _know_shapes(schedule: Schedule1F1B) -> None:
