@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.chaos.orders import Order
+from orchestrator.chaos.orders import PAIRS, Order
 from orchestrator.chaos.scorecard import Score, score
 from orchestrator.runtime import driver, journal
 from storage.commits import list_commits, read_commit, state_digest
@@ -79,6 +79,7 @@ def run(
             break
         tell(f"{order.scenario} was ordered at step {step}")
     deadline = time.monotonic() + wait_s
+    expected = times * (2 if order.scenario in PAIRS else 1)
     tail = journal.tail_path(Path(log_dir).expanduser() / name, url)
 
     def scores(identical: bool | None = None) -> tuple[Score, ...]:
@@ -90,7 +91,7 @@ def run(
         return Outcome(scores=found, note="; ".join(filter(None, (note, why, missing))))
 
     ended = False
-    while not (ended or (len(scores()) == times and all(s.settled for s in scores()))):
+    while not (ended or (len(scores()) == expected and all(s.settled for s in scores()))):
         if time.monotonic() > deadline:
             return outcome(why=f"not recovered within {wait_s:g} s")
         time.sleep(READ_INTERVAL_S)

@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.chaos import net
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
@@ -48,7 +49,7 @@ from orchestrator.runtime.reports import (
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import JobSpec, parse
-from storage import peer, ram, transfer
+from storage import faults, peer, ram, transfer
 from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
@@ -58,8 +59,6 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
-LAST_ANSWER_S = 0.2
-"""Between the answer to the order to kill this node and the deed; an answer within a cluster takes milliseconds."""
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -404,17 +403,29 @@ class Agent:
         Raises:
             StaleOrder: the generation whose worker is meant is not the one here.
             LookupError: there is no such worker here.
-            OSError: the worker does not take the order.
+            OSError: the worker does not take the order, or this process may not change the node's network.
+            ValueError: the order cannot be done on this node.
         """
         self._accept(epoch)
-        if order.fault != "node-kill":
-            if self._fold is None or self._fold.generation != order.generation:
-                raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
-            return await chaos.harm_worker(self._workers, order)
-        family = chaos.family_of(os.getpid())
-        # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
-        self._loop.call_later(LAST_ANSWER_S, chaos.kill_node, os.getpid(), self._ram_dir, self._run, self._ray_node)
-        return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
+        match order.fault:
+            case "node-kill":
+                family = chaos.family_of(os.getpid())
+                victim = (os.getpid(), self._ram_dir, self._run, self._ray_node)
+                # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
+                self._loop.call_later(chaos.LAST_ANSWER_S, chaos.kill_node, *victim)
+                return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
+            case "net-cut":
+                return await asyncio.to_thread(net.cut, order, self._host)
+            case "net-delay":
+                return await asyncio.to_thread(net.delay, order, self._host)
+            case "store-outage":
+                return await chaos.refuse_store(self._workers, self._spec.run.url, order)
+            case "clock-jump" if order.slot is None:
+                faults.leap_clock(float(order.parameters["seconds"]))
+                return f"time.time() of the agent leaps by {float(order.parameters['seconds']):+g} s"
+        if self._fold is None or self._fold.generation != order.generation:
+            raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
+        return await chaos.harm_worker(self._workers, order)
 
     async def verify(self, epoch: int, order: VerifyCheckpoint) -> Reading:
         """Read a checkpoint back, however long that takes at the ordered pace."""
