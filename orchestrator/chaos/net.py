@@ -1,4 +1,4 @@
-"""Network cuts and delays of one node, in its own network namespace: iptables drops packets, tc holds them back.
+"""Network cuts of one node, in its own network namespace: iptables drops packets.
 
 The rules stand in chains of their own, which a process apart puts into force and takes out again. Each rule also
 carries the second from which on it matches nothing, so that the kernel ends a cut whose process was killed.
@@ -12,7 +12,6 @@ import math
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -91,27 +90,6 @@ def _matches(hook: str, whom: Iterable[str], controller: str, ports: list[int]) 
     return told
 
 
-def delay(order: InjectFault, own: str) -> str:
-    """Have every packet that leaves this node be late, from a moment from now on and for `seconds`.
-
-    Raises:
-        PermissionError: this process may not change the node's network, or its kernel cannot (no netem).
-    """
-    seconds, late_ms = float(order.parameters["seconds"]), order.parameters["delay_ms"]
-    device = _device_of(own)
-    netem = ["qdisc", "replace", "dev", device, "root", "netem", "delay", f"{late_ms}ms"]
-    _run("tc", *netem)  # seen to work, before anybody is told so
-    apart.begin(__name__, "--device", device, "--seconds", str(seconds))
-    return f"packets that leave {own} by {device} are {late_ms} ms late for {seconds:g} s"
-
-
-def _device_of(address: str) -> str:
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in entries):
-            return name
-    raise ValueError(f"no network interface of this node has its address {address}")
-
-
 def _table_of(address: str) -> str:
     return "ip6tables" if ipaddress.ip_address(socket.gethostbyname(address)).version == 6 else "iptables"
 
@@ -140,23 +118,12 @@ def _keep_cut(table: str, chain: str, hooks: list[str], seconds: float) -> None:
                     _run(table, "-w", *undo)
 
 
-def _keep_delay(device: str, seconds: float) -> None:
-    apart.tell("begun")
-    time.sleep(seconds)
-    _run("tc", "qdisc", "del", "dev", device, "root")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Keeps a cut or a delay of this node's network for a while.")
-    parser.add_argument("--table", default="iptables")
-    parser.add_argument("--chain", default="")
-    parser.add_argument("--device", default="")
+    parser = argparse.ArgumentParser(description="Keeps this node cut off for a while.")
+    parser.add_argument("--table", required=True)
+    parser.add_argument("--chain", required=True)
     parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("hooks", nargs="*")
+    parser.add_argument("hooks", nargs="+")
     asked = parser.parse_args()
     apart.leave()
-    if asked.device:
-        _keep_delay(asked.device, asked.seconds)
-    else:
-        _keep_cut(asked.table, asked.chain, asked.hooks, asked.seconds)
-    sys.exit(0)
+    _keep_cut(asked.table, asked.chain, asked.hooks, asked.seconds)

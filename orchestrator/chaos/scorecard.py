@@ -240,13 +240,19 @@ def _of_a_spare(blank: Score, fault: Fault, events: Sequence[ev.Event]) -> Score
 
 
 def _of_a_straggler(blank: Score, fault: Fault, events: Sequence[ev.Event]) -> Score:
-    """Found when its node is named, at once recovered: the run goes on, and by default nothing more is done."""
-    slow = next((e for e in events if isinstance(e, ev.NodeSlow)), None)
-    if slow is None:
+    """Found when it is named, at once recovered: the run goes on, and by default nothing more is done.
+
+    On a machine that many share others may be slow, too, and named before it.
+    """
+    named = [e for e in events if isinstance(e, ev.NodeSlow)]
+    if not named:
         return blank
+    right = [e for e in named if (e.node, e.slot) == (fault.node, fault.slot)]
+    slow = (right or named)[0]
+    before = named.index(slow)
     return dataclasses.replace(
         blank,
-        found=f"slow: {slow.detail}",
+        found=f"slow{f', after {before} others' if before else ''}: {slow.detail}",
         detected_after_s=(slow.at - fault.ordered_at) / 1e6,
         right_node=slow.node == fault.node,
         right_rank=slow.slot == fault.slot,

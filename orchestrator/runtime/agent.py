@@ -25,11 +25,11 @@ from typing import Any
 
 import ray
 
-from orchestrator.chaos import net
+from orchestrator.chaos import late, net
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime import copies, fanin
+from orchestrator.runtime import copies, fanin, links
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
+ABANDONED_S = 300.0
+"""Longer than a controller is away, or a head that comes back with its GCS."""
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -165,6 +167,9 @@ class Agent:
             warm_workers=self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
+        self._reporter: Reporter | None = None
+        self._moved_at = time.monotonic()
+        """Monotonic second of the newest step here."""
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Task[None]] = set()
         """Copies that are being sent to the buddy, at most one a rank."""
@@ -179,7 +184,7 @@ class Agent:
             NotAdmitted: a device is wrong.
             ZygoteError: the worker's module cannot be imported.
         """
-        reporter = Reporter(
+        self._reporter = reporter = Reporter(
             node=self._node,
             namespace=self._namespace,
             token=self._token,
@@ -417,7 +422,8 @@ class Agent:
             case "net-cut":
                 return await asyncio.to_thread(net.cut, order, self._host)
             case "net-delay":
-                return await asyncio.to_thread(net.delay, order, self._host)
+                late_ms, seconds = int(order.parameters["delay_ms"]), float(order.parameters["seconds"])
+                return await asyncio.to_thread(late.delay, self._host, late_ms, seconds)
             case "store-outage":
                 return await chaos.refuse_store(self._workers, self._spec.run.url, order)
             case "clock-jump" if order.slot is None:
@@ -431,6 +437,10 @@ class Agent:
         """Read a checkpoint back, however long that takes at the ordered pace."""
         self._accept(epoch)
         return await self._reader.read(order)
+
+    async def unreached(self, addresses: dict[str, str]) -> frozenset[str]:
+        """Of nodes and the addresses of their peer servers, those from which no packet comes back to this one."""
+        return await links.unreached(addresses)
 
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
@@ -489,6 +499,7 @@ class Agent:
                 if report.copied_step <= self._supposed_copied:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
+                self._moved_at = time.monotonic()
                 self._outbox.push(report)
                 self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
@@ -597,7 +608,15 @@ class Agent:
         """A killed raylet leaves its actors behind: such a node must not go on by itself."""
         while os.getppid() == self._parent:
             await asyncio.sleep(1.0)
+            if self._is_abandoned():
+                await self._die(f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s")
         await self._die("the raylet of this node is gone")
+
+    def _is_abandoned(self) -> bool:
+        """Cut off from all, this node has been replaced by now; while its mesh trains, nobody else can have."""
+        if self._reporter is None or self._epoch == 0:
+            return False
+        return time.monotonic() - max(self._moved_at, self._reporter.answered_at) > ABANDONED_S
 
     async def _die(self, why: str) -> None:
         logger.error("agent %s ends: %s", self._node, why)

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,8 +149,10 @@ def references(on: Rig, names: list[str]) -> dict[str, str]:
     return found
 
 
-def document_of(scores: list[Score]) -> list[dict[str, Any]]:
-    return [s.document() for s in scores]
+def document_of(scores: list[Score], folder: Path) -> list[dict[str, Any]]:
+    """As JSON; where the folder of this try was says nothing."""
+    text = json.dumps([s.document() for s in scores]).replace(str(folder), "out/scorecards")
+    return list(json.loads(text))
 
 
 def table(rows: dict[str, list[dict[str, Any]]], machine: str) -> str:
@@ -162,7 +165,8 @@ def table(rows: dict[str, list[dict[str, Any]]], machine: str) -> str:
     lines += ["| " + " | ".join(_cells(name, s)) + " |" for name in sorted(rows, key=_place) for s in rows[name]]
     missing = [name for name in SCENARIOS if name not in {s["fault"] for found in rows.values() for s in found}]
     missing = [name for name in missing if name not in rows]
-    return "\n".join([*lines, "", f"Not among them: {', '.join(f'`{name}`' for name in missing) or 'none'}.", ""])
+    names = ", ".join(f"`{name}`" for name in missing) or "none"
+    return "\n".join([*lines, "", textwrap.fill(f"Not among them: {names}.", 120), ""])
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -209,7 +213,7 @@ def main() -> int:
         reference = references(on, names)
         for name in names:
             scores = play(on, name, CARDS[name], reference)
-            rows[name] = document_of(scores)
+            rows[name] = document_of(scores, on.folder)
             print(json.dumps({name: rows[name]}), flush=True)
             write(rows)
             on.mend()

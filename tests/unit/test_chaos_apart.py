@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from orchestrator.chaos import hog, net
+from orchestrator.chaos import hog, late, net
 from orchestrator.core.actions import InjectFault
 from storage import faults, urls
 
@@ -81,5 +81,15 @@ def test_who_may_not_change_the_network_is_told_what_it_takes(monkeypatch: pytes
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(PermissionError, match="CAP_NET_ADMIN"):
         net.cut(order(), "10.0.0.3")
+    monkeypatch.setattr(late.os, "open", forbidden)
     with pytest.raises(PermissionError, match="CAP_NET_ADMIN"):
-        net.delay(order(delay_ms="5"), "127.0.0.1")
+        late.delay("127.0.0.1", 5, 1.0)
+
+
+def forbidden(*args: object) -> int:
+    raise PermissionError(13, "no")
+
+
+def test_only_a_node_with_that_address_can_be_late() -> None:
+    with pytest.raises(ValueError, match=r"192\.0\.2\.1 is no IPv4 address of this node"):
+        late.delay("192.0.2.1", 5, 1.0)

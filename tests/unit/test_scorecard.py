@@ -310,10 +310,13 @@ def test_a_slow_worker_is_found_when_it_is_named() -> None:
     j = Journal()
     j.order(12, "worker-slow", slot=2, seconds="30")
     assert not j.only().detected
+    j.tell(18, ev.NodeSlow(at=0, node="a", generation=1, detail="rank 0 computes twice as long", slot=0))
+    assert (j.only().detected, j.only().right_node) == (True, False)
     j.tell(20, ev.NodeSlow(at=0, node="b", generation=1, detail="rank 2 computes 3 times as long", slot=2))
     assert not j.only().settled
     j.steps(21, 2)
     found = j.only()
+    assert found.found.startswith("slow, after 1 others: rank 2 ")
     assert (found.detected_after_s, found.right_node, found.right_rank, found.passed) == (8, True, True, True)
 
 
