@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import bootstrap  # noqa: F401  (before Ray)
+import netns
 from herd import final_digest, train
 from rig import Rig, rig
+from stage import Stage, stage
 
 from orchestrator.chaos import command
 from orchestrator.chaos.orders import NOT_DONE, SCENARIOS, Order
@@ -87,6 +89,25 @@ CARDS: dict[str, Card] = {
         Order(scenario="disk-full", seconds=LASTS_S), hold_s=40.0, sections={"checkpoint": {"interval_steps": 5}}
     ),
 }
+
+
+# On nodes with networks of their own: scenario, options and the pause in each step, in seconds.
+NETS: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "net-cut from the controller": ("net-cut", ("--from", "controller", "--seconds", "9"), 0.6),
+    "net-cut from peers": ("net-cut", ("--from", "peers", "--seconds", "20"), 0.6),
+    "net-cut from peers, one-way": ("net-cut", ("--from", "peers", "--direction", "out", "--seconds", "20"), 0.6),
+    "net-cut from all": ("net-cut", ("--from", "all", "--seconds", "20"), 0.6),
+    "net-delay": ("net-delay", ("--delay-ms", "100", "--seconds", "9"), 0.6),
+}
+
+
+def play_on_net(on: Stage, name: str) -> list[dict[str, Any]]:
+    """As `play`."""
+    scenario, options, pause_s = NETS[name]
+    run = "card-" + "-".join(name.replace(",", "").split())
+    with on.run(run, pause_s) as spec:
+        found = on.chaos(run, scenario, *options)
+    return [found | {"identical": final_digest(spec) == on.untouched()}]
 
 
 def spec_for(on: Rig, name: str, card: Card, url: Path | None = None) -> JobSpec:
@@ -203,20 +224,30 @@ def write(rows: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CARDS), help="these rows; default: all")
+    parser.add_argument("--only", nargs="+", choices=[*CARDS, *NETS], help="these rows; default: all")
     parser.add_argument("--out", type=Path, default=Path("out/scorecards"), help="folder of the runs; made anew")
     given = parser.parse_args()
-    names = given.only or list(CARDS)
+    names = given.only or [*CARDS, *NETS]
     shutil.rmtree(given.out, ignore_errors=True)
     rows: dict[str, Any] = json.loads(RESULTS.read_text())["scenarios"] if given.only and RESULTS.exists() else {}
-    with rig(given.out.absolute()) as on:
-        reference = references(on, names)
-        for name in names:
-            scores = play(on, name, CARDS[name], reference)
-            rows[name] = document_of(scores, on.folder)
-            print(json.dumps({name: rows[name]}), flush=True)
-            write(rows)
-            on.mend()
+
+    def note(name: str, found: list[dict[str, Any]]) -> None:
+        rows[name] = found
+        print(json.dumps({name: found}), flush=True)
+        write(rows)
+
+    if plain := [name for name in names if name in CARDS]:
+        with rig(given.out.absolute()) as on:
+            reference = references(on, plain)
+            for name in plain:
+                note(name, document_of(play(on, name, CARDS[name], reference), on.folder))
+                on.mend()
+    if of_nets := [name for name in names if name in NETS]:
+        if why := netns.why_not():
+            parser.error(f"{', '.join(of_nets)}: {why}")
+        with stage(given.out.absolute() / "nets") as apart:
+            for name in of_nets:
+                note(name, play_on_net(apart, name))
     failed = [name for name in names if not all(s["passed"] for s in rows[name])]
     print(f"{len(names)} scenarios, not passed: {failed or 'none'}")
     return 1 if failed else 0
