@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.chaos.orders import PAIRS, Order
+from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, PAIRS, Order
 from orchestrator.chaos.scorecard import Score, score
 from orchestrator.runtime import driver, journal
 from storage.commits import list_commits, read_commit, state_digest
@@ -121,6 +121,22 @@ def give(controller: Any, token: str, order: Order, by: str) -> str:
         if isinstance(e.cause, ValueError):
             raise driver.RunError(f"the run refuses: {e.cause}") from e
         raise
+    except ray.exceptions.RayActorError:
+        if order.scenario not in ENDS_THE_CONTROLLER:
+            raise
+        return _where(controller, token)  # it was done before the answer was on its way
+
+
+def _where(controller: Any, token: str) -> str:
+    """run.url, from a controller that comes back."""
+    deadline = time.monotonic() + TRAINING_DEADLINE_S
+    while True:
+        try:
+            return str(ray.get(controller.where.remote(token), timeout=driver.POLL_DEADLINE_S))
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_INTERVAL_S)
 
 
 def await_training(controller: Any) -> int:

@@ -53,7 +53,7 @@ class Card:
     """One row: how the scenario is ordered, and how long the run is kept slow for it to play."""
 
     order: Order
-    hold_s: float = 12.0
+    hold_s: float = 8.0
     sections: dict[str, Any] = field(default_factory=dict)
 
 
