@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import ray
 from ray.util import get_placement_group
 
-from orchestrator.chaos import ballast, head, net
+from orchestrator.chaos import ordered
 from orchestrator.chaos.orders import NOT_DONE
 from orchestrator.core import events as ev
 from orchestrator.core import placement
@@ -51,7 +49,7 @@ from orchestrator.runtime.reading import Reading
 from orchestrator.runtime.reporting import NodeGone
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report, stack_name
 from orchestrator.spec import JobSpec
-from storage import faults, pins, statements, wires
+from storage import pins, statements, wires
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
 from storage.manifest import Commit, ManifestError, RankPart, commit_name, writers_epoch
 from storage.redact import redacted
@@ -97,10 +95,6 @@ STACK_DEADLINE_S = 10.0
 """For an agent to tell the stacks that it has read, three seconds after it began to at the latest."""
 PARTS_DEADLINE_S = 30.0
 """For agents to tell a controller that came back which parts of a checkpoint they have written."""
-RECOVERY_DEADLINE_S = 120.0
-"""For the recovery in which chaos shall strike again to begin: longer than any detector needs."""
-RECOVERY_LOOK_S = 0.02
-"""Between two looks: a recovery may take a second."""
 CUT_OFF_S = 60.0
 """How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
 controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
@@ -575,7 +569,7 @@ class Body:
     async def _inject(self, action: InjectFault) -> None:
         """The harm is done where it belongs; what was done comes back as FaultInjected."""
         try:
-            detail = await self._harm(action)
+            detail = await ordered.harm(action, self._spec.run.url, self._epoch, self.agents, self._opened)
         except ray.exceptions.RayActorError:
             detail = "the agent died before it answered"
         except Exception as e:
@@ -583,63 +577,9 @@ class Body:
         if detail:  # else the worker tells itself
             self._post(ev.FaultInjected(at=0, number=action.number, detail=detail))
 
-    async def _harm(self, action: InjectFault) -> str:
-        """What was done; nothing when somebody else tells."""
-        given = action.parameters
-        match action.fault:
-            case "controller-kill":
-                os.kill(os.getpid(), signal.SIGKILL)  # the next epoch tells that it was done
-            case "head-kill":
-                await asyncio.to_thread(head.kill)
-                return ""
-            case "disk-full":
-                return await ballast.fill(self._spec.run.url, float(given["seconds"]), int(given["ballast_bytes"]))
-            case "store-outage":
-                return await self._refuse_store(action)
-            case "clock-jump" if given["process"] == "controller":
-                faults.leap_clock(float(given["seconds"]))
-                return f"time.time() of the controller leaps by {float(given['seconds']):+g} s"
-            case "net-cut":
-                own, ports = str(ray.util.get_node_ip_address()), net.listening_ports()  # type: ignore[no-untyped-call]
-                peers = {handle.info.host for handle in self.agents.values() if handle.info is not None}
-                peers.discard(self._agent(action.node).info.host)  # type: ignore[union-attr]
-                where = {"controller": f"{own}|{','.join(map(str, ports))}", "peers": ",".join(sorted(peers))}
-                action = dataclasses.replace(action, parameters=given | where)
-        if given.get("during") == "recovery":
-            return await self._harm_in_recovery(action)
-        return await self._order_harm(action)
-
-    async def _order_harm(self, action: InjectFault) -> str:
-        agent = self._agent(action.node)
-        return str(await call(agent.actor.inject.remote(self._epoch, action), ORDER_DEADLINE_S))
-
-    async def _refuse_store(self, action: InjectFault) -> str:
-        """The controller's own accesses, too: so its truth cannot be written before the outage is over."""
-        actors = [handle.actor for handle in self.agents.values() if handle.actor is not None]
-        told = (call(actor.inject.remote(self._epoch, action), ORDER_DEADLINE_S) for actor in actors)
-        seconds = float(action.parameters["seconds"])
-        faults.refuse_store(self._spec.run.url, seconds)
-        answers = await asyncio.gather(*told, return_exceptions=True)
-        heard = [answer for answer in answers if isinstance(answer, str)]
-        return f"run.url refuses the controller and {len(heard)} agents ({', '.join(heard)}) for {seconds:g} s"
-
-    async def _harm_in_recovery(self, action: InjectFault) -> str:
-        """Once the next generation is being opened, as soon as it has a worker in that slot."""
-        deadline = time.monotonic() + RECOVERY_DEADLINE_S
-        while self.fold is None or self.fold.generation <= action.generation:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"there was no recovery within {RECOVERY_DEADLINE_S:g} s")
-            await asyncio.sleep(RECOVERY_LOOK_S)
-        while True:
-            opened = dataclasses.replace(action, generation=self.fold.generation)
-            try:
-                detail = await self._order_harm(opened)
-            except ray.exceptions.RayTaskError as e:  # not there yet
-                if time.monotonic() > deadline:
-                    raise e.cause if isinstance(e.cause, Exception) else e from e
-                await asyncio.sleep(RECOVERY_LOOK_S)
-                continue
-            return f"{detail}, while generation {opened.generation} began"
+    def _opened(self) -> int:
+        """The newest generation that was ordered; 0 before the first."""
+        return self.fold.generation if self.fold is not None else 0
 
     async def _delete(self, step: int) -> None:
         """One that cannot be deleted costs space, no more; the next order and the next controller try it again."""

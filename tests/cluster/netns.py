@@ -5,7 +5,6 @@ Needs root. Everything in it is done by commands, as people do it: the test's ow
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from herd import wait_for
 
@@ -47,17 +45,27 @@ def why_not() -> str:
     return ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Node:
     name: str
     address: str
+    folder: str
+    role: list[str]
+    """What makes it a head, or a node of one, as options of `ray start`."""
     process: subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
 class Herd:
-    nodes: tuple[Node, ...]
+    nodes: list[Node]
     """The first is the head, which has no CPU; the others have one each."""
+
+    def mend(self) -> None:
+        """Start Ray again on nodes whose raylet has ended: that is what a raylet does which Ray has given up."""
+        for node in self.nodes:
+            if node.process.poll() is not None:
+                node.process = _ray_start(node.name, node.address, node.folder, node.role)
+        wait_for(lambda: _alive(self) == len(self.nodes), STARTED_WITHIN_S, "all nodes")
 
     def command(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         """`shepherd ...` on the head node, with its output in a file."""
@@ -69,20 +77,6 @@ class Herd:
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-
-    def status(self, run: str) -> dict[str, Any]:
-        """`shepherd status --json`; empty while there is no answer."""
-        environment = {**os.environ, "RAY_ADDRESS": f"{self.nodes[0].address}:{PORT}"}
-        done = subprocess.run(
-            _in(self.nodes[0].name, sys.executable, "-P", "-m", "orchestrator", "status", run, "--json"),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=60,
-        )
-        with suppress(ValueError):
-            return dict(json.loads(done.stdout[done.stdout.index("{") :]))
-        return {}
 
 
 @contextmanager
@@ -110,12 +104,11 @@ def herd(count: int) -> Iterator[Herd]:
             folders.append(tempfile.mkdtemp(prefix="sh"))
             head = [f"--port={PORT}", "--head", "--num-cpus=0", "--include-dashboard=false"]
             role = head if number == 0 else ["--num-cpus=1", f"--address={subnet}.1:{PORT}"]
-            nodes.append(Node(name, address, _ray_start(name, address, folders[-1], role)))
+            process = _ray_start(name, address, folders[-1], role)
+            nodes.append(Node(name, address, folders[-1], role, process))
             if number == 0:
                 wait_for(lambda: _listens(names[0], PORT), STARTED_WITHIN_S, "the GCS")
-        made = Herd(nodes=tuple(nodes))
-        wait_for(lambda: _alive(made) == count + 1, STARTED_WITHIN_S, "all nodes")
-        yield made
+        yield Herd(nodes=nodes)
     finally:
         for name in names:
             listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)

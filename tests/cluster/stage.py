@@ -83,6 +83,7 @@ class Stage:
     def run(self, name: str, pause_s: float = PAUSE_S) -> Iterator[JobSpec]:
         """A run that trains, with a pause in each step; at the end of the block it is let go, and must end in good
         order."""
+        self.herd.mend()
         spec = self.spec(name, pause_s)
         log = self.folder / f"{name}.log"
         process = self.herd.command("train", str(self.folder / f"{name}.toml"), log=log)
