@@ -11,7 +11,7 @@ from contextlib import suppress
 import psutil
 import ray
 
-from orchestrator.chaos import apart, node
+from orchestrator.chaos import apart, net, node
 
 _OF_THE_HEAD = ("dashboard/dashboard.py", "autoscaler/_private/monitor.py")
 """What Ray starts beside the GCS and the raylet of a head, and of no other node."""
@@ -48,7 +48,7 @@ def _gcs() -> psutil.Process:
     port = int(ray.get_runtime_context().gcs_address.rpartition(":")[2])
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.name() == "gcs_server" and f"--gcs_server_port={port}" in process.cmdline():
+            if process.name() == "gcs_server" and port in net.listening_ports(process):
                 return process
     raise ValueError("head-kill needs the controller on the head node, and the GCS is not on this one")
 

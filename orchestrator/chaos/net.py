@@ -32,9 +32,10 @@ NEEDS = (
 )
 
 
-def listening_ports() -> tuple[int, ...]:
-    """The TCP ports at which this process can be reached."""
-    listening = (c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+def listening_ports(process: psutil.Process | None = None) -> tuple[int, ...]:
+    """The TCP ports at which a process, by default this one, can be reached."""
+    connections = (process or psutil.Process()).net_connections("tcp")
+    listening = (c for c in connections if c.status == psutil.CONN_LISTEN)
     return tuple(sorted({c.laddr.port for c in listening}))
 
 
