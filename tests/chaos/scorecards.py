@@ -78,7 +78,7 @@ CARDS: dict[str, Card] = {
     "worker-lock": Card(Order(scenario="worker-lock", seed=2), hold_s=25.0),
     "worker-loop": Card(Order(scenario="worker-loop", seed=3), hold_s=25.0),
     "worker-slow": Card(
-        Order(scenario="worker-slow", seed=4, seconds=60.0), hold_s=60.0, sections={"run": {"steps": 400}}
+        Order(scenario="worker-slow", seed=4, seconds=40.0), hold_s=40.0, sections={"run": {"steps": 160}}
     ),
     "clock-jump": Card(Order(scenario="clock-jump", seed=5, seconds=86_400.0)),
     "clock-jump of the controller": Card(Order(scenario="clock-jump", seconds=-86_400.0, process="controller")),
