@@ -86,6 +86,12 @@ class ClusterSection(_Section):
         description="Before a node joins, its devices compute products whose exact result is known, for a second each "
         "(trainer/admission.py); one that is wrong keeps the node out. ``auto``: on CUDA.",
     )
+    least_bandwidth_mb_s: int = Field(
+        default=0,
+        ge=0,
+        description="MB/s (10^6 bytes) over TCP to and from other nodes of the run, below which a node does not join: "
+        "it is measured with two of them, and kept out when both are slow. 0: not measured.",
+    )
     warm_workers: int = Field(
         default=1,
         ge=0,

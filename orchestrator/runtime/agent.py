@@ -28,7 +28,7 @@ import ray
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime import copies, fanin
+from orchestrator.runtime import bandwidth, copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
@@ -146,7 +146,12 @@ class Agent:
         self._copied_step = self._restored_step = self._supposed_copied = 0
         """The newest step that was copied from every node; that of the restore; and of the newest restore to before
         what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
-        services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report, copies.KEEP: self._buddies.keep}
+        services = {
+            fanin.COLLECT: fan_in.collect,
+            fanin.REPORT: fan_in.report,
+            copies.KEEP: self._buddies.keep,
+            bandwidth.PROBE: bandwidth.serve,
+        }
         self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node, services)
         self._token = token
         self._address = self._data_digest = ""
@@ -211,6 +216,10 @@ class Agent:
             data_digest=self._data_digest,
             snapshots=self._inventory(),
         )
+
+    async def link_rate(self, address: str) -> float:
+        """MB/s that come from the node at `address`. Raises PeerError when it cannot be reached."""
+        return await bandwidth.rate_mb_s(address, self._token)
 
     async def attach(self, epoch: int, done: int) -> None:
         """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""

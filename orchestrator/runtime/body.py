@@ -755,6 +755,7 @@ class Body:
                         "same versions"
                     )
                 )
+            await nodes.check_links(handle, list(self.agents.values()), self._spec.cluster.least_bandwidth_mb_s)
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
         except BaseException as e:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from parallel_pool import run_ranks
 from spoilt import spoilt
 
-from storage import commits, direct, restore
+from storage import commits, direct
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, list_commits, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
