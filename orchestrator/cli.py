@@ -14,7 +14,17 @@ import typer
 from rich.console import Console
 
 from orchestrator import spec as specs
-from orchestrator.chaos.orders import PATTERNS, SCENARIOS, TENSORS, Order
+from orchestrator.chaos.orders import (
+    CUT_FROM,
+    DIRECTIONS,
+    LASTING,
+    OF_A_NODE,
+    PATTERNS,
+    PROCESSES,
+    SCENARIOS,
+    TENSORS,
+    Order,
+)
 from orchestrator.checkpoints_cli import checkpoints_app
 from orchestrator.refusals import EXIT_REFUSED, refuse
 from orchestrator.spec import JobSpec, SpecError
@@ -178,14 +188,22 @@ def chaos(
     scenario: Annotated[str, typer.Argument(help=f"What to do: {', '.join(SCENARIOS)}.", metavar="SCENARIO")],
     run: Annotated[str, typer.Option(help="The run's name (run.name).")],
     rank: Annotated[int | None, typer.Option(help="The rank to hurt; default: drawn by --seed.")] = None,
-    node: Annotated[str, typer.Option(help="For node-kill: the node; default: one of the mesh, drawn by --seed.")] = "",
+    node: Annotated[
+        str, typer.Option(help=f"For {', '.join(OF_A_NODE)}: the node; default: one of the mesh, drawn by --seed.")
+    ] = "",
     times: Annotated[int, typer.Option(help="How often.", min=1, max=1000)] = 1,
     every: Annotated[float, typer.Option(help="Seconds from one to the next, and until the run trains.", min=0)] = 30.0,
     seed: Annotated[int, typer.Option(help="Draws what is left open; counts up with --times.")] = 0,
     tensors: Annotated[str, typer.Option(help=f"For flip: {', '.join(TENSORS)}.")] = "any",
     pattern: Annotated[str, typer.Option(help=f"For flip: {', '.join(PATTERNS)}.")] = "bit",
-    seconds: Annotated[float, typer.Option(help="For disk-full: how long.")] = 30.0,
+    seconds: Annotated[
+        float, typer.Option(help=f"For {', '.join(LASTING)}: how long. For clock-jump: how far; negative: back.")
+    ] = 30.0,
     ballast_gib: Annotated[float, typer.Option(help="For disk-full: more free space than this is not filled.")] = 10.0,
+    process: Annotated[str, typer.Option(help=f"For clock-jump: {', '.join(PROCESSES)}.")] = "worker",
+    cut_from: Annotated[str, typer.Option("--from", help=f"For net-cut: {', '.join(CUT_FROM)}.")] = "peers",
+    direction: Annotated[str, typer.Option(help=f"For net-cut: {', '.join(DIRECTIONS)}, seen from the node.")] = "both",
+    delay_ms: Annotated[int, typer.Option(help="For net-delay: how late packets are that leave the node.")] = 200,
     wait: Annotated[float, typer.Option(help="Seconds to wait for recovery, and with --against for the end.")] = 600.0,
     against: Annotated[str, typer.Option(help="run.url of an untouched run, to compare the final state with.")] = "",
     log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
@@ -208,6 +226,10 @@ def chaos(
         pattern=pattern,
         seconds=seconds,
         ballast_bytes=int(ballast_gib * 2**30),
+        process=process,
+        cut_from=cut_from,
+        direction=direction,
+        delay_ms=delay_ms,
     )
     news = Console(stderr=True, highlight=False, soft_wrap=True)
     with _refusals():

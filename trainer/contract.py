@@ -335,8 +335,10 @@ class Inject:
 
     number: int
     """Of the fault in the run's journal."""
-    fault: Literal["exception", "flip"]
-    """``exception``: raise one in the training loop. ``flip``: change the state at rest."""
+    fault: Literal["exception", "flip", "segfault", "lock", "loop", "memory", "clock", "outage"]
+    """What to do: trainer/harm.py."""
+    seconds: float = 0.0
+    """For ``clock``: how far it leaps. For ``outage``: how long the store refuses."""
     tensors: str = ""
     """For ``flip``: what the chosen tensor's name begins with: model/, exp_avg/ or exp_avg_sq/; empty: any."""
     pattern: Literal["bit", "run", "zero"] = "bit"

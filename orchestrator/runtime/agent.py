@@ -25,10 +25,11 @@ from typing import Any
 
 import ray
 
+from orchestrator.chaos import late, net
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime import bandwidth, copies, fanin
+from orchestrator.runtime import bandwidth, copies, fanin, links
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
@@ -48,7 +49,7 @@ from orchestrator.runtime.reports import (
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import JobSpec, parse
-from storage import peer, ram, transfer
+from storage import faults, peer, ram, transfer
 from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
@@ -58,8 +59,8 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
-LAST_ANSWER_S = 0.2
-"""Between the answer to the order to kill this node and the deed; an answer within a cluster takes milliseconds."""
+ABANDONED_S = 300.0
+"""Longer than a controller is away, or a head that comes back with its GCS."""
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -171,6 +172,9 @@ class Agent:
             warm_workers=self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
+        self._reporter: Reporter | None = None
+        self._moved_at = time.monotonic()
+        """Monotonic second of the newest step here."""
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Task[None]] = set()
         """Copies that are being sent to the buddy, at most one a rank."""
@@ -185,7 +189,7 @@ class Agent:
             NotAdmitted: a device is wrong.
             ZygoteError: the worker's module cannot be imported.
         """
-        reporter = Reporter(
+        self._reporter = reporter = Reporter(
             node=self._node,
             namespace=self._namespace,
             token=self._token,
@@ -413,22 +417,39 @@ class Agent:
         Raises:
             StaleOrder: the generation whose worker is meant is not the one here.
             LookupError: there is no such worker here.
-            OSError: the worker does not take the order.
+            OSError: the worker does not take the order, or this process may not change the node's network.
+            ValueError: the order cannot be done on this node.
         """
         self._accept(epoch)
-        if order.fault != "node-kill":
-            if self._fold is None or self._fold.generation != order.generation:
-                raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
-            return await chaos.harm_worker(self._workers, order)
-        family = chaos.family_of(os.getpid())
-        # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
-        self._loop.call_later(LAST_ANSWER_S, chaos.kill_node, os.getpid(), self._ram_dir, self._run, self._ray_node)
-        return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
+        match order.fault:
+            case "node-kill":
+                family = chaos.family_of(os.getpid())
+                victim = (os.getpid(), self._ram_dir, self._run, self._ray_node)
+                # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
+                self._loop.call_later(chaos.LAST_ANSWER_S, chaos.kill_node, *victim)
+                return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
+            case "net-cut":
+                return await asyncio.to_thread(net.cut, order, self._host)
+            case "net-delay":
+                late_ms, seconds = int(order.parameters["delay_ms"]), float(order.parameters["seconds"])
+                return await asyncio.to_thread(late.delay, self._host, late_ms, seconds)
+            case "store-outage":
+                return await chaos.refuse_store(self._workers, self._spec.run.url, order)
+            case "clock-jump" if order.slot is None:
+                faults.leap_clock(float(order.parameters["seconds"]))
+                return f"time.time() of the agent leaps by {float(order.parameters['seconds']):+g} s"
+        if self._fold is None or self._fold.generation != order.generation:
+            raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
+        return await chaos.harm_worker(self._workers, order)
 
     async def verify(self, epoch: int, order: VerifyCheckpoint) -> Reading:
         """Read a checkpoint back, however long that takes at the ordered pace."""
         self._accept(epoch)
         return await self._reader.read(order)
+
+    async def unreached(self, addresses: dict[str, str]) -> frozenset[str]:
+        """Of nodes and the addresses of their peer servers, those from which no packet comes back to this one."""
+        return await links.unreached(addresses)
 
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
@@ -487,6 +508,7 @@ class Agent:
                 if report.copied_step <= self._supposed_copied:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
+                self._moved_at = time.monotonic()
                 self._outbox.push(report)
                 self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
@@ -595,7 +617,15 @@ class Agent:
         """A killed raylet leaves its actors behind: such a node must not go on by itself."""
         while os.getppid() == self._parent:
             await asyncio.sleep(1.0)
+            if self._is_abandoned():
+                await self._die(f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s")
         await self._die("the raylet of this node is gone")
+
+    def _is_abandoned(self) -> bool:
+        """Cut off from all, this node has been replaced by now; while its mesh trains, nobody else can have."""
+        if self._reporter is None or self._epoch == 0:
+            return False
+        return time.monotonic() - max(self._moved_at, self._reporter.answered_at) > ABANDONED_S
 
     async def _die(self, why: str) -> None:
         logger.error("agent %s ends: %s", self._node, why)
