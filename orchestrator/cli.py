@@ -66,13 +66,14 @@ def spec_show(file: SpecFile, set_: Overrides = None) -> None:
 def train(
     file: SpecFile,
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and say what was lost.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
     address: Address = None,
 ) -> None:
     """Train the job SPEC on a Ray cluster, to its end."""
     spec = _load(file, set_)
     from orchestrator import preflight
+    from orchestrator import resume as resumes
     from orchestrator.observe import live
     from orchestrator.runtime import driver
 
@@ -80,7 +81,10 @@ def train(
         preflight.check_local(spec, resume)
         driver.connect(address)
         preflight.check_cluster(spec)
+        lost = resumes.statement(spec) if resume else []
         controller, token = driver.start(spec, detached=detach)
+    for line in lost:
+        print(f"resume: {redacted(line)}", flush=True)
     if detach:
         print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
         return

@@ -57,6 +57,13 @@ class Layout:
         nodes = self.pp * dp_replicate * self.dp_shard * self.tp // self.slots_per_node
         return replace(self, dp_replicate=dp_replicate, nodes=nodes)
 
+    def is_same_mesh(self, other: Layout) -> bool:
+        """Whether slots have the same numbers, shards and places in a node."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("pp", "dp_replicate", "dp_shard", "tp", "slots_per_node")
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

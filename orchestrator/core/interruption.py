@@ -114,7 +114,7 @@ def open_mesh(s: State, at: int, why: str, at_least: int | None = None) -> list[
     else:
         found = recovery.largest_mesh(s, s.usable(), at_most=s.declared_layout.dp_replicate)
         assert found is not None
-        decision = recovery.durable_decision(s, *found, why)
+        decision = recovery.first_decision(s, *found, why)
     if decision.rung == "fail":
         return end(s, decision.exit_code, decision.reason)
     return actions + _open_from(s, at, decision)

@@ -268,7 +268,8 @@ class State:
 
     generation: int = 0
     first_generation: int = 1
-    """The first one since the run was declared. Snapshots of earlier ones may be of another mesh: never used."""
+    """The first one of the declared mesh. Snapshots of earlier ones are never used: their slots are numbered otherwise.
+    """
     mesh: tuple[str, ...] = ()
     """Nodes of the current generation in mesh order; between generations, of the last one."""
     replicas: int = 0

@@ -87,22 +87,27 @@ class Supervisor:
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def _on_run_declared(self, event: ev.RunDeclared) -> list[Action]:
-        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on."""
+        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on.
+
+        What shared memory has kept through the loss of the whole cluster counts, if the mesh is the same.
+        """
         s = self.state
         assert s.run in ("", event.run), (s.run, event.run)
+        if s.layout is None or not s.layout.is_same_mesh(event.layout):
+            s.first_generation = s.generation + 1
+            s.shapes, s.lineage, s.unclean, s.bad_snapshots = {}, {}, {}, {}
         s.began_at = s.began_at if s.run else event.at
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
         s.interval = None  # the document may say another one now
-        s.first_generation = s.generation + 1
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
-        s.replicas, s.shapes = event.layout.dp_replicate, {s.first_generation: event.layout.dp_replicate}
+        s.replicas = s.shapes[s.generation + 1] = event.layout.dp_replicate
         s.growing, s.grown_in_vain = False, 0
         s.counts = dict.fromkeys(NODE_STATES, 0)
         s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
-        s.disputes, s.disagreements, s.probes, s.slow, s.lineage = {}, [], {}, {}, {}
-        s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
+        s.disputes, s.disagreements, s.probes, s.slow = {}, [], {}, {}
+        s.errors, s.recoveries_without_progress = {}, 0
         s.verification, s.readers, s.misread = None, {}, {}
         checkpoints.resumed(s)
         s.damaged_copies = {}

@@ -33,6 +33,8 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                     f"generation {action.generation} opens at step {action.step} from {source} "
                     f"[{rung}: {action.reason}]"
                 )
+                if state.incident is None and state.high_water > action.step:
+                    lines.append(f"lost: steps {action.step + 1} to {state.high_water}, which are computed again")
             case PublishTrust():
                 why = f": {textwrap.shorten(action.detail, 160)}" if action.trust in ("damaged", "revoked") else ""
                 by = f", says {action.by}" if action.by else ""

@@ -48,7 +48,7 @@ from orchestrator.runtime.reports import (
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import JobSpec, parse
-from storage import peer, ram, transfer
+from storage import peer, ram, ram_owners, transfer
 from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
@@ -56,6 +56,9 @@ from trainer import contract
 
 logger = logging.getLogger(__name__)
 
+HEAD_LOST_S = 10.0
+"""When this node's raylet is gone, and the controller was not heard for so long before, the whole cluster has lost its
+head. A raylet gives a lost head a minute by default, and is missed by a controller that lives within seconds."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 LAST_ANSWER_S = 0.2
@@ -106,14 +109,21 @@ class Agent:
         token: str,
         instance: str,
         spec_document: dict[str, Any],
+        adopts: bool,
     ) -> None:
-        """`instance` tells this run from others of its name: their snapshots, should any have stayed, are not its."""
+        """Args:
+        instance: tells this run from others of its name: their snapshots, should any have stayed, are not its.
+        adopts: whether snapshots that a dead node of this machine has left may be taken for this node's.
+        """
         redact_logging()
         self._spec: JobSpec = parse(spec_document)
         self._run, self._node, self._ray_node = run, node, ray_node
         self._namespace = namespace
         self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._ram_dir = f"{self._spec.cluster.ram_dir or f'/dev/shm/shepherd-{os.getuid()}'}/{run}-{instance}"
+        self._adopts = adopts
+        self._memory: int | None = None
+        """Descriptor of the lock on this node's folder of snapshots."""
         self._epoch = 0
         self._fold: NodeFold | None = None
         self._watch: NodeWatch | None = None
@@ -178,6 +188,7 @@ class Agent:
         Raises:
             RuntimeError: the data cannot be prepared; the message is the tool's own.
             NotAdmitted: a device is wrong.
+            OSError: its folder of snapshots is not to be had.
             ZygoteError: the worker's module cannot be imported.
         """
         reporter = Reporter(
@@ -188,6 +199,7 @@ class Agent:
             epoch=lambda: self._epoch,
             die=self._die,
         )
+        self._memory = await asyncio.to_thread(ram_owners.own, self._ram_dir, self._run, self._ray_node, self._adopts)
         self._tasks = [
             asyncio.create_task(reporter.run()),
             asyncio.create_task(self._watch_parent()),
@@ -445,6 +457,8 @@ class Agent:
             # Hundreds of gigabytes take the kernel seconds to give back.
             await asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
             await self._peer.close()
+            if self._memory is not None:
+                os.close(self._memory)
 
     def _drop_scratch(self) -> None:
         """What saves of workers that were killed have left in the temporary folder."""
@@ -504,8 +518,9 @@ class Agent:
             dropping.add_done_callback(self._sending.discard)
 
     def _begins_to_train(self) -> None:
-        """Now there is time to fill up what the recovery has taken."""
+        """Now there is time to fill up what the recovery has taken, and what dead nodes have left is of no use."""
         self._loop.run_in_executor(None, self._workers.replenish)
+        self._loop.run_in_executor(None, ram_owners.sweep, self._ram_dir, self._run, self._ray_node)
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""
@@ -583,14 +598,19 @@ class Agent:
     # --- its end, and its data ---------------------------------------------------------------------------------------
 
     async def _watch_parent(self) -> None:
-        """A killed raylet leaves its actors behind: such a node must not go on by itself."""
+        """A killed raylet leaves its actors behind: such a node must not go on by itself.
+
+        Where all of Ray has died with its head, the snapshots are left to the run's resume.
+        """
         while os.getppid() == self._parent:
             await asyncio.sleep(1.0)
-        await self._die("the raylet of this node is gone")
+        head_lost = time.monotonic() - self._outbox.taken_at > HEAD_LOST_S
+        await self._die("the raylet of this node is gone", keep_snapshots=head_lost)
 
-    async def _die(self, why: str) -> None:
+    async def _die(self, why: str, keep_snapshots: bool = False) -> None:
         logger.error("agent %s ends: %s", self._node, why)
-        ram.delete(self._ram_dir, self._run, self._ray_node)
+        if not keep_snapshots:
+            ram.delete(self._ram_dir, self._run, self._ray_node)
         os._exit(1)  # the zygote and its workers end with this process
 
     async def _prepare_data(self) -> str:

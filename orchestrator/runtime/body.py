@@ -742,7 +742,11 @@ class Body:
         name = self._fresh_name(node.id)
         handle: AgentHandle | None = None
         try:
-            handle, info = await start_agent(self._spec, self._namespace, name, node, self._token, self._instance)
+            # Before anything trains, what is left in memory is of the run's last life; afterwards, of nodes that died.
+            adopts = self.fold is None
+            handle, info = await start_agent(
+                self._spec, self._namespace, name, node, self._token, self._instance, adopts
+            )
             self._data_digest = self._data_digest or info.data_digest
             if info.data_digest != self._data_digest:
                 raise OtherData(

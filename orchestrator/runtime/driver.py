@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,10 @@ POLL_INTERVAL_S = 0.5
 POLL_DEADLINE_S = 10.0
 LEASE_INTERVAL_S = 2.0
 GONE_AFTER_S = 60.0
-"""A controller that does not answer for so long will not come back: Ray restarts an actor in seconds."""
+"""A controller that does not answer for so long will not come back, if Ray's head does: Ray restarts an actor in
+seconds. While the head is away it is waited for; a driver whose own node gives the head up is ended with it."""
+HEAD_DEADLINE_S = 2.0
+"""For a connection to the head."""
 INTERRUPT_GRACE_S = 12.0
 """From Ctrl-C until a run that has not reached its checkpoint is ended at once; all is gone within 30 s."""
 
@@ -101,7 +105,7 @@ def follow(controller: Any, token: str, on_news: Callable[[Status, list[str]], N
                     asked, asked_at = interrupts.count, time.monotonic()
                 status, notices = poll(controller, noticed, lease=True)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
-                if time.monotonic() - heard > GONE_AFTER_S:
+                if time.monotonic() - heard > GONE_AFTER_S and _head_answers():
                     raise ControllerLost(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
                 interrupts.wait(POLL_INTERVAL_S)
                 continue
@@ -202,6 +206,16 @@ def _lease(controller: Any) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def _head_answers() -> bool:
+    """Whether somebody listens where Ray's head is, or was."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_DEADLINE_S):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager

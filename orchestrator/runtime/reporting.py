@@ -53,6 +53,8 @@ class Outbox:
     def __init__(self) -> None:
         self._entries: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
         self._newest = 0
+        self.taken_at = time.monotonic()
+        """Monotonic seconds at which the controller was last heard."""
         self.wake = asyncio.Event()
         """Set when there is something to send."""
 
@@ -70,6 +72,7 @@ class Outbox:
 
     def taken(self, number: int) -> None:
         """The controller has taken everything up to this one."""
+        self.taken_at = time.monotonic()
         while self._entries and self._entries[0][0] <= number:
             self._entries.popleft()
         if self._entries:
@@ -145,8 +148,7 @@ class Reporter:
             if fan_in is None:  # it lives, and reads its journal or is behind: that may take its time
                 await self._retry()
                 continue
-            if batch:
-                self._outbox.taken(batch[-1][0])
+            self._outbox.taken(batch[-1][0] if batch else 0)
             if fan_in and (fan_in != self._shunned[0] or self._shunned[1] < taken_at):
                 return str(fan_in)
 

@@ -364,6 +364,10 @@ def pins_are_not_heard(patch: Patch) -> None:
     patch.setattr(checkpoints, "_kept_besides", lambda *args: ())
 
 
+def a_resume_forgets_what_memory_holds(patch: Patch) -> None:
+    patch.setattr(recovery, "first_decision", recovery.durable_decision)
+
+
 SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     lost_nodes_are_used,
     a_node_fills_two_places,
@@ -407,6 +411,7 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     who_misreads_is_not_struck,
     unread_checkpoints_count_as_verified,
     pins_are_not_heard,
+    a_resume_forgets_what_memory_holds,
 )
 """What a random history shows. Of the others, one shows in its replay, and those that random histories seldom come to
 show in tests/golden: retention_while_starting, rewind."""

@@ -54,7 +54,8 @@ class Watch:
         """As of the event before."""
         self._able: set[str] = set()
         """Nodes whose word on a checkpoint counts, as of the event before."""
-        self._first_generation = 1
+        self._first_generation = self._first_of_mesh = 1
+        """Since the run was declared; and of those whose slots are numbered as now."""
         self._layout, self._capabilities, self._steps, self._stops = None, ("",), 0, 0
         self._errors: dict[tuple[str, int, str], int] = {}
         self._struck: dict[tuple[int, int], set[str]] = {}
@@ -173,13 +174,14 @@ class Watch:
             self._named.add(event.node)
         match event:
             case ev.RunDeclared():
+                if self._layout is None or not self._layout.is_same_mesh(event.layout):
+                    self._first_of_mesh, self._parents = 1 + current, {}
                 self._layout, self._capabilities, self._steps = event.layout, event.capabilities, event.total_steps
                 self._places = event.layout.nodes + event.layout.spares
                 self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
                 self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
-                self._parents = {}
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
@@ -270,7 +272,7 @@ class Watch:
         return self._layout.with_replicas(self._opened[generation].dp_replicate)
 
     def _usable(self, snapshots: dict[int, tuple[Snapshot, ...]]) -> dict[int, tuple[Snapshot, ...]]:
-        return {k: tuple(s for s in held if s.generation >= self._first_generation) for k, held in snapshots.items()}
+        return {k: tuple(s for s in held if s.generation >= self._first_of_mesh) for k, held in snapshots.items()}
 
     def _check_order(self, supervisor: Supervisor, event: ev.Event, action: ac.Action) -> None:
         match action:
@@ -375,7 +377,8 @@ class Watch:
             left = {checkpoint.trust for checkpoint in supervisor.state.checkpoints.values()} - {"written"}
             assert order.source != "init" or not (left and self._retired), "a run begins again by itself"
             assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
-            ram = None if incident is None or incident.spent else self._newest_in_ram(order)
+            tried = incident.spent if incident is not None else newest == 0  # nobody knows then that data are the same
+            ram = None if tried else self._newest_in_ram(order)
             assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
 
     def _replicas_share_a_domain(self, supervisor: Supervisor, order: ac.OpenGeneration, mesh: ev.Layout) -> bool:
@@ -418,7 +421,7 @@ class Watch:
             return None
         held = {name: slots for name, slots in self._inventory.items() if name not in self._lost}
         known = {s for slots in held.values() for snapshots in slots.values() for s in snapshots} - self._refused
-        known = {s for s in known if not self._holds_corruption(s)}
+        known = {s for s in known if not self._holds_corruption(s) and s.step <= self._steps}
         slots = range(self._mesh(order.generation).slots)
         good = [s for s in known if all(self._can_have(held, order, slot, s) for slot in slots)]
         return max(good, key=lambda s: (s.step, s.generation), default=None)
