@@ -178,6 +178,33 @@ def drain(
 
 
 @app.command()
+def update(
+    run: RunName,
+    set_: Overrides = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="A folder with the packages that the workers shall import: a newer trainer.")
+    ] = None,
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    address: Address = None,
+) -> None:
+    """Change an active run's job, or its workers' code, from the next step boundary on. No step is lost."""
+    from orchestrator.runtime import code as codes
+    from orchestrator.runtime import driver
+
+    with _refusals(ValueError):
+        packet = codes.pack(working_dir) if working_dir is not None else None
+        driver.connect(address)
+        controller, token = driver.find(run), driver.read_token(log_dir, run)
+        code = codes.publish(driver.where(controller, token), packet) if packet is not None else None
+        changes = driver.update(controller, token, set_ or [], code, by="shepherd update")
+    for line in changes:
+        print(line)
+    print(f"run {run} goes on so from its next step boundary")
+
+
+@app.command()
 def chaos(
     scenario: Annotated[str, typer.Argument(help=f"What to do: {', '.join(SCENARIOS)}.", metavar="SCENARIO")],
     run: Annotated[str, typer.Option(help="The run's name (run.name).")],

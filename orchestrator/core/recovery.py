@@ -59,11 +59,12 @@ _ROOTS = (
     "unclean",
     "collective",
     "leave",
+    "update",
     "grow",
 )
 
 # Nothing has failed: a change that can wait for a quiet moment, and was ordered in one.
-PLANNED = ("slow", "leave", "grow")
+PLANNED = ("slow", "leave", "update", "grow")
 
 # Kinds that come from the program itself when they repeat, whatever the node.
 _OF_THE_JOB = ("exception", "memory", "audit")

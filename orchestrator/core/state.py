@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.core.actions import OpenGeneration
-from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot
+from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot, UpdateRequested
 from orchestrator.core.goodput import Ledger
 from storage.manifest import Certificate
 
@@ -237,6 +237,15 @@ class State:
     limits: Limits | None = None
     capabilities: tuple[str, ...] = ()
     total_steps: int = 0
+
+    update: UpdateRequested | None = None
+    """Another job that somebody has asked for, until it is the run's."""
+    changes: dict[str, str] = field(default_factory=dict)
+    """What the job has otherwise than when the run was declared: ``section.field`` to the value as JSON."""
+    code: str = ""
+    """Names the code that workers import from the next generation on; empty: the installed one."""
+    n_updates: int = 0
+    """That were ever carried out."""
 
     epoch: int = 0
     job: JobState = "waiting"

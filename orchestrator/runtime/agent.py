@@ -28,6 +28,7 @@ import ray
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
+from orchestrator.runtime import code as codes
 from orchestrator.runtime import copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
@@ -212,6 +213,25 @@ class Agent:
         self._address = await self._peer.start()
         return await self.describe()
 
+    async def update(self, epoch: int, spec_document: dict[str, Any]) -> None:
+        """The job is another from now on: what this agent itself goes by. Its workers hear it with their assignment."""
+        self._accept(epoch)
+        self._spec = parse(spec_document)
+        self._buddies.cap(self._spec.checkpoint.copy_bytes_per_s)
+
+    async def prepare_code(self, epoch: int, code: str) -> None:
+        """Have a zygote ready that has imported this code, while workers go on as they are.
+
+        Raises:
+            CodeError, FileNotFoundError, StoreError: it cannot be fetched.
+            ZygoteError: the worker's module cannot be imported from there.
+        """
+        self._accept(epoch)
+        folder = run_log_dir(self._spec) / "code"
+        packages = await asyncio.to_thread(codes.unpack, self._spec.run.url, code, folder) if code else codes.INSTALLED
+        env = worker_env(self._spec, packages)
+        await asyncio.to_thread(self._workers.prepare_code, code, env, ZYGOTE_DEADLINE_S)
+
     async def describe(self) -> NodeInfo:
         """This node, prepared."""
         return NodeInfo(
@@ -349,6 +369,9 @@ class Agent:
             # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
             restored = (plan.restore.generation, plan.restore.step)
             await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)
+        if plan.code != self._workers.code:
+            await self.prepare_code(epoch, plan.code)
+            await asyncio.to_thread(self._workers.use_code, plan.code)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
         every = plan.config.checkpoint.snapshot_interval_steps
         self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
@@ -665,12 +688,15 @@ def run_log_dir(spec: JobSpec) -> Path:
     return Path(spec.cluster.log_dir).expanduser() / spec.run.name
 
 
-def worker_env(spec: JobSpec) -> dict[str, str]:
-    """Environment of this node's worker and tool processes, the same on every node: it is part of the numeric class."""
-    packages = str(Path(__file__).resolve().parent.parent.parent)
-    inherited = os.environ.get("PYTHONPATH", "")
+def worker_env(spec: JobSpec, packages: Path = codes.INSTALLED) -> dict[str, str]:
+    """Environment of this node's worker and tool processes, the same on every node: it is part of the numeric class.
+
+    Args:
+        packages: folder of the packages that they import; what is not there is the installed one.
+    """
+    inherited = [str(codes.INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "OMP_NUM_THREADS": str(max(1, int(spec.cluster.cpus_per_slot))),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([packages, *([inherited] if inherited else [])]),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([str(packages), *inherited])),
     }

@@ -134,6 +134,7 @@ def test_a_driver_waits_for_a_head_that_comes_back(
 ) -> None:
     """Longer than a driver waits for a controller whose head lives, and than Ray's own minute."""
     herd, document = with_redis, document_of("followed", tmp_path)
+    del document["recovery"]["driver_lease_s"]  # as users have it
     spec, gate = spec_of(document), Gate(cluster, "followed", until_step=5)
     with herd.started("train", str(spec_file(document, tmp_path / "followed.toml"))) as follower:
         wait_for(lambda: newest_in_memory(spec) >= 5, 120, "step 5")

@@ -70,6 +70,10 @@ class Watch:
         self._parked: set[str] = set()
         """Nodes that have said so since the newest generation was opened."""
         self._limits = LIMITS
+        self._update: ev.UpdateRequested | None = None
+        """What somebody has asked for and is not carried out."""
+        self._changes: dict[str, str] = {}
+        self._code, self._updates = "", 0
         self._faults = 0
         self._retired = False
         """Whether a checkpoint was ever deleted for its age."""
@@ -107,6 +111,8 @@ class Watch:
             self._give_up(state.checkpoints.get(given_up.step), given_up)
         for action in actions:
             self._check_order(supervisor, event, action)
+        if isinstance(event, ev.EpochBegan) and not self._ended and self._changes:
+            assert any(isinstance(action, ac.UpdateJob) for action in actions), "a new controller has the old job"
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
         assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
         if committed_one and state.incident is None and state.job != "starting":
@@ -181,7 +187,10 @@ class Watch:
                 self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
+                self._update, self._changes, self._code = None, {}, ""
                 self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
+            case ev.UpdateRequested():
+                self._update = self._update or event
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
@@ -288,6 +297,10 @@ class Watch:
                 )
             case ac.OpenGeneration():
                 self._check_open(supervisor, action)
+            case ac.UpdateJob() if isinstance(event, ev.EpochBegan):
+                assert (action.number, action.changes) == (self._updates, self._changes), "another job than it has"
+            case ac.UpdateJob():
+                self._check_update(supervisor, event, action)
             case ac.CommitCheckpoint():
                 assert action.epoch == supervisor.state.epoch
                 bad = [g for g, step in self._corrupt if action.generation == g and action.step >= step]
@@ -329,6 +342,14 @@ class Watch:
             case ac.EndRun() if not isinstance(event, ev.EpochBegan):
                 self._check_verdict(supervisor, event, action)
 
+    def _check_update(self, supervisor: Supervisor, event: ev.Event, action: ac.UpdateJob) -> None:
+        asked, self._update = self._update, None
+        assert asked is not None, "a job that nobody has asked for"
+        assert isinstance(event, ev.StepsDone) and self._job == "training", "a job is changed in the middle of a step"
+        self._updates, self._changes, self._code = self._updates + 1, self._changes | asked.changes, asked.code
+        assert (action.number, action.changes) == (self._updates, self._changes), "another job than was asked for"
+        assert (supervisor.state.job == "halting") == asked.restarts, "workers begin anew for nothing, or do not"
+
     def _check_health(self, supervisor: Supervisor) -> None:
         """Nobody is kept away for nothing, or for another's word alone, and never too many are."""
         nodes = supervisor.state.nodes
@@ -359,6 +380,7 @@ class Watch:
         assert all(place != keeper for place, keeper in enumerate(order.buddies)), "a node is its own buddy"
         self._check_size(supervisor, order, mesh)
         self._check_convicts(supervisor, order)
+        assert order.code == self._code, "workers import other code than was asked for"
         assert not {t.from_node for t in order.transfers} & self._lost, "a copy comes from a lost node"
         newest = max(self.books.good(self._steps), default=0)
         incident = supervisor.state.incident
