@@ -329,11 +329,11 @@ def _rung(state: State, mesh: tuple[str, ...], replicas: int) -> str:
 def first_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str) -> Decision:
     """Where the first generation of a declared run starts.
 
-    A resume after the loss of the whole cluster may find a newer step in shared memory than the newest checkpoint. A
-    run that has none begins anew: that its data are still the same is known by its checkpoints only.
+    A resume after the loss of the whole cluster may find a step in shared memory that is no older than the newest
+    checkpoint. A run that has none begins anew: that its data are still the same is known by its checkpoints only.
     """
     elected, newest = election.newest_in_ram(state, mesh, replicas), state.newest_checkpoint()
-    if elected is None or newest is None or elected[0].step <= newest:
+    if elected is None or newest is None or elected[0].step < newest:
         return durable_decision(state, mesh, replicas, why)
     snapshot, transfers = elected
     return Decision(

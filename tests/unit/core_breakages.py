@@ -441,10 +441,9 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     who_misreads_is_not_struck,
     unread_checkpoints_count_as_verified,
     pins_are_not_heard,
-    a_resume_forgets_what_memory_holds,
     a_job_changes_in_the_middle_of_a_step,
     a_new_controller_forgets_the_update,
     new_code_is_not_ordered,
 )
 """What a random history shows. Of the others, one shows in its replay, and those that random histories seldom come to
-show in tests/golden: retention_while_starting, rewind."""
+show in tests/golden: retention_while_starting, rewind, head_lost_and_resumed."""

@@ -420,3 +420,9 @@ def test_a_conviction_that_asks_for_no_certificate_is_seen(monkeypatch: pytest.M
     text = (GOLDEN / "rewind.trace").read_text()
     core_breakages.a_conviction_asks_for_no_certificate(monkeypatch)
     assert play(text) != text
+
+
+def test_a_resume_that_forgets_what_memory_holds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "head_lost_and_resumed.trace").read_text()
+    core_breakages.a_resume_forgets_what_memory_holds(monkeypatch)
+    assert play(text) != text
