@@ -42,21 +42,21 @@ def _how_it_ended(state: State) -> str:
 
 
 def _where_it_goes_on(state: State, restorable: int | None, spec: JobSpec) -> str:
+    untold = [] if state.job == "ended" else ["what is not on record"]
     if restorable is None:
-        return f"lost: {_steps(0, state.high_water)}; no checkpoint is committed, so it begins anew"
-    same_mesh = state.layout is not None and state.layout.is_same_mesh(spec.layout)
-    memory = (
-        ", or from a newer step if the nodes' shared memory has kept one complete"
-        if same_mesh and restorable < state.high_water and state.job != "ended"
-        else ""
-    )
-    at_most = "at most " if memory else ""
-    lost = f"lost: {at_most}{_steps(restorable, state.high_water)}"
-    return f"{lost}; it goes on from the checkpoint of step {restorable}{memory}"
+        lost = " and ".join([*_steps(0, state.high_water), *untold]) or "no step"
+        return f"lost: {lost}; no checkpoint is committed, so it begins anew"
+    lost = " and ".join([*_steps(restorable, state.high_water), *untold]) or "no step"
+    goes_on = f"it goes on from the checkpoint of step {restorable}"
+    # Memory outlives only what had no time to give it back, and is of use only to the same mesh.
+    if state.job != "ended" and state.layout is not None and state.layout.is_same_mesh(spec.layout):
+        return (
+            f"lost: at most {lost}; {goes_on}, or from a newer step if the nodes' shared memory has kept one complete"
+        )
+    return f"lost: {lost}; {goes_on}"
 
 
-def _steps(after: int, last: int) -> str:
+def _steps(after: int, last: int) -> list[str]:
     if last <= after:
-        return "no step"
-    which = f"step {last}" if last == after + 1 else f"steps {after + 1} to {last}"
-    return f"{which}, computed again"
+        return []
+    return [f"step {last}" if last == after + 1 else f"steps {after + 1} to {last}"]

@@ -778,14 +778,12 @@ class Body:
         return self._failed_starts.get(ray_node, 0) < START_TRIES
 
     async def _join(self, node: RayNode) -> None:
-        name = self._fresh_name(node.id)
+        name, spec = self._fresh_name(node.id), self._spec
         handle: AgentHandle | None = None
         try:
             # Before anything trains, what is left in memory is of the run's last life; afterwards, of nodes that died.
             adopts = self.fold is None
-            handle, info = await start_agent(
-                self._spec, self._namespace, name, node, self._token, self._instance, adopts
-            )
+            handle, info = await start_agent(spec, self._namespace, name, node, self._token, self._instance, adopts)
             self._data_digest = self._data_digest or info.data_digest
             if info.data_digest != self._data_digest:
                 raise OtherData(
@@ -800,6 +798,8 @@ class Body:
                 )
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
+            if self._spec is not spec:  # it has been updated meanwhile
+                await call(handle.actor.update.remote(self._epoch, self._spec.document()), ORDER_DEADLINE_S)
             if code := self._code():
                 await call(handle.actor.prepare_code.remote(self._epoch, code), CODE_DEADLINE_S)
         except BaseException as e:

@@ -69,8 +69,8 @@ def test_a_lost_head_is_named_with_the_steps_that_are_lost(tmp_path: Path) -> No
     assert how.startswith("the run has no end on record, so its head node or its whole cluster was lost, in generation")
     assert "1 after step 27; what was done in the last 30 s" in how
     assert where == (
-        "lost: at most steps 21 to 27, computed again; it goes on from the checkpoint of step 20, or from a newer step "
-        "if the nodes' shared memory has kept one complete"
+        "lost: at most steps 21 to 27 and what is not on record; it goes on from the checkpoint of step 20, or from a "
+        "newer step if the nodes' shared memory has kept one complete"
     )
 
 
@@ -79,14 +79,17 @@ def test_on_another_mesh_memory_is_of_no_use(tmp_path: Path) -> None:
     record(spec, steps(21))
     commit(spec, 20)
     other = spec_of(tmp_path, dp_replicate=1, pp=2, microbatches=2)
-    assert resume.statement(other)[1] == "lost: step 21, computed again; it goes on from the checkpoint of step 20"
+    assert (
+        resume.statement(other)[1]
+        == "lost: step 21 and what is not on record; it goes on from the checkpoint of step 20"
+    )
 
 
 def test_without_a_checkpoint_all_is_lost(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     record(spec, steps(5))
     assert resume.statement(spec)[1] == (
-        "lost: steps 1 to 5, computed again; no checkpoint is committed, so it begins anew"
+        "lost: steps 1 to 5 and what is not on record; no checkpoint is committed, so it begins anew"
     )
 
 
