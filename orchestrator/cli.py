@@ -76,13 +76,14 @@ def spec_show(file: SpecFile, set_: Overrides = None) -> None:
 def train(
     file: SpecFile,
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and say what was lost.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
     address: Address = None,
 ) -> None:
     """Train the job SPEC on a Ray cluster, to its end."""
     spec = _load(file, set_)
     from orchestrator import preflight
+    from orchestrator import resume as resumes
     from orchestrator.observe import live
     from orchestrator.runtime import driver
 
@@ -90,7 +91,10 @@ def train(
         preflight.check_local(spec, resume)
         driver.connect(address)
         preflight.check_cluster(spec)
+        lost = resumes.statement(spec) if resume else []
         controller, token = driver.start(spec, detached=detach)
+    for line in lost:
+        print(f"resume: {redacted(line)}", flush=True)
     if detach:
         print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
         return
@@ -181,6 +185,33 @@ def drain(
         driver.connect(address)
         driver.drain(driver.find(run), driver.read_token(log_dir, run), node, by="shepherd drain")
     print(f"run {run} has been asked to let {node} go")
+
+
+@app.command()
+def update(
+    run: RunName,
+    set_: Overrides = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="A folder with the packages that the workers shall import: a newer trainer.")
+    ] = None,
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    address: Address = None,
+) -> None:
+    """Change an active run's job, or its workers' code, from the next step boundary on. No step is lost."""
+    from orchestrator.runtime import code as codes
+    from orchestrator.runtime import driver
+
+    with _refusals(ValueError):
+        packet = codes.pack(working_dir) if working_dir is not None else None
+        driver.connect(address)
+        controller, token = driver.find(run), driver.read_token(log_dir, run)
+        code = codes.publish(driver.where(controller, token), packet) if packet is not None else None
+        changes = driver.update(controller, token, set_ or [], code, by="shepherd update")
+    for line in changes:
+        print(line)
+    print(f"run {run} goes on so from its next step boundary")
 
 
 @app.command()

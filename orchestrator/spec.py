@@ -317,8 +317,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> JobSpec:
         document = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SpecError(f"{path}: is not TOML: {e}") from e
-    for override in overrides or []:
-        _override(document, override)
+    for each in overrides or []:
+        override(document, each)
     return parse(document)
 
 
@@ -377,11 +377,12 @@ def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     )
 
 
-def _override(document: dict[str, Any], override: str) -> None:
-    key, equals, raw = override.partition("=")
+def override(document: dict[str, Any], wish: str) -> None:
+    """Set a field of a document as TOML gives it, by ``section.key=value``. Raises SpecError when it says otherwise."""
+    key, equals, raw = wish.partition("=")
     section, dot, field = key.partition(".")
     if not (equals and dot and section and field):
-        raise SpecError(f"--set {override}: write section.key=value, as in --set run.steps=200")
+        raise SpecError(f"--set {wish}: write section.key=value, as in --set run.steps=200")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:

@@ -57,6 +57,13 @@ class Layout:
         nodes = self.pp * dp_replicate * self.dp_shard * self.tp // self.slots_per_node
         return replace(self, dp_replicate=dp_replicate, nodes=nodes)
 
+    def is_same_mesh(self, other: Layout) -> bool:
+        """Whether slots have the same numbers, shards and places in a node."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("pp", "dp_replicate", "dp_shard", "tp", "slots_per_node")
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -416,6 +423,27 @@ class CheckpointsPinned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateRequested:
+    """Another job from the next step boundary on, as somebody asks who has the run's token; checked as a whole before.
+
+    The mesh is the same.
+    """
+
+    at: int
+    by: str
+    changes: dict[str, str]
+    """``section.field`` to the new value as JSON."""
+    code: str
+    """Names the code that the workers shall import (runtime/code.py); empty: the installed one."""
+    limits: Limits
+    total_steps: int
+    restarts: bool
+    """Whether the workers must begin anew to do otherwise."""
+    chooses_interval: bool
+    """Whether the changes say how often to save, so that what was chosen before counts no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IntervalChosen:
     """How often to save from now on, as computed from what the run has measured, with what it was computed from."""
 
@@ -517,6 +545,7 @@ Event = (
     | CheckpointVerified
     | CheckpointCertified
     | CheckpointsPinned
+    | UpdateRequested
     | IntervalChosen
     | GenerationFinished
     | StopRequested

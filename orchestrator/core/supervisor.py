@@ -35,6 +35,7 @@ from orchestrator.core.actions import (
     ReleaseNode,
     SaveEvery,
     SetTimer,
+    UpdateJob,
 )
 from orchestrator.core.goodput import Label
 from orchestrator.core.state import (
@@ -75,7 +76,7 @@ class Supervisor:
         before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
         if self.state.job == "training" and self.state.incident is None:
-            actions += planned.in_peace(self.state, event.at)
+            actions += planned.in_peace(self.state, event.at, isinstance(event, ev.StepsDone))
         if self.state.job == "training" and self.state.incident is None:
             actions += trust.next_verification(self.state, event.at)
         self._count_nodes()
@@ -87,22 +88,27 @@ class Supervisor:
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def _on_run_declared(self, event: ev.RunDeclared) -> list[Action]:
-        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on."""
+        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on.
+
+        What shared memory has kept through the loss of the whole cluster counts, if the mesh is the same.
+        """
         s = self.state
         assert s.run in ("", event.run), (s.run, event.run)
+        if s.layout is None or not s.layout.is_same_mesh(event.layout):
+            s.first_generation = s.generation + 1
+            s.shapes, s.lineage, s.unclean, s.bad_snapshots = {}, {}, {}, {}
         s.began_at = s.began_at if s.run else event.at
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
-        s.interval = None  # the document may say another one now
-        s.first_generation = s.generation + 1
+        s.interval, s.update, s.changes, s.code = None, None, {}, ""  # the document says what it is now
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
-        s.replicas, s.shapes = event.layout.dp_replicate, {s.first_generation: event.layout.dp_replicate}
+        s.replicas = s.shapes[s.generation + 1] = event.layout.dp_replicate
         s.growing, s.grown_in_vain = False, 0
         s.counts = dict.fromkeys(NODE_STATES, 0)
         s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
-        s.disputes, s.disagreements, s.probes, s.slow, s.lineage = {}, [], {}, {}, {}
-        s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
+        s.disputes, s.disagreements, s.probes, s.slow = {}, [], {}, {}
+        s.errors, s.recoveries_without_progress = {}, 0
         s.verification, s.readers, s.misread = None, {}, {}
         checkpoints.resumed(s)
         s.damaged_copies = {}
@@ -118,7 +124,8 @@ class Supervisor:
         if s.exit_code is not None:
             return [EndRun(exit_code=s.exit_code, reason=s.verdict)]
         written = [step for step, checkpoint in s.checkpoints.items() if checkpoint.trust == "written"]
-        again: list[Action] = [checkpoints.commit(s, step) for step in written]
+        again: list[Action] = [UpdateJob(number=s.n_updates, changes=s.changes)] if s.changes else []
+        again += [checkpoints.commit(s, step) for step in written]
         if s.job == "starting":
             assert s.order is not None
             again += [
@@ -352,6 +359,12 @@ class Supervisor:
         checkpoints.pinned(self.state, event)
         return checkpoints.retire(self.state)
 
+    def _on_update_requested(self, event: ev.UpdateRequested) -> list[Action]:
+        """It waits for a step boundary in peace: see planned.py. One at a time; who asks again is told so before."""
+        if self.state.update is None:
+            self.state.update = event
+        return []
+
     def _on_interval_chosen(self, event: ev.IntervalChosen) -> list[Action]:
         assert event.every_steps >= 1, event
         self.state.interval = event
@@ -584,6 +597,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.CheckpointVerified: Supervisor._on_checkpoint_verified,
     ev.CheckpointCertified: Supervisor._on_checkpoint_certified,
     ev.CheckpointsPinned: Supervisor._on_checkpoints_pinned,
+    ev.UpdateRequested: Supervisor._on_update_requested,
     ev.IntervalChosen: Supervisor._on_interval_chosen,
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,

@@ -47,6 +47,7 @@ CAUSES = {
     "save": "the last checkpoint could not be saved",
     "collective": "an exchange between ranks broke, and nothing else explains it",
     "leave": "a node was about to be taken away, and another took its place",
+    "update": "somebody has asked for another job",
     "grow": "nodes were back, and the mesh took its replicas back",
 }
 RUNGS = ("resume", "replace", "spare", "shrink", "grow", "durable")

@@ -187,6 +187,8 @@ def what_happened(evidence: Evidence) -> str:
             return f"node {node} was to be taken away: {detail}"
         case "grow":
             return f"the mesh could take replicas back: {detail}"
+        case "update":
+            return f"the job was changed: {detail}"
         case "exception":
             return f"{worker} raised an exception: {detail}"
         case "memory":

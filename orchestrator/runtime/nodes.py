@@ -100,9 +100,10 @@ def bundle_of(spec: JobSpec) -> dict[str, float]:
 
 
 async def start_agent(
-    spec: JobSpec, namespace: str, node: str, ray_node: RayNode, token: str, instance: str
+    spec: JobSpec, namespace: str, node: str, ray_node: RayNode, token: str, instance: str, adopts: bool
 ) -> tuple[AgentHandle, NodeInfo]:
-    """Reserve the node and bring an agent up on it, prepared.
+    """Reserve the node and bring an agent up on it, prepared. With `adopts` it takes snapshots over that a dead node
+    of its machine has left.
 
     Raises:
         Exception: what went wrong; nothing of the agent is left.
@@ -137,6 +138,7 @@ async def start_agent(
                 token=token,
                 instance=instance,
                 spec_document=spec.document(),
+                adopts=adopts,
             )
         )
         info = await call(handle.actor.prepare.remote(), PREPARE_DEADLINE_S + ZYGOTE_DEADLINE_S)

@@ -162,7 +162,9 @@ def zygote_env(env: dict[str, str]) -> dict[str, str]:
     merged["TOKENIZERS_PARALLELISM"] = "false"
     # torch.cuda.is_available() at import must ask the management library: cuInit does not survive a fork.
     merged["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    # -P keeps the working directory off the path; ours may be reachable only by the agent's own sys.path.
+    # -P keeps the working directory off the path; ours may be reachable only by the agent's own sys.path. What `env`
+    # itself names comes before: workers may have other code than their agent.
     root = str(Path(__file__).resolve().parents[2])
-    merged["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [merged.get("PYTHONPATH")])])
+    paths = [env.get("PYTHONPATH"), root, os.environ.get("PYTHONPATH")]
+    merged["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return merged
