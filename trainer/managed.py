@@ -40,9 +40,8 @@ class Managed:
         self._config = assignment.order.config
         self._restores = self._order.restore.source != "init"
         """Whether the generation begins with a state that the script has not taken yet."""
-        self._last = self._order.restore.step
-        """The newest step that was told or kept."""
-        self._told = False
+        self._done = self._kept = self._order.restore.step
+        """The newest step that was told, and the newest that was kept."""
         self._marked_us = _now_us()
         self._snapshot_us = self._save_us = 0
         self._saves = SavePolicy(assignment.interval)
@@ -56,7 +55,7 @@ class Managed:
     @property
     def step(self) -> int:
         """The newest step that was told or kept; what the generation began with before that."""
-        return self._last
+        return max(self._done, self._kept)
 
     @property
     def saves(self) -> bool:
@@ -67,9 +66,8 @@ class Managed:
 
     def restore(self, state: MutableMapping[str, Any]) -> int | None:
         """See `trainer.session.Session.restore`."""
-        began_at = self._order.restore.step
-        if self._last != began_at or self._told:
-            raise ValueError(f"session.restore after step {self._last}: call it once, before the first step")
+        if self.step != self._order.restore.step:
+            raise ValueError(f"session.restore after step {self.step}: call it once, before the first step")
         checkpointer, _, _ = self._tiers()
         if self._order.restore.source == "init":
             return None
@@ -84,14 +82,14 @@ class Managed:
     def step_done(self, step: int, loss: float | None, tokens: int) -> None:
         """See `trainer.session.Session.step`."""
         self._check_restored("step")
-        if self._told and step == self._last:
+        first = self._done == self._order.restore.step
+        if step < self._done or (first and step == self._done):
+            raise ValueError(f"session.step({step}): step {self._done} is done already; the first step is number 1")
+        if first or step == self._done:
             self._agent.emit(self._compute_phase())
+        if step == self._done:
             return
-        if step < self._last or step <= self._order.restore.step:
-            raise ValueError(f"session.step({step}): step {self._last} is done already; the first step is number 1")
-        if not self._told:
-            self._agent.emit(self._compute_phase())
-        self._told, self._last = True, step
+        self._done = step
         now_us = _now_us()
         self._agent.emit(
             StepDone(
@@ -115,8 +113,8 @@ class Managed:
     def snapshot(self, step: int, state: MutableMapping[str, Any], durable: bool) -> None:
         """See `trainer.session.Session.snapshot`."""
         self._check_restored("snapshot")
-        if step < self._last:
-            raise ValueError(f"session.snapshot({step}): step {self._last} is done already")
+        if step < self.step:
+            raise ValueError(f"session.snapshot({step}): step {self.step} is done already")
         began_us = _now_us()
         kept = train_state(state, step)
         checkpointer, group, copies = self._tiers()
@@ -129,7 +127,7 @@ class Managed:
         copies.agree(step, copying_ranks, failed_ranks, taken)
         if taken:
             self._take(checkpointer, copies, kept)
-        self._last = max(self._last, step)
+        self._kept = step
         self._snapshot_us += _now_us() - began_us
         began_us = _now_us()
         if durable or stops:
@@ -164,7 +162,7 @@ class Managed:
 
     def _compute_phase(self) -> Phase:
         order = self._order
-        return Phase(generation=order.generation, rank=order.rank, step=self._last, phase="compute")
+        return Phase(generation=order.generation, rank=order.rank, step=self.step, phase="compute")
 
     def _tiers(self) -> tuple[Checkpointer, distributed.ProcessGroup | None, Copies]:
         """Made with the first call that needs them, by all ranks together, once the script has its process group."""

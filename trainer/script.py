@@ -42,7 +42,7 @@ def main(sock: socket.socket) -> int:
     order = work.order
     managed = Managed(work, agent)
     session.install(managed)
-    pulse.start(order.generation, order.rank, lambda: managed.step, agent.emit)
+    pulse.start(order.generation, order.rank, lambda: managed.step, agent.emit, waits_in_backward=True)
     _announce(work, agent)
     threading.Thread(target=_terminate_when_stopped, args=(work, managed), name="stop", daemon=True).start()
     os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(order.store_host, order.store_port)
