@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,10 +60,11 @@ def spec_check(file: SpecFile, set_: Overrides = None) -> None:
     """Say whether SPEC is a job that can run, and what to mend if not."""
     spec = _load(file, set_)
     layout = spec.layout
+    what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
     fewer = f"at least {layout.smallest.nodes} nodes when some are lost, " if layout.shrinks_to else ""
     print(
         f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
-        f"{fewer}{spec.run.steps} steps to {redacted(spec.run.url)}"
+        f"{fewer}{what} to {redacted(spec.run.url)}"
     )
 
 
@@ -81,7 +83,37 @@ def train(
     address: Address = None,
 ) -> None:
     """Train the job SPEC on a Ray cluster, to its end."""
-    spec = _load(file, set_)
+    _start(_load(file, set_), resume, detach, address)
+
+
+@app.command()
+def run(
+    command: Annotated[
+        list[str] | None, typer.Argument(help="python, your script and its arguments.", metavar="-- COMMAND")
+    ] = None,
+    file: Annotated[str, typer.Option("--spec", help="A job that has the rest: a TOML file or its fsspec URL.")] = "",
+    nodes: Annotated[int | None, typer.Option(help="Nodes (script.nodes); default 1.")] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(help="Processes on each (cluster.slots_per_node); default 1.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The run's name (run.name); default: the script's and the time.")] = "",
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this --name.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
+    address: Address = None,
+) -> None:
+    """Run a training script of your own on a Ray cluster, as torchrun would, and keep it going."""
+    from orchestrator import scripts
+
+    with _refusals():
+        spec = scripts.spec_of_command(
+            command or [], file=file, overrides=set_ or [], name=name, nodes=nodes, procs_per_node=procs_per_node
+        )
+    _start(spec, resume, detach, address)
+
+
+def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> None:
+    """Start a run and, unless it is detached, stay with it."""
     from orchestrator import preflight
     from orchestrator import resume as resumes
     from orchestrator.observe import live

@@ -49,6 +49,7 @@ from orchestrator.runtime.reports import (
 )
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
+from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec, parse
 from storage import faults, peer, ram, ram_owners, transfer
 from storage.blocks import BadBlock
@@ -178,9 +179,11 @@ class Agent:
             slots=slots,
             log_dir=run_log_dir(self._spec),
             env=worker_env(self._spec),
+            preload="trainer.script" if self._spec.is_script else "trainer.worker",
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
-            warm_workers=self._spec.cluster.warm_workers,
+            # A fork is all that can be done for a script before it is needed, and takes no longer when it is.
+            warm_workers=0 if self._spec.is_script else self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
         self._reporter: Reporter | None = None
@@ -196,7 +199,7 @@ class Agent:
         """Data on this node, devices checked, workers' zygote warm, peer server up.
 
         Raises:
-            RuntimeError: the data cannot be prepared; the message is the tool's own.
+            RuntimeError: the data cannot be prepared; the message is the tool's own. Or the script is not here.
             NotAdmitted: a device is wrong.
             OSError: its folder of snapshots is not to be had.
             ZygoteError: the worker's module cannot be imported.
@@ -215,7 +218,10 @@ class Agent:
             asyncio.create_task(self._watch_parent()),
             asyncio.create_task(self._watch_ranks()),
         ]
-        self._data_digest = await self._prepare_data()
+        if self._spec.is_script:
+            self._check_script()
+        else:
+            self._data_digest = await self._prepare_data()
         if self._spec.checks_admission:
             await self._check_devices()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
@@ -676,6 +682,11 @@ class Agent:
         if not keep_snapshots:
             ram.delete(self._ram_dir, self._run, self._ray_node)
         os._exit(1)  # the zygote and its workers end with this process
+
+    def _check_script(self) -> None:
+        problems = script_problems(self._spec.script)
+        if problems:
+            raise RuntimeError(f"on node {self._node}: {'; '.join(problems)}")
 
     async def _prepare_data(self) -> str:
         document = {

@@ -398,6 +398,8 @@ class Body:
 
     def _loads(self) -> tuple[int, ...]:
         """Microbatches that each replica of the mesh takes in a step."""
+        if self._spec.is_script:
+            return (1,)
         replicas = self._layout.dp_replicate
         config = self._spec.worker_config.with_replicas(replicas)
         return tuple(len(config.microbatches_of(replica)) for replica in range(replicas))

@@ -262,6 +262,8 @@ class Controller:
             await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
         if order.scenario == "head-kill":
             await asyncio.to_thread(head.check)
+        if spec.is_script and order.scenario in TOLD_BY_THE_WORKER:
+            raise ValueError(f"{order.scenario} is done by the Llama trainer itself; a script has no such part")
         state = self._supervisor.state
         for asked in resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by):
             pid = {"pid": str(os.getpid())} if order.scenario in ENDS_THE_CONTROLLER else {}
@@ -354,12 +356,12 @@ class Controller:
                 run=spec.run.name,
                 layout=spec.layout,
                 limits=spec.limits,
-                total_steps=spec.run.steps,
+                total_steps=spec.total_steps,
                 capabilities=(
                     "ram",
                     "peer",
-                    "park",
                     "verify",
+                    *([] if spec.is_script else ["park"]),  # frames and globals of a script are its own
                     *(["buddy"] if spec.checkpoint.copies == "auto" else []),
                 ),
             )
