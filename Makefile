@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup prometheus demo test test-long scorecards lint types clean
+.PHONY: setup tools demo test test-long scorecards lint types clean
 
-setup: $(VENV)/.installed prometheus
+setup: $(VENV)/.installed tools
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Shepherd needs Python 3.11: make PYTHON=python3.11"'
@@ -14,12 +14,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,s3]'
 	@touch $@
 
-# The tests want Prometheus and its promtool, which pip does not have; the demo uses them when they are there.
-prometheus:
-	@command -v prometheus >/dev/null && command -v promtool >/dev/null \
+# The tests want Prometheus with its promtool, and Redis, which pip does not have; the demo uses Prometheus when it is there.
+tools:
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null && command -v redis-server >/dev/null \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus; } \
-	|| echo "prometheus and promtool are not installed: make test needs them (Debian: sudo apt-get install prometheus)"
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus redis-server; } \
+	|| echo "prometheus, promtool or redis-server is missing: make test needs them" \
+	        "(Debian: sudo apt-get install prometheus redis-server)"
 
 # Two runs on a local Ray cluster, one of them under fire, and their comparison.
 demo: setup

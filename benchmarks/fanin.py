@@ -79,7 +79,8 @@ class Ingest:
         self.supervisor = Supervisor()
         self.done_at: dict[int, float] = {}
         """Monotonic seconds at which the supervisor had taken each step."""
-        self.body = Body(spec, "n", TOKEN, EPOCH, "i", "", lambda: 0, self.tell, print, lambda: 0, lambda: False, good)
+        none, never, installed = (lambda: 0), (lambda: False), (lambda: "")
+        self.body = Body(spec, "n", TOKEN, EPOCH, "i", "", none, self.tell, print, none, never, good, installed)
         layout, limits = spec.layout, spec.limits
         self.tell(ev.RunDeclared(at=0, run="r", layout=layout, limits=limits, total_steps=10**9, capabilities=()))
         self.tell(ev.EpochBegan(at=0, epoch=EPOCH, version="benchmark"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,10 +60,11 @@ def spec_check(file: SpecFile, set_: Overrides = None) -> None:
     """Say whether SPEC is a job that can run, and what to mend if not."""
     spec = _load(file, set_)
     layout = spec.layout
+    what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
     fewer = f"at least {layout.smallest.nodes} nodes when some are lost, " if layout.shrinks_to else ""
     print(
         f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
-        f"{fewer}{spec.run.steps} steps to {redacted(spec.run.url)}"
+        f"{fewer}{what} to {redacted(spec.run.url)}"
     )
 
 
@@ -76,13 +78,44 @@ def spec_show(file: SpecFile, set_: Overrides = None) -> None:
 def train(
     file: SpecFile,
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run, and say what was lost.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
     address: Address = None,
 ) -> None:
     """Train the job SPEC on a Ray cluster, to its end."""
-    spec = _load(file, set_)
+    _start(_load(file, set_), resume, detach, address)
+
+
+@app.command()
+def run(
+    command: Annotated[
+        list[str] | None, typer.Argument(help="python, your script and its arguments.", metavar="-- COMMAND")
+    ] = None,
+    file: Annotated[str, typer.Option("--spec", help="A job that has the rest: a TOML file or its fsspec URL.")] = "",
+    nodes: Annotated[int | None, typer.Option(help="Nodes (script.nodes); default 1.")] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(help="Processes on each (cluster.slots_per_node); default 1.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The run's name (run.name); default: the script's and the time.")] = "",
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this --name.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
+    address: Address = None,
+) -> None:
+    """Run a training script of your own on a Ray cluster, as torchrun would, and keep it going."""
+    from orchestrator import scripts
+
+    with _refusals():
+        spec = scripts.spec_of_command(
+            command or [], file=file, overrides=set_ or [], name=name, nodes=nodes, procs_per_node=procs_per_node
+        )
+    _start(spec, resume, detach, address)
+
+
+def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> None:
+    """Start a run and, unless it is detached, stay with it."""
     from orchestrator import preflight
+    from orchestrator import resume as resumes
     from orchestrator.observe import live
     from orchestrator.runtime import driver
 
@@ -90,7 +123,10 @@ def train(
         preflight.check_local(spec, resume)
         driver.connect(address)
         preflight.check_cluster(spec)
+        lost = resumes.statement(spec) if resume else []
         controller, token = driver.start(spec, detached=detach)
+    for line in lost:
+        print(f"resume: {redacted(line)}", flush=True)
     if detach:
         print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
         return
@@ -181,6 +217,33 @@ def drain(
         driver.connect(address)
         driver.drain(driver.find(run), driver.read_token(log_dir, run), node, by="shepherd drain")
     print(f"run {run} has been asked to let {node} go")
+
+
+@app.command()
+def update(
+    run: RunName,
+    set_: Overrides = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="A folder with the packages that the workers shall import: a newer trainer.")
+    ] = None,
+    log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
+        specs.ClusterSection().log_dir
+    ),
+    address: Address = None,
+) -> None:
+    """Change an active run's job, or its workers' code, from the next step boundary on. No step is lost."""
+    from orchestrator.runtime import code as codes
+    from orchestrator.runtime import driver
+
+    with _refusals(ValueError):
+        packet = codes.pack(working_dir) if working_dir is not None else None
+        driver.connect(address)
+        controller, token = driver.find(run), driver.read_token(log_dir, run)
+        code = codes.publish(driver.where(controller, token), packet) if packet is not None else None
+        changes = driver.update(controller, token, set_ or [], code, by="shepherd update")
+    for line in changes:
+        print(line)
+    print(f"run {run} goes on so from its next step boundary")
 
 
 @app.command()

@@ -15,9 +15,10 @@ from orchestrator.spec import JobSpec
 from storage.commits import read_commit
 from storage.manifest import ManifestError
 from storage.redact import redacted
-from storage.urls import read_bytes, write_exclusive
+from storage.urls import list_names, read_bytes, write_exclusive
 
 RECORD = "run.json"
+UPDATES = "updates"
 IMPORT_RECORD = "import.json"
 FORMAT_VERSION = 1
 
@@ -53,6 +54,23 @@ def declare(spec: JobSpec) -> None:
     write_exclusive(spec.run.url, RECORD, _record(_without_secrets(spec.document())))
 
 
+def declare_update(url: str, number: int, made: dict[str, str]) -> None:
+    """Put on record what an active run's job has otherwise now, so that a resume is compared with that.
+
+    Args:
+        number: of the update; its changes are all since the run was started or resumed.
+        made: ``section.field`` to the value as JSON.
+
+    Raises:
+        storage.urls.StoreError: the store failed.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    for name, value in made.items():
+        section, field = name.split(".", 1)
+        changed.setdefault(section, {})[field] = json.loads(value)
+    write_exclusive(url, f"{UPDATES}/{number:08d}.json", _record(changed))
+
+
 def declare_import(url: str, model: dict[str, Any]) -> bool:
     """Put the fields of an imported model on record under `url`. False when another one's are.
 
@@ -63,17 +81,26 @@ def declare_import(url: str, model: dict[str, Any]) -> bool:
 
 
 def recorded(url: str) -> dict[str, Any]:
-    """The document of the run's first start, or an imported model alone; empty when nothing is on record.
+    """The document of the run's first start with its updates, or an imported model alone; empty when nothing is on
+    record.
 
     Raises:
         RecordError: the record is damaged or of another format.
     """
     for name in (RECORD, IMPORT_RECORD):
         try:
-            return _read(name, read_bytes(url, name))
+            document = _read(name, read_bytes(url, name))
         except FileNotFoundError:
             continue
+        return _with_updates(url, document)
     return {}
+
+
+def _with_updates(url: str, document: dict[str, Any]) -> dict[str, Any]:
+    for name in sorted(list_names(url, UPDATES)):
+        for section, fields in _read(name, read_bytes(url, f"{UPDATES}/{name}")).items():
+            document[section] = document.get(section, {}) | fields
+    return document
 
 
 def changes(spec: JobSpec) -> list[str]:

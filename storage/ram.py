@@ -50,8 +50,8 @@ FILES = 3
 FILES_WITH_COPIES = 4
 COPY_FILES = 2
 
-_MAGIC = b"SHEPRAM1"
-_PREFIX = struct.Struct("<8sQI16s")  # magic, sequence counter, length of the JSON, xxh3_128 of the JSON
+MAGIC = b"SHEPRAM1"
+PREFIX = struct.Struct("<8sQI16s")  # magic, sequence counter, length of the JSON, xxh3_128 of the JSON
 _SEQUENCE_OFFSET = 8
 _MAX_NAME = 64
 _FILE_NAME = re.compile(r"slot-(\d{5,})\.(\d)")
@@ -121,12 +121,12 @@ def read_header(path: Path) -> Header | None:
 
 def parse_header(page: bytes) -> tuple[int, Header | None]:
     """The sequence counter of a header page, and its header when that is complete and whole."""
-    if len(page) < _PREFIX.size:
+    if len(page) < PREFIX.size:
         return 0, None
-    magic, sequence, length, digest = _PREFIX.unpack_from(page)
-    if magic != _MAGIC or sequence == 0:
+    magic, sequence, length, digest = PREFIX.unpack_from(page)
+    if magic != MAGIC or sequence == 0:
         return 0, None
-    text = page[_PREFIX.size : _PREFIX.size + length]
+    text = page[PREFIX.size : PREFIX.size + length]
     if sequence % 2 or xxhash.xxh3_128_digest(text) != digest:
         return sequence, None
     document: dict[str, Any] = json.loads(text)
@@ -288,9 +288,9 @@ class SnapshotFile:
 
     def begin(self) -> None:
         """From here until `finish` the file holds no snapshot."""
-        if self._map[: len(_MAGIC)] != _MAGIC:
+        if self._map[: len(MAGIC)] != MAGIC:
             self._sequence[0] = 0
-            self._map[: len(_MAGIC)] = _MAGIC
+            self._map[: len(MAGIC)] = MAGIC
         self._sequence[0] += 1 + self._sequence[0] % 2
 
     def finish(self, header: Header, index: bytes) -> None:
@@ -298,12 +298,12 @@ class SnapshotFile:
         assert self._sequence[0] % 2 == 1 and header.n_bytes <= self.room, header
         assert header.payload_bytes % ALIGN_BYTES == 0 and len(index) == header.index_bytes, header
         text = json.dumps(asdict(header), separators=(",", ":")).encode()
-        assert _PREFIX.size + len(text) <= HEADER_BYTES, len(text)
+        assert PREFIX.size + len(text) <= HEADER_BYTES, len(text)
         self._map[HEADER_BYTES + header.payload_bytes : HEADER_BYTES + header.n_bytes] = index
-        prefix = _PREFIX.pack(_MAGIC, 0, len(text), xxhash.xxh3_128_digest(text))
+        prefix = PREFIX.pack(MAGIC, 0, len(text), xxhash.xxh3_128_digest(text))
         after = _SEQUENCE_OFFSET + 8
-        self._map[after : _PREFIX.size] = prefix[after:]
-        self._map[_PREFIX.size : _PREFIX.size + len(text)] = text
+        self._map[after : PREFIX.size] = prefix[after:]
+        self._map[PREFIX.size : PREFIX.size + len(text)] = text
         self._sequence[0] += 1
 
 

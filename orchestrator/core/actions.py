@@ -50,6 +50,8 @@ class OpenGeneration:
     """Replicas of the mesh whose slots the snapshots are numbered by."""
     buddies: tuple[int, ...] = ()
     """Place to the place whose node is sent a copy of each of its snapshots; empty: nobody is."""
+    code: str = ""
+    """Names the code that the workers import; empty: the installed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,15 @@ class HaltGeneration:
     reason: str
     park: bool
     """Live workers let go of their collectives and keep their process; what does not park is ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateJob:
+    """From now on the job has these changes, all since it was declared; put it on record that it was changed."""
+
+    number: int
+    changes: dict[str, str]
+    """See events.UpdateRequested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +203,7 @@ Action = (
     | HaltGeneration
     | AskStop
     | SaveEvery
+    | UpdateJob
     | CommitCheckpoint
     | DeleteCheckpoint
     | VerifyCheckpoint
@@ -208,6 +220,7 @@ Action = (
 DECISIONS = (
     OpenGeneration,
     HaltGeneration,
+    UpdateJob,
     CommitCheckpoint,
     DeleteCheckpoint,
     InjectFault,

@@ -60,6 +60,8 @@ def newest_in_ram(state: State, mesh: tuple[str, ...], replicas: int) -> tuple[S
     for snapshot in sorted(known, key=lambda s: (s.step, s.generation), reverse=True):
         if snapshot.name in state.bad_snapshots or state.is_unclean(snapshot.generation, snapshot.step):
             continue
+        if snapshot.step > state.total_steps:  # of the time before a resume that made the run shorter
+            continue
         transfers = _transfers(state, mesh, replicas, snapshot)
         if transfers is not None:
             return snapshot, transfers

@@ -24,6 +24,10 @@ FOR_EVER_US = 2**62
 """Longer than any run."""
 
 
+OPEN_END = 2**62
+"""Of a run whose program decides by itself when it is done: more steps than it will make."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The mesh and the nodes that it wants. Slots are ranks, row-major over (pp, dp_replicate, dp_shard, tp)."""
@@ -56,6 +60,13 @@ class Layout:
             return self
         nodes = self.pp * dp_replicate * self.dp_shard * self.tp // self.slots_per_node
         return replace(self, dp_replicate=dp_replicate, nodes=nodes)
+
+    def is_same_mesh(self, other: Layout) -> bool:
+        """Whether slots have the same numbers, shards and places in a node."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("pp", "dp_replicate", "dp_shard", "tp", "slots_per_node")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +116,7 @@ class RunDeclared:
     layout: Layout
     limits: Limits
     total_steps: int
+    """After which the run is done; OPEN_END: when every rank has left in good order."""
     capabilities: tuple[str, ...]
     """What this body can do beyond the minimum:
 
@@ -416,6 +428,27 @@ class CheckpointsPinned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateRequested:
+    """Another job from the next step boundary on, as somebody asks who has the run's token; checked as a whole before.
+
+    The mesh is the same.
+    """
+
+    at: int
+    by: str
+    changes: dict[str, str]
+    """``section.field`` to the new value as JSON."""
+    code: str
+    """Names the code that the workers shall import (runtime/code.py); empty: the installed one."""
+    limits: Limits
+    total_steps: int
+    restarts: bool
+    """Whether the workers must begin anew to do otherwise."""
+    chooses_interval: bool
+    """Whether the changes say how often to save, so that what was chosen before counts no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IntervalChosen:
     """How often to save from now on, as computed from what the run has measured, with what it was computed from."""
 
@@ -517,6 +550,7 @@ Event = (
     | CheckpointVerified
     | CheckpointCertified
     | CheckpointsPinned
+    | UpdateRequested
     | IntervalChosen
     | GenerationFinished
     | StopRequested

@@ -38,7 +38,8 @@ def _interrupt(s: State, evidence: Evidence) -> list[Action]:
         s.incident.evidence = []
     recovery.note(s.incident, evidence)
     s.job, s.growing = "halting", False
-    s.parked = "park" in s.capabilities and not s.incident.spent
+    new_code = s.order is not None and s.order.code != s.code
+    s.parked = "park" in s.capabilities and not s.incident.spent and not new_code
     s.awaiting = _still_active(s, evidence.node)
     if not s.awaiting:
         return _recover(s, at)
@@ -114,7 +115,7 @@ def open_mesh(s: State, at: int, why: str, at_least: int | None = None) -> list[
     else:
         found = recovery.largest_mesh(s, s.usable(), at_most=s.declared_layout.dp_replicate)
         assert found is not None
-        decision = recovery.durable_decision(s, *found, why)
+        decision = recovery.first_decision(s, *found, why)
     if decision.rung == "fail":
         return end(s, decision.exit_code, decision.reason)
     return actions + _open_from(s, at, decision)
@@ -161,6 +162,7 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
         dp_replicate=decision.replicas,
         snapshot_dp_replicate=_written_by(s, decision),
         buddies=_buddies(s),
+        code=s.code,
     )
     return [s.order, SetTimer(timer=f"start/{s.generation}", at=at + s.declared_limits.start_deadline_us)]
 

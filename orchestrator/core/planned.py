@@ -3,20 +3,22 @@
 Nodes that will be taken away are replaced as soon as others can take their places, and let go once a step is done
 without them. A mesh that has shrunk takes its replicas back, unless that costs more than the run's last steps gain by
 it: after a while, so that a rack which returns costs one change, and later each time that it did not come up.
+
+Another job begins where a step has ended: what is complete in memory then is that step, and no step is lost.
 """
 
 from __future__ import annotations
 
 from orchestrator.core import health, interruption, recovery
-from orchestrator.core.actions import Action, ReleaseNode, SetTimer
+from orchestrator.core.actions import Action, ReleaseNode, SetTimer, UpdateJob
 from orchestrator.core.state import State
 
 GROW_DOUBLINGS = 6
 """The wait before a mesh grows doubles with each time that it did not come up, so often: from a minute to an hour."""
 
 
-def in_peace(s: State, at: int) -> list[Action]:
-    """What can wait until the mesh trains well."""
+def in_peace(s: State, at: int, at_boundary: bool) -> list[Action]:
+    """What can wait until the mesh trains well; `at_boundary`: every rank has just completed a step."""
     actions: list[Action] = []
     for name in [name for name in s.leaving if s.nodes[name].state != "active"]:
         actions += let_go(s, name, at, "it is not needed any more")
@@ -29,6 +31,8 @@ def in_peace(s: State, at: int) -> list[Action]:
     if convict is not None and health.can_be_replaced(s):
         corrupt = "its state was proven corrupt, and a spare is there now"
         return actions + interruption.fault(s, recovery.seen(s, at, convict, None, "leave", corrupt))
+    if s.update is not None and at_boundary:
+        return actions + update(s, at)
     if s.replicas < s.declared_layout.dp_replicate and not s.growing and _growth(s, at) is not None:
         s.growing = True
         wait_us = s.declared_limits.grow_settle_us << min(s.grown_in_vain, GROW_DOUBLINGS)
@@ -36,8 +40,30 @@ def in_peace(s: State, at: int) -> list[Action]:
     return actions
 
 
+def update(s: State, at: int) -> list[Action]:
+    """The job that was asked for is the run's from here on; with the next generation, where workers must begin anew."""
+    asked, s.update = s.update, None
+    assert asked is not None
+    if asked.total_steps <= s.step:  # the mesh was faster than who asked
+        return []
+    s.limits, s.total_steps, s.code = asked.limits, asked.total_steps, asked.code
+    s.changes = s.changes | asked.changes
+    s.n_updates += 1
+    if asked.chooses_interval:
+        s.interval = None
+    changed: list[Action] = [UpdateJob(number=s.n_updates, changes=s.changes)]
+    if not asked.restarts:
+        return changed
+    what = ", ".join(f"{name} = {value}" for name, value in asked.changes.items())
+    code = f"code {asked.code[:12] or 'as installed'}" if s.order is None or s.order.code != asked.code else ""
+    detail = f"{asked.by} asks for {', '.join(filter(None, [what, code]))}"
+    return changed + interruption.fault(s, recovery.seen(s, at, "", None, "update", detail))
+
+
 def loses_nothing(s: State) -> bool:
     """Whether a change of the mesh costs the step under way at most."""
+    if s.is_open_ended and s.high_water == 0:
+        return False  # a script that has told no step begins again
     return {"ram", "peer"} <= set(s.capabilities) or s.newest_checkpoint() == s.step
 
 

@@ -59,11 +59,12 @@ _ROOTS = (
     "unclean",
     "collective",
     "leave",
+    "update",
     "grow",
 )
 
 # Nothing has failed: a change that can wait for a quiet moment, and was ordered in one.
-PLANNED = ("slow", "leave", "grow")
+PLANNED = ("slow", "leave", "update", "grow")
 
 # Kinds that come from the program itself when they repeat, whatever the node.
 _OF_THE_JOB = ("exception", "memory", "audit")
@@ -323,6 +324,28 @@ def _rung(state: State, mesh: tuple[str, ...], replicas: int) -> str:
     if mesh != state.mesh:
         return "spare"
     return "resume" if state.parked else "replace"
+
+
+def first_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str) -> Decision:
+    """Where the first generation of a declared run starts.
+
+    A resume after the loss of the whole cluster may find a step in shared memory that is no older than the newest
+    checkpoint. A run that has none begins anew: that its data are still the same is known by its checkpoints only.
+    """
+    elected, newest = election.newest_in_ram(state, mesh, replicas), state.newest_checkpoint()
+    if elected is None or newest is None or elected[0].step < newest:
+        return durable_decision(state, mesh, replicas, why)
+    snapshot, transfers = elected
+    return Decision(
+        rung="replace",
+        mesh=mesh,
+        source="ram",
+        step=snapshot.step,
+        snapshot_generation=snapshot.generation,
+        transfers=transfers,
+        replicas=replicas,
+        reason=f"{why}; the nodes' shared memory has kept step {snapshot.step} complete",
+    )
 
 
 def durable_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str) -> Decision:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.core.actions import OpenGeneration
-from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot
+from orchestrator.core.events import OPEN_END, IntervalChosen, Layout, Limits, Snapshot, UpdateRequested
 from orchestrator.core.goodput import Ledger
 from storage.manifest import Certificate
 
@@ -237,6 +237,16 @@ class State:
     limits: Limits | None = None
     capabilities: tuple[str, ...] = ()
     total_steps: int = 0
+    """Or events.OPEN_END."""
+
+    update: UpdateRequested | None = None
+    """Another job that somebody has asked for, until it is the run's."""
+    changes: dict[str, str] = field(default_factory=dict)
+    """What the job has otherwise than when the run was declared: ``section.field`` to the value as JSON."""
+    code: str = ""
+    """Names the code that workers import from the next generation on; empty: the installed one."""
+    n_updates: int = 0
+    """That were ever carried out."""
 
     epoch: int = 0
     job: JobState = "waiting"
@@ -268,7 +278,8 @@ class State:
 
     generation: int = 0
     first_generation: int = 1
-    """The first one since the run was declared. Snapshots of earlier ones may be of another mesh: never used."""
+    """The first one of the declared mesh. Snapshots of earlier ones are never used: their slots are numbered otherwise.
+    """
     mesh: tuple[str, ...] = ()
     """Nodes of the current generation in mesh order; between generations, of the last one."""
     replicas: int = 0
@@ -450,6 +461,11 @@ class State:
         may have been theirs.
         """
         return any(generation <= g and step >= first for g, first in self.unclean.items())
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether the program decides by itself when it is done."""
+        return self.total_steps == OPEN_END
 
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint to restore from; one beyond the last step belongs to a longer run."""

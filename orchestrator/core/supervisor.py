@@ -35,6 +35,7 @@ from orchestrator.core.actions import (
     ReleaseNode,
     SaveEvery,
     SetTimer,
+    UpdateJob,
 )
 from orchestrator.core.goodput import Label
 from orchestrator.core.state import (
@@ -75,7 +76,7 @@ class Supervisor:
         before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
         if self.state.job == "training" and self.state.incident is None:
-            actions += planned.in_peace(self.state, event.at)
+            actions += planned.in_peace(self.state, event.at, isinstance(event, ev.StepsDone))
         if self.state.job == "training" and self.state.incident is None:
             actions += trust.next_verification(self.state, event.at)
         self._count_nodes()
@@ -87,22 +88,27 @@ class Supervisor:
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def _on_run_declared(self, event: ev.RunDeclared) -> list[Action]:
-        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on."""
+        """The first event, or a resume: nodes and generation start anew, checkpoints and ledger go on.
+
+        What shared memory has kept through the loss of the whole cluster counts, if the mesh is the same.
+        """
         s = self.state
         assert s.run in ("", event.run), (s.run, event.run)
+        if s.layout is None or not s.layout.is_same_mesh(event.layout):
+            s.first_generation = s.generation + 1
+            s.shapes, s.lineage, s.unclean, s.bad_snapshots = {}, {}, {}, {}
         s.began_at = s.began_at if s.run else event.at
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
-        s.interval = None  # the document may say another one now
-        s.first_generation = s.generation + 1
+        s.interval, s.update, s.changes, s.code = None, None, {}, ""  # the document says what it is now
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
-        s.replicas, s.shapes = event.layout.dp_replicate, {s.first_generation: event.layout.dp_replicate}
+        s.replicas = s.shapes[s.generation + 1] = event.layout.dp_replicate
         s.growing, s.grown_in_vain = False, 0
         s.counts = dict.fromkeys(NODE_STATES, 0)
         s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
-        s.disputes, s.disagreements, s.probes, s.slow, s.lineage = {}, [], {}, {}, {}
-        s.errors, s.bad_snapshots, s.unclean, s.recoveries_without_progress = {}, {}, {}, 0
+        s.disputes, s.disagreements, s.probes, s.slow = {}, [], {}, {}
+        s.errors, s.recoveries_without_progress = {}, 0
         s.verification, s.readers, s.misread = None, {}, {}
         checkpoints.resumed(s)
         s.damaged_copies = {}
@@ -118,7 +124,8 @@ class Supervisor:
         if s.exit_code is not None:
             return [EndRun(exit_code=s.exit_code, reason=s.verdict)]
         written = [step for step, checkpoint in s.checkpoints.items() if checkpoint.trust == "written"]
-        again: list[Action] = [checkpoints.commit(s, step) for step in written]
+        again: list[Action] = [UpdateJob(number=s.n_updates, changes=s.changes)] if s.changes else []
+        again += [checkpoints.commit(s, step) for step in written]
         if s.job == "starting":
             assert s.order is not None
             again += [
@@ -273,6 +280,8 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
+            if s.is_open_ended and s.high_water == 0:  # a script that has told no step may never tell one
+                interruption.close(s, event.at)
         return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
@@ -311,7 +320,7 @@ class Supervisor:
         if event.step > s.step:  # the last report of steps was lost with the controller before
             self._complete(event.at, event.step, {})
         last = s.checkpoints.get(s.step)
-        if last is None or last.trust in DISTRUSTED:
+        if not s.is_open_ended and (last is None or last.trust in DISTRUSTED):
             unsaved = "the last checkpoint could not be written"
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", unsaved))
         s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
@@ -335,6 +344,8 @@ class Supervisor:
     def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
         s = self.state
         if checkpoints.failed(s, event) and s.job == "committing" and event.step == s.step:
+            if s.is_open_ended:
+                return self._finish_if_saved()
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", event.error))
         return []
 
@@ -351,6 +362,12 @@ class Supervisor:
     def _on_checkpoints_pinned(self, event: ev.CheckpointsPinned) -> list[Action]:
         checkpoints.pinned(self.state, event)
         return checkpoints.retire(self.state)
+
+    def _on_update_requested(self, event: ev.UpdateRequested) -> list[Action]:
+        """It waits for a step boundary in peace: see planned.py. One at a time; who asks again is told so before."""
+        if self.state.update is None:
+            self.state.update = event
+        return []
 
     def _on_interval_chosen(self, event: ev.IntervalChosen) -> list[Action]:
         assert event.every_steps >= 1, event
@@ -481,6 +498,8 @@ class Supervisor:
             s.disagreements = []
             if finished := self._finish_if_saved():
                 return finished
+            if s.is_open_ended:
+                return self._finish()
             return interruption.end(
                 self.state, EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline"
             )
@@ -542,12 +561,17 @@ class Supervisor:
 
     def _finish_if_saved(self) -> list[Action]:
         s = self.state
-        saved = s.step in s.checkpoints and s.checkpoints[s.step].trust in USABLE
+        if s.is_open_ended:  # its program has saved what it wanted; a commit that is under way is waited for
+            saved = all(checkpoint.trust != "written" for checkpoint in s.checkpoints.values())
+        else:
+            saved = s.step in s.checkpoints and s.checkpoints[s.step].trust in USABLE
         # A third that is still asked may find that what was saved is wrong; the commit's timer bounds the wait.
         return self._finish() if s.job == "committing" and saved and not s.disagreements else []
 
     def _finish(self) -> list[Action]:
         s = self.state
+        if s.is_open_ended and not s.stopping:
+            return interruption.end(s, EXIT_OK, f"the script has ended on every rank, after step {s.step}")
         if s.step == s.total_steps:
             return interruption.end(s, EXIT_OK, f"all {s.total_steps} steps done")
         return interruption.end(s, EXIT_STOPPED, f"stopped by {s.stopping} at step {s.step}")
@@ -584,6 +608,7 @@ _HANDLERS: dict[type, Callable[[Supervisor, Any], list[Action]]] = {
     ev.CheckpointVerified: Supervisor._on_checkpoint_verified,
     ev.CheckpointCertified: Supervisor._on_checkpoint_certified,
     ev.CheckpointsPinned: Supervisor._on_checkpoints_pinned,
+    ev.UpdateRequested: Supervisor._on_update_requested,
     ev.IntervalChosen: Supervisor._on_interval_chosen,
     ev.WorkerFailed: Supervisor._on_worker_failed,
     ev.WorkerExited: Supervisor._on_worker_exited,

@@ -13,6 +13,7 @@ from orchestrator.core.actions import (
     OpenGeneration,
     PublishTrust,
     ReleaseNode,
+    UpdateJob,
 )
 from orchestrator.core.events import Event
 from orchestrator.core.state import State
@@ -33,6 +34,10 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                     f"generation {action.generation} opens at step {action.step} from {source} "
                     f"[{rung}: {action.reason}]"
                 )
+                if state.incident is None and state.high_water > action.step:
+                    lines.append(f"lost: steps {action.step + 1} to {state.high_water}, which are computed again")
+            case UpdateJob():
+                lines.append(f"update {action.number}: the job is now the one that was asked for")
             case PublishTrust():
                 why = f": {textwrap.shorten(action.detail, 160)}" if action.trust in ("damaged", "revoked") else ""
                 by = f", says {action.by}" if action.by else ""
@@ -84,6 +89,10 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"{event.node} finds the checkpoint of step {event.step} damaged: {event.problems[0]}"]
         case ev.IntervalChosen():
             return [f"a checkpoint each {event.every_steps} steps from here on: {event.why}"]
+        case ev.UpdateRequested():
+            changes = [f"{name} = {value}" for name, value in event.changes.items()]
+            code = [f"code {event.code[:12]}"] if event.code else []
+            return [f"{event.by} asks for {', '.join(changes + code)}, from the next step boundary on"]
         case ev.CheckpointFailed():
             return [f"checkpoint of step {event.step} failed: {event.error}"]
         case ev.FaultInjected():

@@ -92,7 +92,7 @@ def verdict(history: History) -> str:
 
 def _end(history: History) -> str:
     s = history.state
-    of = f"{s.high_water:,} of {s.total_steps:,} steps"
+    of = f"{s.high_water:,} steps" if s.is_open_ended else f"{s.high_water:,} of {s.total_steps:,} steps"
     took = f"{duration(history.active_us)} on {_places(history)}{_parts(history)}"
     if s.exit_code is None:
         return f"Not ended yet: by its journal's last record, after {took}, it was {_DOING[s.job]}, with {of} done."
@@ -187,6 +187,8 @@ def what_happened(evidence: Evidence) -> str:
             return f"node {node} was to be taken away: {detail}"
         case "grow":
             return f"the mesh could take replicas back: {detail}"
+        case "update":
+            return f"the job was changed: {detail}"
         case "exception":
             return f"{worker} raised an exception: {detail}"
         case "memory":

@@ -29,7 +29,8 @@ from orchestrator.chaos import late, net
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime import copies, fanin, links
+from orchestrator.runtime import bandwidth, copies, fanin, links
+from orchestrator.runtime import code as codes
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
@@ -48,8 +49,9 @@ from orchestrator.runtime.reports import (
 )
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
+from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec, parse
-from storage import faults, peer, ram, transfer
+from storage import faults, peer, ram, ram_owners, transfer
 from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
@@ -57,6 +59,9 @@ from trainer import contract
 
 logger = logging.getLogger(__name__)
 
+HEAD_LOST_S = 10.0
+"""When this node's raylet is gone, and the controller was not heard for so long before, the whole cluster has lost its
+head. A raylet gives a lost head a minute by default, and is missed by a controller that lives within seconds."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 ABANDONED_S = 300.0
@@ -107,14 +112,21 @@ class Agent:
         token: str,
         instance: str,
         spec_document: dict[str, Any],
+        adopts: bool,
     ) -> None:
-        """`instance` tells this run from others of its name: their snapshots, should any have stayed, are not its."""
+        """Args:
+        instance: tells this run from others of its name: their snapshots, should any have stayed, are not its.
+        adopts: whether snapshots that a dead node of this machine has left may be taken for this node's.
+        """
         redact_logging()
         self._spec: JobSpec = parse(spec_document)
         self._run, self._node, self._ray_node = run, node, ray_node
         self._namespace = namespace
         self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._ram_dir = f"{self._spec.cluster.ram_dir or f'/dev/shm/shepherd-{os.getuid()}'}/{run}-{instance}"
+        self._adopts = adopts
+        self._memory: int | None = None
+        """Descriptor of the lock on this node's folder of snapshots."""
         self._epoch = 0
         self._fold: NodeFold | None = None
         self._watch: NodeWatch | None = None
@@ -147,7 +159,12 @@ class Agent:
         self._copied_step = self._restored_step = self._supposed_copied = 0
         """The newest step that was copied from every node; that of the restore; and of the newest restore to before
         what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
-        services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report, copies.KEEP: self._buddies.keep}
+        services = {
+            fanin.COLLECT: fan_in.collect,
+            fanin.REPORT: fan_in.report,
+            copies.KEEP: self._buddies.keep,
+            bandwidth.PROBE: bandwidth.serve,
+        }
         self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node, services)
         self._token = token
         self._address = self._data_digest = ""
@@ -162,9 +179,11 @@ class Agent:
             slots=slots,
             log_dir=run_log_dir(self._spec),
             env=worker_env(self._spec),
+            preload="trainer.script" if self._spec.is_script else "trainer.worker",
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
-            warm_workers=self._spec.cluster.warm_workers,
+            # A fork is all that can be done for a script before it is needed, and takes no longer when it is.
+            warm_workers=0 if self._spec.is_script else self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
         self._reporter: Reporter | None = None
@@ -180,8 +199,9 @@ class Agent:
         """Data on this node, devices checked, workers' zygote warm, peer server up.
 
         Raises:
-            RuntimeError: the data cannot be prepared; the message is the tool's own.
+            RuntimeError: the data cannot be prepared; the message is the tool's own. Or the script is not here.
             NotAdmitted: a device is wrong.
+            OSError: its folder of snapshots is not to be had.
             ZygoteError: the worker's module cannot be imported.
         """
         self._reporter = reporter = Reporter(
@@ -192,17 +212,40 @@ class Agent:
             epoch=lambda: self._epoch,
             die=self._die,
         )
+        self._memory = await asyncio.to_thread(ram_owners.own, self._ram_dir, self._run, self._ray_node, self._adopts)
         self._tasks = [
             asyncio.create_task(reporter.run()),
             asyncio.create_task(self._watch_parent()),
             asyncio.create_task(self._watch_ranks()),
         ]
-        self._data_digest = await self._prepare_data()
+        if self._spec.is_script:
+            self._check_script()
+        else:
+            self._data_digest = await self._prepare_data()
         if self._spec.checks_admission:
             await self._check_devices()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
         return await self.describe()
+
+    async def update(self, epoch: int, spec_document: dict[str, Any]) -> None:
+        """The job is another from now on: what this agent itself goes by. Its workers hear it with their assignment."""
+        self._accept(epoch)
+        self._spec = parse(spec_document)
+        self._buddies.cap(self._spec.checkpoint.copy_bytes_per_s)
+
+    async def prepare_code(self, epoch: int, code: str) -> None:
+        """Have a zygote ready that has imported this code, while workers go on as they are.
+
+        Raises:
+            CodeError, FileNotFoundError, StoreError: it cannot be fetched.
+            ZygoteError: the worker's module cannot be imported from there.
+        """
+        self._accept(epoch)
+        folder = run_log_dir(self._spec) / "code"
+        packages = await asyncio.to_thread(codes.unpack, self._spec.run.url, code, folder) if code else codes.INSTALLED
+        env = worker_env(self._spec, packages)
+        await asyncio.to_thread(self._workers.prepare_code, code, env, ZYGOTE_DEADLINE_S)
 
     async def describe(self) -> NodeInfo:
         """This node, prepared."""
@@ -215,6 +258,10 @@ class Agent:
             data_digest=self._data_digest,
             snapshots=self._inventory(),
         )
+
+    async def link_rate(self, address: str) -> float:
+        """MB/s that come from the node at `address`. Raises PeerError when it cannot be reached."""
+        return await bandwidth.rate_mb_s(address, self._token)
 
     async def attach(self, epoch: int, done: int) -> None:
         """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""
@@ -341,6 +388,9 @@ class Agent:
             # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
             restored = (plan.restore.generation, plan.restore.step)
             await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)
+        if plan.code != self._workers.code:
+            await self.prepare_code(epoch, plan.code)
+            await asyncio.to_thread(self._workers.use_code, plan.code)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
         every = plan.config.checkpoint.snapshot_interval_steps
         self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
@@ -466,6 +516,8 @@ class Agent:
             # Hundreds of gigabytes take the kernel seconds to give back.
             await asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
             await self._peer.close()
+            if self._memory is not None:
+                os.close(self._memory)
 
     def _drop_scratch(self) -> None:
         """What saves of workers that were killed have left in the temporary folder."""
@@ -526,8 +578,9 @@ class Agent:
             dropping.add_done_callback(self._sending.discard)
 
     def _begins_to_train(self) -> None:
-        """Now there is time to fill up what the recovery has taken."""
+        """Now there is time to fill up what the recovery has taken, and what dead nodes have left is of no use."""
         self._loop.run_in_executor(None, self._workers.replenish)
+        self._loop.run_in_executor(None, ram_owners.sweep, self._ram_dir, self._run, self._ray_node)
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""
@@ -605,12 +658,18 @@ class Agent:
     # --- its end, and its data ---------------------------------------------------------------------------------------
 
     async def _watch_parent(self) -> None:
-        """A killed raylet leaves its actors behind: such a node must not go on by itself."""
+        """A killed raylet leaves its actors behind: such a node must not go on by itself.
+
+        Where all of Ray has died with its head, the snapshots are left to the run's resume.
+        """
         while os.getppid() == self._parent:
             await asyncio.sleep(1.0)
             if self._is_abandoned():
-                await self._die(f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s")
-        await self._die("the raylet of this node is gone")
+                why = f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s"
+                await self._die(why, keep_snapshots=True)  # it may be the run that is lost, and not this node
+        assert self._reporter is not None
+        head_lost = time.monotonic() - self._reporter.answered_at > HEAD_LOST_S
+        await self._die("the raylet of this node is gone", keep_snapshots=head_lost)
 
     def _is_abandoned(self) -> bool:
         """Cut off from all, this node has been replaced by now; while its mesh trains, nobody else can have."""
@@ -618,10 +677,16 @@ class Agent:
             return False
         return time.monotonic() - max(self._moved_at, self._reporter.answered_at) > ABANDONED_S
 
-    async def _die(self, why: str) -> None:
+    async def _die(self, why: str, keep_snapshots: bool = False) -> None:
         logger.error("agent %s ends: %s", self._node, why)
-        ram.delete(self._ram_dir, self._run, self._ray_node)
+        if not keep_snapshots:
+            ram.delete(self._ram_dir, self._run, self._ray_node)
         os._exit(1)  # the zygote and its workers end with this process
+
+    def _check_script(self) -> None:
+        problems = script_problems(self._spec.script)
+        if problems:
+            raise RuntimeError(f"on node {self._node}: {'; '.join(problems)}")
 
     async def _prepare_data(self) -> str:
         document = {
@@ -675,12 +740,15 @@ def run_log_dir(spec: JobSpec) -> Path:
     return Path(spec.cluster.log_dir).expanduser() / spec.run.name
 
 
-def worker_env(spec: JobSpec) -> dict[str, str]:
-    """Environment of this node's worker and tool processes, the same on every node: it is part of the numeric class."""
-    packages = str(Path(__file__).resolve().parent.parent.parent)
-    inherited = os.environ.get("PYTHONPATH", "")
+def worker_env(spec: JobSpec, packages: Path = codes.INSTALLED) -> dict[str, str]:
+    """Environment of this node's worker and tool processes, the same on every node: it is part of the numeric class.
+
+    Args:
+        packages: folder of the packages that they import; what is not there is the installed one.
+    """
+    inherited = [str(codes.INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "OMP_NUM_THREADS": str(max(1, int(spec.cluster.cpus_per_slot))),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([packages, *([inherited] if inherited else [])]),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([str(packages), *inherited])),
     }

@@ -24,6 +24,8 @@ class NodeAssignment:
     restore: contract.Restore
     config: contract.WorkerConfig
     ram_dir: str
+    code: str = ""
+    """Names the code that the workers import (code.py); empty: the installed one."""
     keeper: str = ""
     """Address of the agent that keeps copies of this node's snapshots; empty: nobody's are kept."""
     copied_step: int = 0

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util import get_placement_group
 
+from orchestrator import identity
 from orchestrator.chaos import ordered
 from orchestrator.chaos.orders import NOT_DONE
 from orchestrator.core import events as ev
@@ -35,11 +36,12 @@ from orchestrator.core.actions import (
     SaveEvery,
     SetTimer,
     Transfer,
+    UpdateJob,
     VerifyCheckpoint,
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import links, nodes
-from orchestrator.runtime.agent import NotAdmitted, StaleOrder
+from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
@@ -63,6 +65,8 @@ DISCOVER_INTERVAL_S = 1.0
 ORDER_DEADLINE_S = 30.0
 """For an agent to take an order; the work that it starts is reported later."""
 ORDER_RETRY_S = 0.5
+CODE_DEADLINE_S = ZYGOTE_DEADLINE_S + ORDER_DEADLINE_S
+"""For a node to fetch other code, and to import it."""
 LEAVE_DEADLINE_S = 5.0
 """For an agent that is let go to end its workers and to give its memory back; most that are let go are dead."""
 STORE_PORT_DEADLINE_S = 30.0
@@ -138,11 +142,14 @@ class Body:
         without_place: Callable[[], int],
         behind: Callable[[], bool],
         standing: Callable[[str], str],
+        code: Callable[[], str],
     ) -> None:
         self._spec, self._namespace, self._token, self._epoch = spec, namespace, token, epoch
         self._instance = instance
         """Tells this run from others of its name; the same for all of its controllers."""
         self._now, self._post, self._notice = now, post, notice
+        self._code = code
+        """Of the workers of the next generation."""
         self.agents: dict[str, AgentHandle] = {}
         self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind, standing)
         self.fold: MeshFold | None = None
@@ -347,10 +354,41 @@ class Body:
                 self._spawn(self._release(action))
             case SetTimer():
                 self._spawn(self._timer(action))
+            case UpdateJob():
+                raise AssertionError("the controller changes the job")
             case ProbeNode() | AskThird():
                 raise AssertionError(f"{action}: this body has not said that it can do that")
             case EndRun():
                 raise AssertionError("the controller ends the run")
+
+    def update(self, spec: JobSpec, action: UpdateJob, save_every_steps: int) -> None:
+        """The job is another from now on; its workers hear it when they are assigned."""
+        self._spec, self._save_every_steps = spec, save_every_steps
+        for node in self.agents:
+            self._spawn(self._order(node, "update", self._epoch, spec.document()))
+        self._spawn(self._put_on_record(action))
+
+    async def _put_on_record(self, action: UpdateJob) -> None:
+        """What is not on record is put there by the next controller."""
+        work = asyncio.to_thread(identity.declare_update, self._spec.run.url, action.number, action.changes)
+        try:
+            await asyncio.wait_for(work, PUBLISH_DEADLINE_S)
+        except Exception as e:
+            logger.warning("update %d is not on record: %r", action.number, e)
+
+    async def prepare_code(self, code: str) -> None:
+        """Have every node ready to fork workers with this code. Raises ValueError with the first node that is not."""
+
+        async def prepare(handle: AgentHandle) -> None:
+            try:
+                await call(handle.actor.prepare_code.remote(self._epoch, code), CODE_DEADLINE_S)
+            except ray.exceptions.RayActorError:
+                pass  # its line tells that it is dead; who takes its place prepares by itself
+            except Exception as e:
+                cause = e.cause if isinstance(e, ray.exceptions.RayTaskError) else e
+                raise ValueError(f"node {handle.node} cannot run code {code[:12]}: {cause or repr(cause)}") from e
+
+        await asyncio.gather(*(prepare(handle) for handle in self.agents.values() if handle.line is not None))
 
     def _note_copied(self, step: int) -> None:
         """Before a generation opens at `step`: what was copied before is known of the last one's steps only."""
@@ -360,6 +398,8 @@ class Body:
 
     def _loads(self) -> tuple[int, ...]:
         """Microbatches that each replica of the mesh takes in a step."""
+        if self._spec.is_script:
+            return (1,)
         replicas = self._layout.dp_replicate
         config = self._spec.worker_config.with_replicas(replicas)
         return tuple(len(config.microbatches_of(replica)) for replica in range(replicas))
@@ -421,6 +461,7 @@ class Body:
                     restore=restore,
                     config=config,
                     ram_dir="",  # each agent knows its own
+                    code=action.code,
                     keeper=self._address(action.nodes[action.buddies[index]]) if action.buddies else "",
                     copied_step=self._copied_step,
                     holders=self._holders_for(action, index),
@@ -772,10 +813,12 @@ class Body:
         return self._failed_starts.get(ray_node, 0) < START_TRIES
 
     async def _join(self, node: RayNode) -> None:
-        name = self._fresh_name(node.id)
+        name, spec = self._fresh_name(node.id), self._spec
         handle: AgentHandle | None = None
         try:
-            handle, info = await start_agent(self._spec, self._namespace, name, node, self._token, self._instance)
+            # Before anything trains, what is left in memory is of the run's last life; afterwards, of nodes that died.
+            adopts = self.fold is None
+            handle, info = await start_agent(spec, self._namespace, name, node, self._token, self._instance, adopts)
             self._data_digest = self._data_digest or info.data_digest
             if info.data_digest != self._data_digest:
                 raise OtherData(
@@ -789,8 +832,13 @@ class Body:
                     )
                 )
             await self._check_reach(handle)
+            await nodes.check_links(handle, list(self.agents.values()), self._spec.cluster.least_bandwidth_mb_s)
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
+            if self._spec is not spec:  # it has been updated meanwhile
+                await call(handle.actor.update.remote(self._epoch, self._spec.document()), ORDER_DEADLINE_S)
+            if code := self._code():
+                await call(handle.actor.prepare_code.remote(self._epoch, code), CODE_DEADLINE_S)
         except BaseException as e:
             self.agents.pop(name, None)
             if handle is not None:

@@ -29,11 +29,11 @@ from typing import Any, TypeVar
 
 import ray
 
-from orchestrator import identity
+from orchestrator import identity, job_update
 from orchestrator.chaos import ballast, head
 from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, TOLD_BY_THE_WORKER, Order, resolve
 from orchestrator.core import events as ev
-from orchestrator.core.actions import Action, EndRun, SetTimer
+from orchestrator.core.actions import Action, EndRun, SetTimer, UpdateJob
 from orchestrator.core.supervisor import Supervisor
 from orchestrator.observe.exporter import serve_metrics
 from orchestrator.observe.notices import notices
@@ -93,8 +93,7 @@ class Controller:
         self._spec: JobSpec = parse(spec_document)
         self._token, self._detached = token, detached
         self._supervisor = Supervisor()
-        checkpoint = self._spec.checkpoint
-        self._retuner = Retuner(checkpoint) if checkpoint.interval == "auto" else None
+        self._retuner = self._new_retuner()
         self._inbox: asyncio.Queue[ev.Event] = asyncio.Queue(maxsize=INBOX_EVENTS)
         self._notices: deque[tuple[int, str]] = deque(maxlen=NOTICES)
         self._noticed = time.time_ns() // 1000  # rises also over a restart, so that the driver misses nothing
@@ -106,6 +105,8 @@ class Controller:
         """Whether what the poison has half done has been."""
         self._over = False
         self._observes = False
+        self._updating = False
+        """Somebody's update is being made ready."""
         self._orders: list[tuple[int, Action]] = []
         """What was decided and is not performed yet, each with the time of its event."""
         self._must_publish = False
@@ -188,6 +189,60 @@ class Controller:
             raise ValueError(f"{node}: is no node of this run; names like it are {', '.join(near) or 'none'}")
         self._post(ev.NodeLeaving(at=0, node=meant, by=by))
 
+    async def update(self, token: str, overrides: list[str], code: str | None, by: str) -> list[str]:
+        """Go on as another job from the next step boundary on.
+
+        Args:
+            overrides: each ``section.key=value``.
+            code: names what workers shall import, which is under run.url; empty: the installed code, None: the same.
+
+        Returns:
+            What changes, a line each.
+
+        Raises:
+            PermissionError: not the job's token.
+            ValueError: the job could not run so, or now is no time for it; nothing has changed.
+        """
+        if not hmac.compare_digest(token, self._token):
+            raise PermissionError("updating a run needs its token")
+        if self._hold:
+            raise ValueError(f"the run holds, nothing is decided now: {self._hold}")
+        if self._updating or self._supervisor.state.update is not None or self._body is None:
+            raise ValueError("another update is under way, or the controller has just begun: try again in a moment")
+        self._updating = True
+        try:
+            return await self._update(self._body, overrides, code, by)
+        finally:
+            self._updating = False
+
+    async def _update(self, body: Body, overrides: list[str], code: str | None, by: str) -> list[str]:
+        new = job_update.updated(self._spec, overrides)
+        changes = job_update.changes(self._spec, new)
+        before = self._supervisor.state.code
+        code = before if code is None else code
+        if not changes and code == before:
+            raise ValueError("nothing changes: the job has these values, and its workers this code")
+        if new.run.steps <= self._supervisor.state.step:
+            raise ValueError(f"run.steps = {new.run.steps}: so many are done; end the run by `shepherd stop`")
+        if code != before:
+            await body.prepare_code(code)
+        # Before any change of the job: a controller that reads what follows need not read what came before with it.
+        await self._snapshots.write(self._journal, self._supervisor.state)
+        self._post(
+            ev.UpdateRequested(
+                at=0,
+                by=by,
+                changes=changes,
+                code=code,
+                limits=new.limits,
+                total_steps=new.run.steps,
+                restarts=code != before or new.worker_config != self._spec.worker_config,
+                chooses_interval=any(name in job_update.CHOOSES_INTERVAL for name in changes),
+            )
+        )
+        new_code = [f"the workers' code = {code[:12] or 'as installed'}"] if code != before else []
+        return [f"{name} = {value}" for name, value in changes.items()] + new_code
+
     async def inject(self, token: str, order: Order, by: str) -> str:
         """Chaos: do harm, as somebody asks who has the job's token. Its truth comes into the journal under the answer.
 
@@ -207,6 +262,8 @@ class Controller:
             await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
         if order.scenario == "head-kill":
             await asyncio.to_thread(head.check)
+        if spec.is_script and order.scenario in TOLD_BY_THE_WORKER:
+            raise ValueError(f"{order.scenario} is done by the Llama trainer itself; a script has no such part")
         state = self._supervisor.state
         for asked in resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by):
             pid = {"pid": str(os.getpid())} if order.scenario in ENDS_THE_CONTROLLER else {}
@@ -259,6 +316,9 @@ class Controller:
         self._supervisor = await asyncio.to_thread(self._journal.replay)
         if self._journal.records:
             await self._snapshots.write(self._journal, self._supervisor.state)
+        if restarted:  # a resume's document says all of it anew
+            self._go_by(self._supervisor.state.changes)
+            spec = self._spec
         if self._retuner is not None:
             self._retuner.recall(self._supervisor.state)
         self._last_at = self._supervisor.state.ledger.mark
@@ -280,6 +340,7 @@ class Controller:
             self._without_place,
             self._is_behind,
             self._standing,
+            lambda: self._supervisor.state.code,
         )
         began = ev.EpochBegan(at=0, epoch=claim.epoch, version=version)
         if restarted and self._supervisor.state.run:
@@ -295,12 +356,12 @@ class Controller:
                 run=spec.run.name,
                 layout=spec.layout,
                 limits=spec.limits,
-                total_steps=spec.run.steps,
+                total_steps=spec.total_steps,
                 capabilities=(
                     "ram",
                     "peer",
-                    "park",
                     "verify",
+                    *([] if spec.is_script else ["park"]),  # frames and globals of a script are its own
                     *(["buddy"] if spec.checkpoint.copies == "auto" else []),
                 ),
             )
@@ -471,11 +532,26 @@ class Controller:
         assert self._body is not None
         if isinstance(action, EndRun):
             self._over = True
+        elif isinstance(action, UpdateJob):
+            self._go_by(action.changes)
+            self._body.update(self._spec, action, in_force(self._spec.checkpoint, self._supervisor.state))
         elif isinstance(action, SetTimer):
             # It runs from when its order could be given: a hold must not use up somebody's deadline.
             self._body.perform(dataclasses.replace(action, at=action.at + self._now() - at))
         else:
             self._body.perform(action)
+
+    def _go_by(self, changes: dict[str, str]) -> None:
+        """The job is another; also a second time, as when a controller comes back."""
+        before, self._spec = self._spec, job_update.applied(self._spec, changes)
+        if self._spec.checkpoint != before.checkpoint:
+            self._retuner = self._new_retuner()
+            if self._retuner is not None:
+                self._retuner.recall(self._supervisor.state)
+
+    def _new_retuner(self) -> Retuner | None:
+        checkpoint = self._spec.checkpoint
+        return Retuner(checkpoint) if checkpoint.interval == "auto" else None
 
     async def _release(self) -> None:
         """Give everything back, whatever state the run is in. Bounded: an end must come."""
@@ -505,10 +581,10 @@ class Controller:
             logger.warning("agents that are not known could not be ended: %r", e)
 
     async def _watch_lease(self) -> None:
-        lease_s = self._spec.recovery.driver_lease_s
         looked_at = time.monotonic()
         while not self._detached:
             await asyncio.sleep(1.0)
+            lease_s = self._spec.recovery.driver_lease_s
             now = time.monotonic()
             if now - looked_at > 3.0:
                 self._leased_at = now  # this process stood still: what the driver sent waits to be read

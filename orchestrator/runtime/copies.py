@@ -36,7 +36,7 @@ class Copies:
     def __init__(self, *, run: str, node: str, ram_dir: str, token: str, bytes_per_s: int) -> None:
         """`node` is the name in shared memory: the Ray node's."""
         self._run, self._node, self._ram_dir, self._token = run, node, ram_dir, token
-        self._rate = transfer.Rate(bytes_per_s) if bytes_per_s else None
+        self.cap(bytes_per_s)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turns: dict[int, asyncio.Lock] = {}
         """By slot: two must not write one file."""
@@ -46,6 +46,10 @@ class Copies:
         """Slots of others of which this node has kept a copy since `begin`."""
         self._dropping = asyncio.Lock()
         self._served: Callable[[int], bool] = lambda generation: False
+
+    def cap(self, bytes_per_s: int) -> None:
+        """Bound what is taken in a second from here on; 0: it is not."""
+        self._rate = transfer.Rate(bytes_per_s) if bytes_per_s else None
 
     def serve(self, served: Callable[[int], bool]) -> None:
         """Keep copies in those generations only: an older one's would get between what was elected to restore."""

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,15 +18,20 @@ import ray
 
 from orchestrator.observe.status import Status
 from orchestrator.runtime.agent import run_log_dir
+from orchestrator.runtime.body import CODE_DEADLINE_S
 from orchestrator.runtime.controller import Controller, namespace_of
 from orchestrator.runtime.nodes import HEAD_RESOURCE
 from orchestrator.spec import JobSpec
 
 POLL_INTERVAL_S = 0.5
 POLL_DEADLINE_S = 10.0
+UPDATE_DEADLINE_S = CODE_DEADLINE_S + POLL_DEADLINE_S
 LEASE_INTERVAL_S = 2.0
 GONE_AFTER_S = 60.0
-"""A controller that does not answer for so long will not come back: Ray restarts an actor in seconds."""
+"""A controller that does not answer for so long will not come back, if Ray's head does: Ray restarts an actor in
+seconds. While the head is away it is waited for; a driver whose own node gives the head up is ended with it."""
+HEAD_DEADLINE_S = 2.0
+"""For a connection to the head."""
 INTERRUPT_GRACE_S = 12.0
 """From Ctrl-C until a run that has not reached its checkpoint is ended at once; all is gone within 30 s."""
 
@@ -101,6 +107,8 @@ def follow(controller: Any, token: str, on_news: Callable[[Status, list[str]], N
                     asked, asked_at = interrupts.count, time.monotonic()
                 status, notices = poll(controller, noticed, lease=True)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+                if not _head_answers():
+                    heard = time.monotonic()  # its silence counts from when the head is back
                 if time.monotonic() - heard > GONE_AFTER_S:
                     raise ControllerLost(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
                 interrupts.wait(POLL_INTERVAL_S)
@@ -123,6 +131,19 @@ def drain(controller: Any, token: str, node: str, by: str) -> None:
     """Have a node of a run replaced, and let go. Raises PermissionError for a wrong token, ValueError for the node."""
     with _refused_as_it_was():
         ray.get(controller.drain.remote(token, node, by), timeout=POLL_DEADLINE_S)
+
+
+def update(controller: Any, token: str, overrides: list[str], code: str | None, by: str) -> list[str]:
+    """Have a run go on as another job from its next step boundary on; what changes, a line each. Blocks until every
+    node is ready for new code, if there is any.
+
+    Raises:
+        PermissionError: the token is not the job's.
+        ValueError: the job could not run so, or now is no time for it; nothing has changed.
+    """
+    with _refused_as_it_was():
+        lines: list[str] = ray.get(controller.update.remote(token, overrides, code, by), timeout=UPDATE_DEADLINE_S)
+    return lines
 
 
 def where(controller: Any, token: str) -> str:
@@ -202,6 +223,16 @@ def _lease(controller: Any) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def _head_answers() -> bool:
+    """Whether somebody listens where Ray's head is, or was."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_DEADLINE_S):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -80,14 +80,17 @@ class NodeWorkers:
         self._warming = threading.Lock()
         self._on_message = on_message
         self._on_exit = on_exit
+        self._preload = preload
+        self.code = ""
+        """Names the code that workers are forked with; empty: the installed one."""
+        self._ready: dict[str, Workers] = {}
+        """Those that have imported other code, by its name, and have forked nobody yet."""
         parameters = RendezvousParameters(BACKEND, host, run, min_nodes=1, max_nodes=1, local_addr=host)
         handler = rendezvous_handler_registry.create_handler(parameters)
         assert isinstance(handler, ControllerRendezvous)
         self._rendezvous = handler
         self._log = LogFile(log_dir / f"{node}.log")
-        self._workers = Workers(
-            preload=preload, env=env, log=self._log, on_message=self._message, on_exit=self._worker_exited
-        )
+        self._workers = self._zygote_with(env)
         spec = WorkerSpec(
             role=ROLE, local_world_size=slots, entrypoint=preload, rdzv_handler=handler, max_restarts=0, local_addr=host
         )
@@ -105,6 +108,41 @@ class NodeWorkers:
         """
         self._workers.start(deadline_s)
         self._thread.start()
+
+    def _zygote_with(self, env: dict[str, str]) -> Workers:
+        return Workers(
+            preload=self._preload, env=env, log=self._log, on_message=self._message, on_exit=self._worker_exited
+        )
+
+    def prepare_code(self, code: str, env: dict[str, str], deadline_s: float) -> None:
+        """Warm a zygote with other code beside the one in use, which goes on as it is; `use_code` takes it.
+
+        Raises:
+            ZygoteError: the worker's module cannot be imported from there, or not within `deadline_s`.
+        """
+        if code == self.code or code in self._ready:
+            return
+        workers = self._zygote_with(env)
+        try:
+            workers.start(deadline_s)
+        except ZygoteError:
+            workers.close(KILL_DEADLINE_S)
+            raise
+        self._ready[code] = workers
+
+    def use_code(self, code: str) -> None:
+        """From here on fork from the zygote that was prepared with this code; all workers of before are ended.
+
+        Between two generations. Raises TimeoutError when one of them is still there.
+        """
+        if code == self.code:
+            return
+        with self._warming:
+            before, self._workers, self.code = self._workers, self._ready.pop(code), code
+            self._agent.fork_from(self._workers)
+        unused, self._ready = list(self._ready.values()), {}
+        for workers in (before, *unused):
+            workers.close(KILL_DEADLINE_S)
 
     def open_store(self, generation: int) -> int:
         """On the lead node, before the generation is assigned: its fresh TCPStore, bound to `host`; returns the port.
@@ -224,7 +262,8 @@ class NodeWorkers:
         self._rendezvous.end()
         self._rendezvous.shutdown()
         self._agent._shutdown(timeout=deadline_s)
-        self._workers.close(max(0.0, deadline - time.monotonic()))
+        for workers in (self._workers, *self._ready.values()):
+            workers.close(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
@@ -309,6 +348,10 @@ class _ElasticAgent(SimpleElasticAgent):
             except Exception as error:
                 logger.exception("generation %d was not started", self._controller.plan.generation)
                 self._report_missing(error)
+
+    def fork_from(self, workers: Workers) -> None:
+        """Start the workers of the generations that follow there."""
+        self._forks = workers
 
     def record_exit(self, exit_: WorkerExit) -> None:
         """Keep the worker group's state true; nobody polls it."""
@@ -438,18 +481,26 @@ class _ElasticAgent(SimpleElasticAgent):
         self._forks.end(self._forks.live(), deadline_s=timeout, grace_s=timeout / 2)
 
     def _env(self, plan: NodeAssignment, worker: ElasticWorker) -> dict[str, str]:
-        """What torch's ``env://`` initialisation reads, for scripts that use it."""
+        """What torchrun gives a script, and torch's ``env://`` initialisation reads.
+
+        The store is the generation's own and fresh, so that nobody finds the addresses of an earlier one in it.
+        """
         return {
             "RANK": str(worker.global_rank),
             "LOCAL_RANK": str(worker.local_rank),
             "GROUP_RANK": str(plan.group_rank),
+            "ROLE_RANK": str(worker.role_rank),
+            "ROLE_NAME": ROLE,
             "WORLD_SIZE": str(plan.world_size),
             "LOCAL_WORLD_SIZE": str(len(plan.ranks)),
+            "GROUP_WORLD_SIZE": str(plan.group_world_size),
+            "ROLE_WORLD_SIZE": str(worker.role_world_size),
             "MASTER_ADDR": plan.store_host,
             "MASTER_PORT": str(plan.store_port),
             "TORCHELASTIC_RUN_ID": self._controller.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": str(self._controller.use_agent_store),
-            "TORCHELASTIC_RESTART_COUNT": "0",
+            # Generations are this run's restarts; how many there may be, [recovery] says.
+            "TORCHELASTIC_RESTART_COUNT": str(plan.generation - 1),
             "TORCHELASTIC_MAX_RESTARTS": "0",
         }
 

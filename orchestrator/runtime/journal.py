@@ -165,10 +165,9 @@ class Journal:
             StoreError, OSError: the store failed; nothing is lost, try again.
         """
         self._url, self._tail_path, self.epoch = url, tail, epoch
-        self.passed_over: list[str] = []
-        """Why newer snapshots do not serve."""
-        self.start, lines, kept = self._read()
-        """The newest snapshot that does; None: the journal is read from its first record."""
+        self.start, lines, kept, self.passed_over = _from_newest_snapshot(url, tail)
+        """The newest snapshot that serves; None: the journal is read from its first record. And why newer ones do not.
+        """
         try:
             self.records = [_record(line) for line in lines if self.start is None or line.seq > self.start.header.seq]
         except ReplayMismatch as e:
@@ -190,23 +189,6 @@ class Journal:
                 os.close(self._tail)  # it is tried again for as long as the store is away
             raise
 
-    def _read(self) -> tuple[CoreSnapshot | None, list[Line], int]:
-        """Where to start, the lines from there on, and how many of them stand in segments."""
-        for name in core_snapshots.names(self._url):
-            try:
-                snapshot = core_snapshots.read(self._url, name)
-            except FileNotFoundError:
-                continue  # who was replaced has just deleted it
-            except core_snapshots.Unusable as e:
-                self.passed_over.append(str(e))
-                continue
-            header = snapshot.header
-            lines, kept = read_lines(self._url, self._tail_path, since=header.seq)
-            if any(line.seq == header.seq and line.digest == header.record_digest for line in lines):
-                return snapshot, lines, kept
-            self.passed_over.append(f"{name}: the journal does not have its record {header.seq}")
-        return None, *read_lines(self._url, self._tail_path, since=1)
-
     def replay(self) -> Supervisor:
         """The supervisor as the journal leaves it. Once: it goes on with the snapshot's own state.
 
@@ -226,9 +208,7 @@ class Journal:
             StoreError, OSError: the store failed; nothing is lost, try again.
         """
         self.publish()
-        start, lines, _ = self._read()
-        records = (_record(line) for line in lines if start is None or line.seq > start.header.seq)
-        return replay(records, start.state if start is not None else None)
+        return last_known(self._url, self._tail_path)
 
     def _told(self, mismatch: ReplayMismatch) -> ReplayMismatch:
         """With what is to be done, when other code wrote the record."""
@@ -363,6 +343,38 @@ class Journal:
         self._tail_path.unlink(missing_ok=True)
 
 
+def last_known(url: str, tail: Path | None = None) -> Supervisor:
+    """The supervisor as the journal leaves it: what is under `url`, and in a local tail. Takes nothing over.
+
+    Raises:
+        JournalError: what is there is damaged, or this code does not decide what is on record.
+        StoreError, OSError: the store failed.
+    """
+    start, lines, _, _ = _from_newest_snapshot(url, tail)
+    records = (_record(line) for line in lines if start is None or line.seq > start.header.seq)
+    return replay(records, start.state if start is not None else None)
+
+
+def _from_newest_snapshot(url: str, tail: Path | None) -> tuple[CoreSnapshot | None, list[Line], int, list[str]]:
+    """Where to start, the lines from there on, how many of them stand in segments, and why newer snapshots are passed
+    over."""
+    passed_over = []
+    for name in core_snapshots.names(url):
+        try:
+            snapshot = core_snapshots.read(url, name)
+        except FileNotFoundError:
+            continue  # who was replaced has just deleted it
+        except core_snapshots.Unusable as e:
+            passed_over.append(str(e))
+            continue
+        header = snapshot.header
+        lines, kept = read_lines(url, tail, since=header.seq)
+        if any(line.seq == header.seq and line.digest == header.record_digest for line in lines):
+            return snapshot, lines, kept, passed_over
+        passed_over.append(f"{name}: the journal does not have its record {header.seq}")
+    return None, *read_lines(url, tail, since=1), passed_over
+
+
 def check_not_replaced(url: str, epoch: int) -> None:
     """Raises Replaced when a newer epoch has been taken."""
     newest = max((int(m.group(1)) for name in list_names(url, "epochs") if (m := _EPOCH.fullmatch(name))), default=0)
@@ -391,6 +403,7 @@ __all__ = [
     "claim_epoch",
     "exists",
     "is_on_record",
+    "last_known",
     "read",
     "replay",
     "tail_path",

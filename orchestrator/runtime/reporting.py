@@ -155,8 +155,7 @@ class Reporter:
             if fan_in is None:  # it lives, and reads its journal or is behind: that may take its time
                 await self._retry()
                 continue
-            if batch:
-                self._outbox.taken(batch[-1][0])
+            self._outbox.taken(batch[-1][0] if batch else 0)
             if fan_in and (fan_in != self._shunned[0] or self._shunned[1] < taken_at):
                 return str(fan_in)
 

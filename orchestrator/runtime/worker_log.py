@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 
 from storage.redact import redacted
@@ -21,10 +22,15 @@ class LogFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._lost_lines = 0
+        self._lock = threading.Lock()
         self._file = path.open("ab", buffering=0)
 
     def write(self, lines: bytes) -> None:
-        """Append whole lines."""
+        """Append whole lines. From any thread."""
+        with self._lock:
+            self._write(lines)
+
+    def _write(self, lines: bytes) -> None:
         notice = b""
         if self._lost_lines:
             # After a newline, because the last line before may have been written in part.

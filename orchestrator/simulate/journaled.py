@@ -163,9 +163,9 @@ def _profile(figures: Figures, state: State, made: Scenario) -> Profile:
 
 
 def _is_wanted(incident: Incident) -> bool:
-    """Whether it is no failure: the mesh took replicas back, or somebody drained a node."""
+    """Whether it is no failure: the mesh took replicas back, or somebody drained a node or changed the job."""
     drained = any(e.kind == "leave" and e.detail == DRAINED for e in (*incident.answered, *incident.evidence))
-    return incident.cause == "grow" or (incident.cause == "leave" and drained)
+    return incident.cause in ("grow", "update") or (incident.cause == "leave" and drained)
 
 
 def _beyond(mean: Mean, us: int) -> Mean:

@@ -601,3 +601,27 @@ def test_two_nodes_sum_over_gloo_through_each_generations_store(tmp_path: Path) 
         assert {nodes[0].next_exit().exit_code, nodes[1].next_exit().exit_code} == {0}
     for node in nodes:
         node.workers.shutdown(20)
+
+
+def test_other_code_is_warmed_beside_the_workers_and_taken_by_the_next_generation(node: Node, tmp_path: Path) -> None:
+    def env_of(folder: Path, line: str) -> dict[str, str]:
+        folder.mkdir()
+        (folder / "fake_worker.py").write_text(f"{line}\n{(HERE / 'fake_worker.py').read_text()}")
+        return {"PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]), "OMP_NUM_THREADS": "1"}
+
+    node.begin(1, "wait")
+    before = node.pids()
+    with pytest.raises(ZygoteError, match="this is broken"):
+        node.workers.prepare_code("broken", env_of(tmp_path / "broken", "raise LookupError('this is broken')"), 60)
+    node.workers.prepare_code("new", env_of(tmp_path / "new", "print('newer code', flush=True)"), 60)
+    assert node.workers.pids() == before and node.workers.code == ""
+
+    node.workers.halt(20)
+    node.workers.use_code("new")
+    assert node.workers.code == "new" and node.exits.empty()
+    node.begin(2, "wait")
+    after = node.pids()
+    assert not set(before.values()) & set(after.values())
+    assert "newer code" in node.log.read_text()
+    # The zygote of before is gone, with all that it had.
+    node.zygote_pid()

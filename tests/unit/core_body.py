@@ -472,7 +472,25 @@ class Body:
             moves.append((1, self.pin))
             moves.append((2, lambda: core_harm.certify(self)))
         moves.append((1, self.ask_to_stop))
+        if self.supervisor.state.update is None:
+            moves.append((2, self.ask_for_update))
         return moves
+
+    def ask_for_update(self) -> None:
+        """Somebody wants another job, and perhaps other code."""
+        code = ("", "new", "newer")[self.tape.below(3)]
+        self.tell(
+            ev.UpdateRequested(
+                at=self.at,
+                by="somebody",
+                changes={"optimizer.lr": str(self.tape.below(4))},
+                code=code,
+                limits=self.limits,
+                total_steps=self.total_steps,
+                restarts=code != self.supervisor.state.code or self.tape.below(2) == 1,
+                chooses_interval=self.tape.below(2) == 1,
+            )
+        )
 
     def ask_to_stop(self) -> None:
         self.tell(ev.StopRequested(at=self.at, by="somebody", graceful=self.tape.below(4) < 3))

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core import checkpoints, election, health, interruption, placement, recovery, supervisor, trust
+from orchestrator.core import (
+    checkpoints,
+    election,
+    health,
+    interruption,
+    placement,
+    planned,
+    recovery,
+    supervisor,
+    trust,
+)
 from orchestrator.core import events as ev
-from orchestrator.core.actions import InjectFault
+from orchestrator.core.actions import InjectFault, UpdateJob
 from orchestrator.core.goodput import Ledger
 from orchestrator.core.state import Checkpoint, Doubt, State
 from orchestrator.core.supervisor import Supervisor
@@ -364,6 +374,30 @@ def pins_are_not_heard(patch: Patch) -> None:
     patch.setattr(checkpoints, "_kept_besides", lambda *args: ())
 
 
+def a_resume_forgets_what_memory_holds(patch: Patch) -> None:
+    patch.setattr(recovery, "first_decision", recovery.durable_decision)
+
+
+def a_job_changes_in_the_middle_of_a_step(patch: Patch) -> None:
+    in_peace = planned.in_peace
+    patch.setattr(planned, "in_peace", lambda s, at, at_boundary: in_peace(s, at, at_boundary=True))
+
+
+def a_new_controller_forgets_the_update(patch: Patch) -> None:
+    orders_are_forgotten(patch, "_on_epoch_began", UpdateJob)
+
+
+def new_code_is_not_ordered(patch: Patch) -> None:
+    open_from = interruption._open_from
+
+    def broken(s: State, at: int, decision: recovery.Decision) -> Any:
+        order, *rest = open_from(s, at, decision)
+        s.order = replace(order, code="")
+        return [s.order, *rest]
+
+    patch.setattr(interruption, "_open_from", broken)
+
+
 SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     lost_nodes_are_used,
     a_node_fills_two_places,
@@ -407,6 +441,9 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     who_misreads_is_not_struck,
     unread_checkpoints_count_as_verified,
     pins_are_not_heard,
+    a_job_changes_in_the_middle_of_a_step,
+    a_new_controller_forgets_the_update,
+    new_code_is_not_ordered,
 )
 """What a random history shows. Of the others, one shows in its replay, and those that random histories seldom come to
-show in tests/golden: retention_while_starting, rewind."""
+show in tests/golden: retention_while_starting, rewind, head_lost_and_resumed."""

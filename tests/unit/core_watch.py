@@ -54,7 +54,8 @@ class Watch:
         """As of the event before."""
         self._able: set[str] = set()
         """Nodes whose word on a checkpoint counts, as of the event before."""
-        self._first_generation = 1
+        self._first_generation = self._first_of_mesh = 1
+        """Since the run was declared; and of those whose slots are numbered as now."""
         self._layout, self._capabilities, self._steps, self._stops = None, ("",), 0, 0
         self._errors: dict[tuple[str, int, str], int] = {}
         self._struck: dict[tuple[int, int], set[str]] = {}
@@ -69,6 +70,10 @@ class Watch:
         self._parked: set[str] = set()
         """Nodes that have said so since the newest generation was opened."""
         self._limits = LIMITS
+        self._update: ev.UpdateRequested | None = None
+        """What somebody has asked for and is not carried out."""
+        self._changes: dict[str, str] = {}
+        self._code, self._updates = "", 0
         self._faults = 0
         self._retired = False
         """Whether a checkpoint was ever deleted for its age."""
@@ -106,6 +111,8 @@ class Watch:
             self._give_up(state.checkpoints.get(given_up.step), given_up)
         for action in actions:
             self._check_order(supervisor, event, action)
+        if isinstance(event, ev.EpochBegan) and not self._ended and self._changes:
+            assert any(isinstance(action, ac.UpdateJob) for action in actions), "a new controller has the old job"
         assert state.saves_failed == self.books.failed, "failed saves are miscounted"
         assert bool(state.save_error) == self.books.failing, "whether saves fail now is not known"
         if committed_one and state.incident is None and state.job != "starting":
@@ -173,13 +180,17 @@ class Watch:
             self._named.add(event.node)
         match event:
             case ev.RunDeclared():
+                if self._layout is None or not self._layout.is_same_mesh(event.layout):
+                    self._first_of_mesh, self._parents = 1 + current, {}
                 self._layout, self._capabilities, self._steps = event.layout, event.capabilities, event.total_steps
                 self._places = event.layout.nodes + event.layout.spares
                 self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
+                self._update, self._changes, self._code = None, {}, ""
                 self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
-                self._parents = {}
+            case ev.UpdateRequested():
+                self._update = self._update or event
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
@@ -270,7 +281,7 @@ class Watch:
         return self._layout.with_replicas(self._opened[generation].dp_replicate)
 
     def _usable(self, snapshots: dict[int, tuple[Snapshot, ...]]) -> dict[int, tuple[Snapshot, ...]]:
-        return {k: tuple(s for s in held if s.generation >= self._first_generation) for k, held in snapshots.items()}
+        return {k: tuple(s for s in held if s.generation >= self._first_of_mesh) for k, held in snapshots.items()}
 
     def _check_order(self, supervisor: Supervisor, event: ev.Event, action: ac.Action) -> None:
         match action:
@@ -286,6 +297,10 @@ class Watch:
                 )
             case ac.OpenGeneration():
                 self._check_open(supervisor, action)
+            case ac.UpdateJob() if isinstance(event, ev.EpochBegan):
+                assert (action.number, action.changes) == (self._updates, self._changes), "another job than it has"
+            case ac.UpdateJob():
+                self._check_update(supervisor, event, action)
             case ac.CommitCheckpoint():
                 assert action.epoch == supervisor.state.epoch
                 bad = [g for g, step in self._corrupt if action.generation == g and action.step >= step]
@@ -327,6 +342,14 @@ class Watch:
             case ac.EndRun() if not isinstance(event, ev.EpochBegan):
                 self._check_verdict(supervisor, event, action)
 
+    def _check_update(self, supervisor: Supervisor, event: ev.Event, action: ac.UpdateJob) -> None:
+        asked, self._update = self._update, None
+        assert asked is not None, "a job that nobody has asked for"
+        assert isinstance(event, ev.StepsDone) and self._job == "training", "a job is changed in the middle of a step"
+        self._updates, self._changes, self._code = self._updates + 1, self._changes | asked.changes, asked.code
+        assert (action.number, action.changes) == (self._updates, self._changes), "another job than was asked for"
+        assert (supervisor.state.job == "halting") == asked.restarts, "workers begin anew for nothing, or do not"
+
     def _check_health(self, supervisor: Supervisor) -> None:
         """Nobody is kept away for nothing, or for another's word alone, and never too many are."""
         nodes = supervisor.state.nodes
@@ -357,6 +380,7 @@ class Watch:
         assert all(place != keeper for place, keeper in enumerate(order.buddies)), "a node is its own buddy"
         self._check_size(supervisor, order, mesh)
         self._check_convicts(supervisor, order)
+        assert order.code == self._code, "workers import other code than was asked for"
         assert not {t.from_node for t in order.transfers} & self._lost, "a copy comes from a lost node"
         newest = max(self.books.good(self._steps), default=0)
         incident = supervisor.state.incident
@@ -375,7 +399,8 @@ class Watch:
             left = {checkpoint.trust for checkpoint in supervisor.state.checkpoints.values()} - {"written"}
             assert order.source != "init" or not (left and self._retired), "a run begins again by itself"
             assert order.step == newest and (order.source == "durable") == (newest > 0), "not the newest checkpoint"
-            ram = None if incident is None or incident.spent else self._newest_in_ram(order)
+            tried = incident.spent if incident is not None else newest == 0  # nobody knows then that data are the same
+            ram = None if tried else self._newest_in_ram(order)
             assert ram is None or ram.step < newest, "shared memory holds a newer step, and nothing spoke against it"
 
     def _replicas_share_a_domain(self, supervisor: Supervisor, order: ac.OpenGeneration, mesh: ev.Layout) -> bool:
@@ -418,7 +443,7 @@ class Watch:
             return None
         held = {name: slots for name, slots in self._inventory.items() if name not in self._lost}
         known = {s for slots in held.values() for snapshots in slots.values() for s in snapshots} - self._refused
-        known = {s for s in known if not self._holds_corruption(s)}
+        known = {s for s in known if not self._holds_corruption(s) and s.step <= self._steps}
         slots = range(self._mesh(order.generation).slots)
         good = [s for s in known if all(self._can_have(held, order, slot, s) for slot in slots)]
         return max(good, key=lambda s: (s.step, s.generation), default=None)

@@ -47,6 +47,7 @@ def body_of(url: str, events: list[ev.Event]) -> Body:
         lambda: 0,
         lambda: False,
         lambda node: "good",
+        lambda: "",
     )
     body.fold = MeshFold(generation=1, nodes=("a",), ranks=1, done=0)
     return body

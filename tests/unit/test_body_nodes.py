@@ -44,6 +44,7 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         lambda: 0,
         lambda: False,
         lambda node: "good",
+        lambda: "",
     )
     assert body._spec.layout.nodes == 4
     return body

@@ -63,10 +63,10 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             scrub_us=int(options.pop("scrub", "0")) * SECOND,
             verify_bytes_per_s=100,
         ),
-        total_steps=int(options.pop("steps")),
+        total_steps=ev.OPEN_END if options["steps"] == "open" else int(options["steps"]),
         capabilities=tuple(filter(None, options.pop("can", "ram,peer").split(","))),
     )
-    assert not options, options
+    assert set(options) == {"steps"}, options
     return event
 
 
@@ -114,6 +114,20 @@ def _hung(at: int, w: list[str]) -> ev.WorkerHung:
     node, _, slot = w[1].removeprefix("-").partition(":")
     where = int(slot) if slot else None
     return ev.WorkerHung(at=at, node=node, generation=_g(w[0]), slot=where, step=int(w[3]), detail=" ".join(w[4:]))
+
+
+def _update(at: int, w: list[str]) -> ev.UpdateRequested:
+    options = dict(word.split("=") for word in w if "=" in word)
+    return ev.UpdateRequested(
+        at=at,
+        by="the operator",
+        total_steps=int(options.pop("steps")),
+        code=options.pop("code", ""),
+        restarts="in-place" not in w,
+        chooses_interval="keeps-interval" not in w,
+        limits=_run(at, ["mesh=1x1x1x1", "steps=1"]).limits,
+        changes=options,
+    )
 
 
 def _fault(at: int, w: list[str]) -> ev.FaultRequested:
@@ -242,6 +256,8 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "certified": _certified,
     # pinned STEP ...
     "pinned": lambda at, w: ev.CheckpointsPinned(at=at, steps=tuple(int(step) for step in w)),
+    # update steps=N [code=NAME] [in-place] [keeps-interval] FIELD=VALUE ...
+    "update": _update,
     # interval STEPS WHY
     "interval": lambda at, w: ev.IntervalChosen(
         at=at,
@@ -283,7 +299,8 @@ def _told(action: ac.Action, now: int) -> str:
             )
             kept = (f"{node} by {action.nodes[by]}" for node, by in zip(action.nodes, action.buddies, strict=False))
             copies += f"\n    copies kept of {', '.join(kept)}" if action.buddies else ""
-            return f"open g{action.generation} on {' '.join(action.nodes)}: {state}{copies}\n    {action.reason}"
+            code = f", code {action.code}" * bool(action.code)
+            return f"open g{action.generation} on {' '.join(action.nodes)}: {state}{code}{copies}\n    {action.reason}"
         case ac.HaltGeneration():
             verb = "park" if action.park else "halt"
             return f"{verb} g{action.generation} on {' '.join(action.nodes)}\n    {action.reason}"
@@ -291,6 +308,8 @@ def _told(action: ac.Action, now: int) -> str:
             return f"ask g{action.generation} to stop"
         case ac.SaveEvery():
             return f"save each {action.steps} steps in g{action.generation}"
+        case ac.UpdateJob():
+            return f"update {action.number}: " + " ".join(f"{name}={value}" for name, value in action.changes.items())
         case ac.CommitCheckpoint():
             damaged = ", replacing the damaged one" if action.replaces_damaged else ""
             return f"commit step {action.step} of g{action.generation} in epoch {action.epoch}{damaged}"
@@ -400,4 +419,10 @@ def test_what_is_being_restored_from_must_not_be_deleted(monkeypatch: pytest.Mon
 def test_a_conviction_that_asks_for_no_certificate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (GOLDEN / "rewind.trace").read_text()
     core_breakages.a_conviction_asks_for_no_certificate(monkeypatch)
+    assert play(text) != text
+
+
+def test_a_resume_that_forgets_what_memory_holds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "head_lost_and_resumed.trace").read_text()
+    core_breakages.a_resume_forgets_what_memory_holds(monkeypatch)
     assert play(text) != text
