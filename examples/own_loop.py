@@ -13,8 +13,8 @@ import hashlib
 import time
 
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 import shepherd
 
