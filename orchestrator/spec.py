@@ -148,7 +148,8 @@ class RecoverySection(_Section):
     collective_timeout_s: float = Field(
         default=120,
         gt=0,
-        description="Last resort against a rank that hangs; must exceed the slowest step, validation and save.",
+        description="Last resort against a rank that hangs; must exceed the slowest step, validation and save. For "
+        "a script the default is 1800.",
     )
     rank_silence_s: float = Field(
         default=5,
@@ -158,7 +159,8 @@ class RecoverySection(_Section):
     stall_floor_s: float = Field(
         default=5,
         ge=3,
-        description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more.",
+        description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more. For a "
+        "script the default is 60.",
     )
     stragglers: Literal["report", "swap"] = Field(
         default="report",

@@ -52,13 +52,15 @@ def start(
             DistributedDataParallel does: a thread that stands there and computes nothing waits.
     """
     watched, ended = threading.get_ident(), threading.Event()
-    cpu_clock = time.pthread_getcpuclockid(watched)
+    cpu_clock = time.pthread_getcpuclockid(watched) if waits_in_backward else None
 
     def beat() -> None:
-        computed_s = time.clock_gettime(cpu_clock)
+        computed_s = 0.0
         while not ended.is_set():
-            before_s, computed_s = computed_s, time.clock_gettime(cpu_clock)
-            idle = waits_in_backward and computed_s - before_s < IDLE_SHARE * INTERVAL_S
+            idle = False
+            if cpu_clock is not None:
+                before_s, computed_s = computed_s, time.clock_gettime(cpu_clock)
+                idle = computed_s - before_s < IDLE_SHARE * INTERVAL_S
             waiting, where = standing(watched, idle)
             emit(
                 Pulse(

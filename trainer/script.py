@@ -90,7 +90,8 @@ def run(script: ScriptConfig) -> None:
             runpy.run_path(os.path.abspath(target[0]), run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0):
-            raise ScriptExit(f"the script has ended with exit code {end.code}") from end
+            told = ScriptExit(f"the script has ended with exit code {end.code}")
+            raise told.with_traceback(_own_frames(end.__traceback__)) from None
 
 
 class ScriptExit(RuntimeError):

@@ -199,7 +199,7 @@ def test_wrong_calls_are_named(tmp_path: Path) -> None:
 
     second = Rank(tmp_path, Restore(source="ram", step=2, generation=1), generation=2)
     for call in (lambda: second.session.step(1), lambda: second.session.snapshot(1, second.state)):
-        with pytest.raises(ValueError, match="before session.restore: this generation goes on from step 2"):
+        with pytest.raises(ValueError, match=r"before session\.restore: this generation goes on from step 2"):
             call()
     other = {"weight": torch.zeros(5), "epoch": 0}
     with pytest.raises(ManifestError, match="other tensors"):
