@@ -263,7 +263,7 @@ def main() -> int:
     rows: dict[str, Any] = json.loads(RESULTS.read_text())["scenarios"] if given.only and RESULTS.exists() else {}
 
     def note(name: str, found: list[dict[str, Any]]) -> None:
-        rows[name] = found
+        rows[name] = [each | {"by": "scorecards"} for each in found]
         print(json.dumps({name: found}), flush=True)
         write(rows)
 
