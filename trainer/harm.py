@@ -13,6 +13,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,41 +43,60 @@ class InjectedFault(RuntimeError):
     """Raised in the training loop because somebody ordered it."""
 
 
-def obey(order: Inject, session: Session) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """The generation's part in this process that is hurt."""
+
+    generation: int
+    rank: int
+    step: Callable[[], int]
+    """Steps that it has done."""
+    url: str
+    """run.url."""
+    emit: Callable[[object], None]
+    session: Session | None = None
+    """Of the Llama trainer; a script has none, and no state that could be flipped from here."""
+
+
+def obey(order: Inject, victim: Victim) -> None:
     """Do what `order` says to this worker, and tell what was done. Not for the thread that trains."""
     match order.fault:
         case "outage":  # of many processes at once: who has ordered it tells
-            faults.refuse_store(session.config.url, order.seconds)
+            faults.refuse_store(victim.url, order.seconds)
         case "flip":
-            _flip_at_rest(order, session)
+            _tell(victim, order, _flip(order, victim.session))
         case "clock":
             faults.leap_clock(order.seconds)
-            _tell(session, order, f"time.time() of this worker leaps by {order.seconds:+g} s")
+            _tell(victim, order, f"time.time() of this worker leaps by {order.seconds:+g} s")
         case _:
             # Told first: once it is done, nothing may be told any more.
-            _tell(session, order, f"{_DETAILS[order.fault]} after step {session.state.step}")
+            _tell(victim, order, f"{_DETAILS[order.fault]} after step {victim.step()}")
             _DEEDS[order.fault](order)
 
 
-def _flip_at_rest(order: Inject, session: Session) -> None:
+def _flip(order: Inject, session: Session | None) -> str:
+    """What was flipped, or why nothing was."""
+    if session is None:
+        return "not done: where a script has its state is not known"
     if not session.at_rest.acquire(timeout=AT_REST_DEADLINE_S):
-        _tell(session, order, f"not done: the state was not at rest within {AT_REST_DEADLINE_S:g} s")
-        return
+        return f"not done: the state was not at rest within {AT_REST_DEADLINE_S:g} s"
     try:
-        _tell(session, order, f"{flip(session.state.tensors, order)}, after step {session.state.step}")
+        return f"{flip(session.state.tensors, order)}, after step {session.state.step}"
     except ValueError as error:
-        _tell(session, order, f"not done: {error}")
+        return f"not done: {error}"
     finally:
         session.at_rest.release()
 
 
-def _tell(session: Session, order: Inject, detail: str) -> None:
-    generation, rank, step = session.generation, session.rank, session.state.step
-    session.emit(Injected(generation=generation, rank=rank, step=step, number=order.number, detail=detail))
+def _tell(victim: Victim, order: Inject, detail: str) -> None:
+    told = Injected(
+        generation=victim.generation, rank=victim.rank, step=victim.step(), number=order.number, detail=detail
+    )
+    victim.emit(told)
 
 
 def _in_next_batch(deed: Callable[[], None]) -> None:
-    """Have the training thread do it, once, when it next reads a batch; every rank comes there in every step."""
+    """Have the Llama trainer's thread do it, once, when it next reads a batch; every rank comes there in every step."""
     read = loop._batch
 
     def hurt(*args: object) -> object:
@@ -95,8 +115,8 @@ def _loop_for_ever() -> None:
 def _exhaust_memory() -> None:
     """Take memory until the kernel gives no more, which a limit of this process's own sees to.
 
-    Raises:
-        MemoryError: there is no more. What was taken is given back first, for the last words.
+    Who trains may meet the limit by itself meanwhile; if not, it gets its MemoryError once all is given back, so that
+    there is memory for its last words.
     """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -105,9 +125,11 @@ def _exhaust_memory() -> None:
     try:
         while True:
             taken.append(b"\1" * MEMORY_PIECE_BYTES)
-    finally:
+    except MemoryError:
         taken.clear()
+    finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+    _raise_in_main_thread(MemoryError)
 
 
 def raise_in_main_thread(number: int) -> None:
@@ -122,9 +144,13 @@ def raise_in_main_thread(number: int) -> None:
             return f"fault {number}, as ordered"
 
     Ordered.__name__ = Ordered.__qualname__ = InjectedFault.__name__
+    _raise_in_main_thread(Ordered)
+
+
+def _raise_in_main_thread(kind: type[BaseException]) -> None:
     thread = threading.main_thread().ident
     assert thread is not None
-    found = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Ordered))
+    found = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
     assert found == 1, found
 
 
@@ -133,14 +159,14 @@ _DETAILS = {
     "segfault": "a read of address 0",
     "lock": "a thread holds the interpreter for ever",
     "loop": "the reading of data loops for ever",
-    "memory": f"the reading of data takes memory, {MEMORY_BYTES >> 20} MiB until its limit (RLIMIT_AS),",
+    "memory": f"{MEMORY_BYTES >> 20} MiB are taken until the process's limit (RLIMIT_AS), and MemoryError is raised",
 }
 _DEEDS: dict[str, Callable[[Inject], object]] = {
     "exception": lambda order: raise_in_main_thread(order.number),
     "segfault": lambda order: ctypes.string_at(0),
     "lock": lambda order: ctypes.PyDLL(None).pause(),  # PyDLL calls without letting go of the interpreter
     "loop": lambda order: _in_next_batch(_loop_for_ever),
-    "memory": lambda order: _in_next_batch(_exhaust_memory),
+    "memory": lambda order: _exhaust_memory(),
 }
 
 

@@ -15,13 +15,14 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
 import torch.distributed.fsdp
 import torch.nn.parallel  # noqa: F401  (imported before the fork, as the line above, for the scripts)
 
-from trainer import pulse, session
+from trainer import harm, pulse, session
 from trainer.contract import EXIT_FAILED, EXIT_FINISHED, Finished, Phase, Restored, ScriptConfig
 from trainer.link import Agent, Assignment
 from trainer.managed import Managed
@@ -44,6 +45,14 @@ def main(sock: socket.socket) -> int:
     session.install(managed)
     pulse.start(order.generation, order.rank, lambda: managed.step, agent.emit, waits_in_backward=True)
     _announce(work, agent)
+    victim = harm.Victim(
+        generation=order.generation,
+        rank=order.rank,
+        step=lambda: managed.step,
+        url=order.config.url,
+        emit=agent.emit,
+    )
+    work.on_inject = partial(harm.obey, victim=victim)
     threading.Thread(target=_terminate_when_stopped, args=(work, managed), name="stop", daemon=True).start()
     os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(order.store_host, order.store_port)
     try:

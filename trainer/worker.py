@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -136,7 +136,7 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
     try:
         session = start(assignment, agent)
         assignment.on_copied = session.copies.ended
-        assignment.on_inject = partial(harm.obey, session=session)
+        assignment.on_inject = partial(harm.obey, victim=_victim(assign, step, agent, session))
         train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
         # Together: a peer that leaves early resets connections on which the others may still be reading.
         distributed.barrier()
@@ -154,6 +154,17 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
     assignment.on_copied = assignment.on_inject = session = None
     _let_go(assignment, checkpointer)
     return reached
+
+
+def _victim(assign: Assign, step: Callable[[], int], agent: Agent, session: Session) -> harm.Victim:
+    return harm.Victim(
+        generation=assign.generation,
+        rank=assign.rank,
+        step=step,
+        url=assign.config.url,
+        emit=agent.emit,
+        session=session,
+    )
 
 
 def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:

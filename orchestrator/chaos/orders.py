@@ -50,6 +50,8 @@ PAIRS = ("two-kills", "recovery-kill")
 """Each is two faults: a worker-kill each."""
 TOLD_BY_THE_WORKER = ("worker-exception", "worker-segfault", "worker-lock", "worker-loop", "memory", "flip")
 """What the worker itself does, and tells."""
+OF_THE_TRAINER = ("worker-loop", "flip")
+"""What needs Shepherd's own trainer, and no script has."""
 ENDS_THE_CONTROLLER = ("controller-kill", "head-kill")
 LASTING = ("worker-slow", "net-cut", "net-delay", "store-outage", "disk-full")
 TENSORS = ("any", "model", "exp_avg", "exp_avg_sq")

@@ -31,7 +31,7 @@ import ray
 
 from orchestrator import identity, job_update
 from orchestrator.chaos import ballast, head
-from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, TOLD_BY_THE_WORKER, Order, resolve
+from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, OF_THE_TRAINER, TOLD_BY_THE_WORKER, Order, resolve
 from orchestrator.core import events as ev
 from orchestrator.core.actions import Action, EndRun, SetTimer, UpdateJob
 from orchestrator.core.supervisor import Supervisor
@@ -262,8 +262,8 @@ class Controller:
             await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
         if order.scenario == "head-kill":
             await asyncio.to_thread(head.check)
-        if spec.is_script and order.scenario in TOLD_BY_THE_WORKER:
-            raise ValueError(f"{order.scenario} is done by the Llama trainer itself; a script has no such part")
+        if spec.is_script and order.scenario in OF_THE_TRAINER:
+            raise ValueError(f"{order.scenario} is for the Llama trainer: where a script does that is not known")
         state = self._supervisor.state
         for asked in resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by):
             pid = {"pid": str(os.getpid())} if order.scenario in ENDS_THE_CONTROLLER else {}

@@ -100,6 +100,13 @@ class Herd:
         self._head = None
         return {member.pid for member in family}
 
+    def await_head_killed(self) -> None:
+        """Until somebody else has killed the head; the `ray start` that was above it goes, too."""
+        assert self._head is not None
+        pid = self._head.pid
+        wait_for(lambda: not any("gcs_server" in child.name() for child in _children(pid)), COMMAND_S, "the head's end")
+        self.kill_head()
+
     def command(self, *arguments: str) -> str:
         """What `python -m orchestrator ...` prints in this cluster."""
         done = self.try_command(*arguments)

@@ -6,6 +6,7 @@ Needs root. Everything in it is done by commands, as people do it: the test's ow
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -62,10 +63,14 @@ class Herd:
 
     def mend(self) -> None:
         """Start Ray again on nodes whose raylet has ended: that is what a raylet does which Ray has given up."""
-        for node in self.nodes:
-            if node.process.poll() is not None:
-                node.process = _ray_start(node.name, node.address, node.folder, node.role)
-        wait_for(lambda: _alive(self) == len(self.nodes), STARTED_WITHIN_S, "all nodes")
+
+        def whole() -> bool:
+            for node in self.nodes:
+                if node.process.poll() is not None:
+                    node.process = _ray_start(node.name, node.address, node.folder, node.role)
+            return _alive(self) == len(self.nodes)
+
+        wait_for(whole, STARTED_WITHIN_S, "all nodes")
 
     def command(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         """`shepherd ...` on the head node, with its output in a file."""
@@ -150,7 +155,7 @@ def _alive(made: Herd) -> int:
     """Nodes that Ray counts as alive."""
     program = (
         "import ray, logging; ray.init(log_to_driver=False, logging_level=logging.ERROR);"
-        "print(sum(n['Alive'] for n in ray.nodes()))"
+        "print('alive:', sum(n['Alive'] for n in ray.nodes()))"
     )
     environment = {**os.environ, "RAY_ADDRESS": f"{made.nodes[0].address}:{PORT}"}
     done = subprocess.run(
@@ -160,7 +165,8 @@ def _alive(made: Herd) -> int:
         env=environment,
         timeout=STARTED_WITHIN_S,
     )
-    return int(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else 0
+    found = re.search(r"^alive: (\d+)$", done.stdout, re.M)  # among what Ray itself may print
+    return int(found[1]) if found is not None else 0
 
 
 def _in(name: str, *command: str) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import netns
 import psutil
 import pytest
 from herd import final_digest, wait_for
-from stage import Stage, stage
+from stage import PAUSE_S, Stage, stage
 
 from orchestrator.core import events as ev
 from orchestrator.runtime import journal
@@ -38,15 +37,15 @@ def events(spec: JobSpec, kind: type) -> list[Any]:
 
 def test_cut_off_from_the_controller_alone_it_goes_on_training(on: Stage) -> None:
     with on.run("unled") as spec:
-        began = time.monotonic()
         score = on.chaos("unled", "net-cut", "--from", "controller", "--seconds", "9")
         print(score)
     assert score["passed"] and score["harmless"] and "the controller's process" in score["truth"], score
-    during = {step for _, _, step, at in on.steps("unled") if began + 6 < at < began + 9}
-    assert len(during) > 3, "the node that is cut off trains, and so do its peers"
     assert {g for g, *_ in on.steps("unled")} == {1}, "nothing was recovered from"
     told_at = [e.at / 1e6 for e in events(spec, ev.StepsDone)]
-    assert max(b - a for a, b in itertools.pairwise(told_at)) > 6, "what was done meanwhile was told afterwards"
+    silent_s, over = max((b - a, b) for a, b in itertools.pairwise(told_at))
+    assert silent_s > 6
+    at_once = sum(over <= at <= over + 2 * PAUSE_S for at in told_at)
+    assert at_once >= 4, "more than can be done in this time: it was done during the cut, and is told afterwards"
     assert final_digest(spec)
 
 

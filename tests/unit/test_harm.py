@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import harm
+from trainer import harm, loop
 from trainer.contract import Inject, Injected
 
 TOLD = re.compile(r"\[(\d+)\] 0x([0-9a-f]+) to 0x([0-9a-f]+)")
@@ -109,47 +109,45 @@ def test_autograd_does_not_see_the_write() -> None:
 
 
 def session(tensors: dict[str, Tensor]) -> Any:
-    told: list[Any] = []
-    return SimpleNamespace(
-        generation=3,
-        rank=1,
-        state=SimpleNamespace(step=41, tensors=tensors),
-        emit=told.append,
-        told=told,
-        at_rest=threading.Lock(),
-    )
+    return SimpleNamespace(state=SimpleNamespace(step=41, tensors=tensors), at_rest=threading.Lock())
+
+
+def victim(session_: Any, told: list[Any]) -> harm.Victim:
+    return harm.Victim(generation=3, rank=1, step=lambda: 41, url="run", emit=told.append, session=session_)
 
 
 def test_bits_change_only_while_the_state_is_at_rest() -> None:
-    hurt = session({"model/p": torch.ones(4)})
+    hurt, said = session({"model/p": torch.ones(4)}), []
     hurt.at_rest.acquire()
-    thread = threading.Thread(target=harm.obey, args=(order(), hurt))
+    thread = threading.Thread(target=harm.obey, args=(order(), victim(hurt, said)))
     thread.start()
     thread.join(0.2)
-    assert thread.is_alive() and not hurt.told and bool((hurt.state.tensors["model/p"] == 1).all())
+    assert thread.is_alive() and not said and bool((hurt.state.tensors["model/p"] == 1).all())
     hurt.at_rest.release()
     thread.join(10)
-    (told,) = hurt.told
+    (told,) = said
     assert (told.generation, told.rank, told.step, told.number) == (3, 1, 41, 7)
     assert isinstance(told, Injected) and not bool((hurt.state.tensors["model/p"] == 1).all())
     assert hurt.at_rest.acquire(timeout=0)
 
 
 def test_what_cannot_be_done_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = session({})
-    harm.obey(order(), nothing)
-    assert nothing.told[0].detail.startswith("not done: no tensor")
+    told: list[Any] = []
+    harm.obey(order(), victim(session({}), told))
+    assert told[0].detail.startswith("not done: no tensor")
+    harm.obey(order(), victim(None, told))
+    assert told[1].detail.startswith("not done: where a script has its state")
     busy = session({"model/p": torch.ones(4)})
     monkeypatch.setattr(harm, "AT_REST_DEADLINE_S", 0.01)
     busy.at_rest.acquire()
-    harm.obey(order(), busy)
-    assert busy.told[0].detail.startswith("not done: the state was not at rest")
+    harm.obey(order(), victim(busy, told))
+    assert told[2].detail.startswith("not done: the state was not at rest")
 
 
 def test_the_exception_comes_out_of_the_main_threads_own_line() -> None:
-    hurt = session({})
+    told: list[Any] = []
     deadline = time.monotonic() + 20
-    thread = threading.Thread(target=harm.obey, args=(Inject(number=7, fault="exception"), hurt))
+    thread = threading.Thread(target=harm.obey, args=(Inject(number=7, fault="exception"), victim(None, told)))
 
     def train() -> None:
         thread.start()
@@ -160,39 +158,35 @@ def test_the_exception_comes_out_of_the_main_threads_own_line() -> None:
         train()
     thread.join(10)
     assert type(raised.value).__name__ == "InjectedFault"
-    assert "after step 41" in hurt.told[0].detail
+    assert "after step 41" in told[0].detail
 
 
 def child(harm_of: str) -> subprocess.CompletedProcess[str]:
     """A process that is hurt from a thread beside its main one, as a worker is."""
     program = f"""
-import sys, threading
-from types import SimpleNamespace
-from trainer import harm, loop
+import sys, threading, time
+from trainer import harm
 from trainer.contract import Inject
-session = SimpleNamespace(
-    generation=1, rank=0, state=SimpleNamespace(step=4), emit=lambda m: print(m.detail, file=sys.stderr, flush=True)
+victim = harm.Victim(
+    generation=1, rank=0, step=lambda: 4, url="", emit=lambda m: print(m.detail, file=sys.stderr, flush=True)
 )
-loop._batch = lambda *args: "a batch"
 order = Inject(number=1, fault={harm_of!r}, seconds=-3600)
-def hurt():
-    thread = threading.Thread(target=harm.obey, args=(order, session), daemon=True)
-    thread.start()
-    return thread
+thread = threading.Thread(target=harm.obey, args=(order, victim), daemon=True)
+before, monotonic = time.time(), time.monotonic()
+thread.start()
 """
     body = {
-        "segfault": "hurt().join()",
+        "segfault": "thread.join()",
         "memory": """
-hurt().join()
 try:
-    loop._batch()
+    while time.monotonic() < monotonic + 60:
+        pass
 except MemoryError:
-    print(loop._batch())
+    print("met")
+thread.join()
 """,
         "clock": """
-import time
-before, monotonic = time.time(), time.monotonic()
-hurt().join()
+thread.join()
 print(round((time.time() - before) / 60), round((time.time_ns() / 1e9 - before) / 60), time.monotonic() >= monotonic)
 """,
     }[harm_of]
@@ -204,9 +198,28 @@ def test_a_bad_access_ends_the_process_by_its_signal() -> None:
     assert (done.returncode, "a read of address 0 after step 4" in done.stderr) == (-signal.SIGSEGV, True)
 
 
-def test_memory_runs_out_in_the_training_thread_once_and_is_given_back() -> None:
+def test_memory_runs_out_and_the_training_thread_is_told() -> None:
     done = child("memory")
-    assert (done.returncode, done.stdout) == (0, "a batch\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "met\n"), done.stderr
+
+
+def test_the_next_batch_is_the_last_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(Exception):
+        pass
+
+    def read(*args: object) -> object:
+        return "a batch"
+
+    def endless(seconds: float) -> None:
+        assert seconds < 1
+        raise Endless
+
+    monkeypatch.setattr(loop, "_batch", read)
+    monkeypatch.setattr(harm.time, "sleep", endless)
+    harm.obey(Inject(number=7, fault="loop"), victim(session({}), []))
+    with pytest.raises(Endless) as raised:
+        loop._batch(None, None, 0)  # type: ignore[arg-type]
+    assert raised.traceback[-2].name == "_loop_for_ever"
 
 
 def test_the_wall_clock_leaps_and_no_other() -> None:
