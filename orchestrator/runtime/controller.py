@@ -207,7 +207,10 @@ class Controller:
             raise PermissionError("updating a run needs its token")
         if self._hold:
             raise ValueError(f"the run holds, nothing is decided now: {self._hold}")
-        if self._updating or self._supervisor.state.update is not None or self._body is None:
+        state = self._supervisor.state
+        if state.job == "ended" or state.stopping:
+            raise ValueError("the run has ended, or has been asked to: resume it with the other job")
+        if self._updating or state.update is not None or self._body is None:
             raise ValueError("another update is under way, or the controller has just begun: try again in a moment")
         self._updating = True
         try:
