@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup tools demo test test-long lint types clean
+.PHONY: setup tools demo test test-long scorecards lint types clean
 
 setup: $(VENV)/.installed tools
 
@@ -45,6 +45,10 @@ test-long: setup
 	run $(BIN)/python tests/chaos/sweep.py --seeds 60; \
 	run $(BIN)/python tests/chaos/flips.py --flips 300 --clean-steps 2000; \
 	test -z "$$failed" || { echo "failed$$failed"; exit 1; }
+
+# The table in docs/chaos.md: every scenario in a run of its own, as root, for networks of their own.
+scorecards: setup
+	$(BIN)/python tests/chaos/scorecards.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -41,6 +41,8 @@ What must fit together:
   `data.seq_len`.
 - `parallel.dp_replicate` x `dp_shard` x `microbatches` divides `data.global_batch`.
 - With `parallel.pp` above 1, `parallel.microbatches` is at least `parallel.pp`.
+- With `script.command` the job is [a script of your own](sessions.md): `script.nodes` x `cluster.slots_per_node`
+  processes. The sections of the Llama trainer and most of `[run]` must not be set then.
 - `recovery.collective_timeout_s` exceeds the slowest step, validation pass or save: a rank that waits longer for a peer
   fails.
 """
@@ -93,6 +95,8 @@ def _tree(kind: type) -> ast.ClassDef:
 
 
 def _type(hint: Any) -> str:
+    if hint == tuple[str, ...]:
+        return "list of str"
     if isinstance(hint, types.GenericAlias) or not isinstance(hint, type):
         assert typing.get_origin(hint) is typing.Literal, hint
         return " or ".join(f"`{json.dumps(value)}`" for value in typing.get_args(hint))

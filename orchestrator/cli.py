@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,17 @@ import typer
 from rich.console import Console
 
 from orchestrator import spec as specs
-from orchestrator.chaos.orders import PATTERNS, SCENARIOS, TENSORS, Order
+from orchestrator.chaos.orders import (
+    CUT_FROM,
+    DIRECTIONS,
+    LASTING,
+    OF_A_NODE,
+    PATTERNS,
+    PROCESSES,
+    SCENARIOS,
+    TENSORS,
+    Order,
+)
 from orchestrator.checkpoints_cli import checkpoints_app
 from orchestrator.refusals import EXIT_REFUSED, refuse
 from orchestrator.spec import JobSpec, SpecError
@@ -49,10 +60,11 @@ def spec_check(file: SpecFile, set_: Overrides = None) -> None:
     """Say whether SPEC is a job that can run, and what to mend if not."""
     spec = _load(file, set_)
     layout = spec.layout
+    what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
     fewer = f"at least {layout.smallest.nodes} nodes when some are lost, " if layout.shrinks_to else ""
     print(
         f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
-        f"{fewer}{spec.run.steps} steps to {redacted(spec.run.url)}"
+        f"{fewer}{what} to {redacted(spec.run.url)}"
     )
 
 
@@ -71,7 +83,37 @@ def train(
     address: Address = None,
 ) -> None:
     """Train the job SPEC on a Ray cluster, to its end."""
-    spec = _load(file, set_)
+    _start(_load(file, set_), resume, detach, address)
+
+
+@app.command()
+def run(
+    command: Annotated[
+        list[str] | None, typer.Argument(help="python, your script and its arguments.", metavar="-- COMMAND")
+    ] = None,
+    file: Annotated[str, typer.Option("--spec", help="A job that has the rest: a TOML file or its fsspec URL.")] = "",
+    nodes: Annotated[int | None, typer.Option(help="Nodes (script.nodes); default 1.")] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(help="Processes on each (cluster.slots_per_node); default 1.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The run's name (run.name); default: the script's and the time.")] = "",
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this --name.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the run to itself once it has started.")] = False,
+    address: Address = None,
+) -> None:
+    """Run a training script of your own on a Ray cluster, as torchrun would, and keep it going."""
+    from orchestrator import scripts
+
+    with _refusals():
+        spec = scripts.spec_of_command(
+            command or [], file=file, overrides=set_ or [], name=name, nodes=nodes, procs_per_node=procs_per_node
+        )
+    _start(spec, resume, detach, address)
+
+
+def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> None:
+    """Start a run and, unless it is detached, stay with it."""
     from orchestrator import preflight
     from orchestrator import resume as resumes
     from orchestrator.observe import live
@@ -209,14 +251,22 @@ def chaos(
     scenario: Annotated[str, typer.Argument(help=f"What to do: {', '.join(SCENARIOS)}.", metavar="SCENARIO")],
     run: Annotated[str, typer.Option(help="The run's name (run.name).")],
     rank: Annotated[int | None, typer.Option(help="The rank to hurt; default: drawn by --seed.")] = None,
-    node: Annotated[str, typer.Option(help="For node-kill: the node; default: one of the mesh, drawn by --seed.")] = "",
+    node: Annotated[
+        str, typer.Option(help=f"For {', '.join(OF_A_NODE)}: the node; default: one of the mesh, drawn by --seed.")
+    ] = "",
     times: Annotated[int, typer.Option(help="How often.", min=1, max=1000)] = 1,
     every: Annotated[float, typer.Option(help="Seconds from one to the next, and until the run trains.", min=0)] = 30.0,
     seed: Annotated[int, typer.Option(help="Draws what is left open; counts up with --times.")] = 0,
     tensors: Annotated[str, typer.Option(help=f"For flip: {', '.join(TENSORS)}.")] = "any",
     pattern: Annotated[str, typer.Option(help=f"For flip: {', '.join(PATTERNS)}.")] = "bit",
-    seconds: Annotated[float, typer.Option(help="For disk-full: how long.")] = 30.0,
+    seconds: Annotated[
+        float, typer.Option(help=f"For {', '.join(LASTING)}: how long. For clock-jump: how far; negative: back.")
+    ] = 30.0,
     ballast_gib: Annotated[float, typer.Option(help="For disk-full: more free space than this is not filled.")] = 10.0,
+    process: Annotated[str, typer.Option(help=f"For clock-jump: {', '.join(PROCESSES)}.")] = "worker",
+    cut_from: Annotated[str, typer.Option("--from", help=f"For net-cut: {', '.join(CUT_FROM)}.")] = "peers",
+    direction: Annotated[str, typer.Option(help=f"For net-cut: {', '.join(DIRECTIONS)}, seen from the node.")] = "both",
+    delay_ms: Annotated[int, typer.Option(help="For net-delay: how late packets are that leave the node.")] = 200,
     wait: Annotated[float, typer.Option(help="Seconds to wait for recovery, and with --against for the end.")] = 600.0,
     against: Annotated[str, typer.Option(help="run.url of an untouched run, to compare the final state with.")] = "",
     log_dir: Annotated[str, typer.Option(help="cluster.log_dir of the run, where its token is.")] = (
@@ -239,6 +289,10 @@ def chaos(
         pattern=pattern,
         seconds=seconds,
         ballast_bytes=int(ballast_gib * 2**30),
+        process=process,
+        cut_from=cut_from,
+        direction=direction,
+        delay_ms=delay_ms,
     )
     news = Console(stderr=True, highlight=False, soft_wrap=True)
     with _refusals():

@@ -104,8 +104,10 @@ def need_of(spec: JobSpec) -> Need:
         files=files,
         threads=threads,
         arithmetic=(
-            f"model: {parameters:,} parameters; the fullest slot holds {fullest:,} of them ({shards}), the fullest "
-            f"node {node_parameters:,} in {slots} slots",
+            "script: what its state takes is not known here; the figures are without it"
+            if spec.is_script
+            else f"model: {parameters:,} parameters; the fullest slot holds {fullest:,} of them ({shards}), the "
+            f"fullest node {node_parameters:,} in {slots} slots",
             f"shared memory: {files_of_ram} snapshots "
             + (f"({FILES_WITH_COPIES} own, {COPY_FILES} kept for another node{shrunk}) " if copies else "")
             + f"x {STATE_BYTES} bytes (parameter and two moments) x "
@@ -140,6 +142,8 @@ def size(n_bytes: float) -> str:
 
 
 def _model_parameters(spec: JobSpec) -> int:
+    if spec.is_script:
+        return 0
     m = spec.model
     attention = 2 * m.dim * m.dim + 2 * m.dim * m.n_kv_heads * m.head_dim
     block = attention + 3 * m.dim * m.ffn_dim + 2 * m.dim
@@ -149,6 +153,8 @@ def _model_parameters(spec: JobSpec) -> int:
 def _local_sizes(spec: JobSpec, stage: int) -> Iterator[int]:
     """Elements of each parameter that a slot of this pipeline stage holds, as trainer/parallel.py divides them: tp cuts
     rows or columns of matrices, then FSDP2 cuts rows, of which its last rank may have fewer."""
+    if spec.is_script:
+        return
     m, p = spec.model, spec.parallel
     kv = m.n_kv_heads * m.head_dim
 

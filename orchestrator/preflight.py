@@ -18,6 +18,7 @@ from orchestrator.runtime import journal
 from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.controller import namespace_of
 from orchestrator.runtime.nodes import HEAD_RESOURCE, bundle_of, eligible, sweep
+from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec
 from storage.urls import StoreError, probe
 
@@ -41,8 +42,9 @@ def check_local(spec: JobSpec, resume: bool) -> None:
 
 
 def problems_here(spec: JobSpec, resume: bool) -> list[str]:
-    """What is wrong with the folders and the corpus as this machine sees them, a line each."""
-    return [*_run_directory(spec, resume), *_log_directory(spec), *_corpus(spec)]
+    """What is wrong with the folders and the corpus, or the script, as this machine sees them, a line each."""
+    program = script_problems(spec.script) if spec.is_script else _corpus(spec)
+    return [*_run_directory(spec, resume), *_log_directory(spec), *program]
 
 
 def check_cluster(spec: JobSpec) -> None:

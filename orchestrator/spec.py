@@ -19,7 +19,7 @@ import fsspec
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.core.events import Layout, Limits
+from orchestrator.core.events import OPEN_END, Layout, Limits
 from orchestrator.runtime.fanin import FAN_IN_FROM_NODES, PATIENCE_S
 from orchestrator.runtime.hangs import Patience
 from storage.manifest import WRITE_DEADLINE_S
@@ -31,6 +31,7 @@ from trainer.contract import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ScriptConfig,
     WorkerConfig,
 )
 
@@ -38,6 +39,10 @@ PRESETS = Path(__file__).resolve().parent.parent / "trainer" / "presets"
 
 DIVISORS_SHOWN = 4096
 """Of a number that a degree must divide, the divisors up to here stand in the message; no mesh is so long a line."""
+
+SCRIPT_RECOVERY_S: dict[str, float] = {"stall_floor_s": 60, "collective_timeout_s": 1800}
+"""Defaults of [recovery] for a script: between two of its steps it may evaluate or write a checkpoint of its own, for
+as long as it likes, and its groups wait as long as torch's do by default."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
@@ -85,6 +90,12 @@ class ClusterSection(_Section):
         default="auto",
         description="Before a node joins, its devices compute products whose exact result is known, for a second each "
         "(trainer/admission.py); one that is wrong keeps the node out. ``auto``: on CUDA.",
+    )
+    least_bandwidth_mb_s: int = Field(
+        default=0,
+        ge=0,
+        description="MB/s (10^6 bytes) over TCP to and from other nodes of the run, below which a node does not join: "
+        "it is measured with two of them, and kept out when both are slow. 0: not measured.",
     )
     warm_workers: int = Field(
         default=1,
@@ -137,7 +148,8 @@ class RecoverySection(_Section):
     collective_timeout_s: float = Field(
         default=120,
         gt=0,
-        description="Last resort against a rank that hangs; must exceed the slowest step, validation and save.",
+        description="Last resort against a rank that hangs; must exceed the slowest step, validation and save. For "
+        "a script the default is 1800.",
     )
     rank_silence_s: float = Field(
         default=5,
@@ -147,7 +159,8 @@ class RecoverySection(_Section):
     stall_floor_s: float = Field(
         default=5,
         ge=3,
-        description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more.",
+        description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more. For a "
+        "script the default is 60.",
     )
     stragglers: Literal["report", "swap"] = Field(
         default="report",
@@ -212,6 +225,7 @@ class JobSpec(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoverySection = RecoverySection()
     audit: AuditConfig = AuditConfig()
+    script: ScriptConfig = ScriptConfig()
     cluster: ClusterSection = ClusterSection()
     metrics: MetricsSection = MetricsSection()
 
@@ -229,6 +243,16 @@ class JobSpec(_Section):
             spares=self.cluster.spares,
             shrinks_to=tuple(range(p.dp_replicate - 1, self.recovery.min_replicas - 1, -1)) if whole_nodes else (),
         )
+
+    @property
+    def is_script(self) -> bool:
+        """Whether a script of the user's is run, not the Llama trainer."""
+        return bool(self.script.command)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps after which the run is done; OPEN_END where a script decides."""
+        return OPEN_END if self.is_script else self.run.steps
 
     @property
     def checks_admission(self) -> bool:
@@ -264,7 +288,8 @@ class JobSpec(_Section):
             stall_floor_us=_us(r.stall_floor_s),
             start_us=_us(r.start_deadline_s),
             save_us=_us(1.2 * WRITE_DEADLINE_S),
-            collective_us=_us(r.collective_timeout_s),
+            # The groups of a script have time-outs of their own: nobody there fails after this one.
+            collective_us=OPEN_END if self.is_script else _us(r.collective_timeout_s),
         )
 
     @property
@@ -285,6 +310,7 @@ class JobSpec(_Section):
             optimizer=self.optimizer,
             checkpoint=self.checkpoint,
             audit=self.audit,
+            script=self.script,
         )
 
     def document(self) -> dict[str, Any]:
@@ -302,18 +328,29 @@ def load(path: str | Path, overrides: list[str] | None = None) -> JobSpec:
     Raises:
         SpecError: the file cannot be read or what it says cannot run.
     """
+    return parse(read_document(str(path), overrides or []))
+
+
+def read_document(path: str, overrides: list[str]) -> dict[str, Any]:
+    """What a TOML file says, with overrides applied; an empty path is an empty file.
+
+    Raises:
+        SpecError: the file cannot be read, or an override is none.
+    """
+    raw = b""
     try:
-        with fsspec.open(str(path), "rb") as file:
-            raw = file.read()
+        if path:
+            with fsspec.open(path, "rb") as file:
+                raw = file.read()
     except Exception as e:  # each file system has its own
         raise SpecError(f"{path}: cannot be read: {e}") from e
     try:
         document = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SpecError(f"{path}: is not TOML: {e}") from e
-    for each in overrides or []:
+    for each in overrides:
         override(document, each)
-    return parse(document)
+    return document
 
 
 def parse(document: dict[str, Any]) -> JobSpec:
@@ -328,8 +365,8 @@ def parse(document: dict[str, Any]) -> JobSpec:
         spec = JobSpec.model_validate_json(json.dumps(document, default=str), strict=True)
     except pydantic.ValidationError as e:
         raise SpecError("\n".join(_line(error) for error in e.errors())) from e
-    spec = _with_silence(spec)
-    problems = _problems(spec)
+    spec = _with_script(_with_silence(spec))
+    problems = _script_problems(spec) or _problems(spec)
     if problems:
         raise SpecError("\n".join(problems))
     return _with_absolute_paths(spec)
@@ -349,6 +386,22 @@ def _with_silence(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"recovery": recovery.model_copy(update={"node_silence_s": least_s})})
 
 
+def _with_script(spec: JobSpec) -> JobSpec:
+    """With the mesh and the defaults that go with a script: of its steps less is known than of Llama's."""
+    if not spec.is_script or spec.script.nodes < 1:
+        return spec
+    own = {name: s for name, s in SCRIPT_RECOVERY_S.items() if name not in spec.recovery.model_fields_set}
+    update: dict[str, Any] = {"recovery": spec.recovery.model_copy(update=own)}
+    if spec.parallel == ParallelConfig():
+        # Each rank's state is its own as far as anybody knows: shards, and no replicas.
+        update["parallel"] = _script_mesh(spec)
+    return spec.model_copy(update=update)
+
+
+def _script_mesh(spec: JobSpec) -> ParallelConfig:
+    return ParallelConfig(dp_shard=spec.script.nodes * spec.cluster.slots_per_node)
+
+
 def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     """Agents and workers have other current folders. `~` stays each node's own, but in run.url, which all share."""
 
@@ -360,12 +413,16 @@ def _with_absolute_paths(spec: JobSpec) -> JobSpec:
     run, data, cluster = spec.run, spec.data, spec.cluster
     url = run.url or str(Path("runs", run.name))
     corpus = data.corpus if data.corpus == "python-stdlib" else absolute(data.corpus)
+    script = spec.script
+    if spec.is_script:
+        script = dataclasses.replace(script, folder=absolute(script.folder or "."))
     folders = {"log_dir": absolute(cluster.log_dir), "ram_dir": absolute(cluster.ram_dir)}
     return spec.model_copy(
         update={
             "run": run.model_copy(update={"url": absolute(str(Path(url).expanduser()) if url[:1] == "~" else url)}),
             "data": dataclasses.replace(data, corpus=corpus, cache_dir=absolute(data.cache_dir)),
             "checkpoint": dataclasses.replace(spec.checkpoint, local_dir=absolute(spec.checkpoint.local_dir)),
+            "script": script,
             "cluster": cluster.model_copy(update=folders),
         }
     )
@@ -451,6 +508,39 @@ _AT_LEAST: dict[str, dict[str, float]] = {
 }
 
 
+_OF_LLAMA = ("model", "data", "optimizer", "audit")
+_OF_LLAMA_RUN = ("steps", "seed", "deterministic", "dtype", "validation_interval_steps")
+
+
+def _script_problems(spec: JobSpec) -> list[str]:
+    """What is wrong with [script], and with what stands beside it; each line says what would be valid."""
+    script, target = spec.script, list(spec.script.target)
+    if not spec.is_script:
+        idle = [name for name in ("folder", "nodes") if getattr(script, name) != getattr(ScriptConfig(), name)]
+        return [f"script.{name}: is for a script; name it in script.command" for name in idle]
+    of_llama = [name for name in _OF_LLAMA if getattr(spec, name) != JobSpec.model_fields[name].default]
+    if spec.parallel != _script_mesh(spec):
+        of_llama.append("parallel")
+    problems = [f"[{name}]: is the Llama trainer's; with script.command leave it out" for name in of_llama]
+    problems += [
+        f"run.{name} = {getattr(spec.run, name)!r}: is the Llama trainer's, a script decides by itself; leave it out"
+        for name in _OF_LLAMA_RUN
+        if getattr(spec.run, name) != RunSection.model_fields[name].default
+    ]
+    if script.nodes < 1:
+        problems.append(f"script.nodes = {script.nodes}: must be at least 1")
+    shown, valid = f"script.command = {list(script.command)}", 'as ["python", "train.py", "--epochs", "3"]'
+    if not target or (target[0] == "-m" and len(target) < 2):
+        problems.append(f"{shown}: names no script; write it {valid}")
+    elif Path(target[0]).name == "torchrun" or target[:2] == ["-m", "torch.distributed.run"]:
+        problems.append(f"{shown}: Shepherd takes torchrun's place; give what torchrun would start, {valid}")
+    elif target[0].startswith("-") and target[0] != "-m":
+        problems.append(f"{shown}: options of the interpreter cannot be set; write it {valid}")
+    elif target[0] != "-m" and not target[0].endswith(".py"):
+        problems.append(f"{shown}: {target[0]} must be a Python script; write it {valid}")
+    return problems
+
+
 def _problems(spec: JobSpec) -> list[str]:
     """What is wrong between fields; each line says what would be valid."""
     plain = {name: vars(getattr(spec, name)) for name in _AT_LEAST}
@@ -487,9 +577,9 @@ def _problems(spec: JobSpec) -> list[str]:
     divides(p.tp, "parallel.tp", d.seq_len, "data.seq_len")  # sequence parallel
     if p.pp > m.n_layers:
         problems.append(f"parallel.pp = {p.pp}: each stage needs a layer; at most model.n_layers = {m.n_layers}")
-    divides(
-        p.dp * p.microbatches, "parallel.dp_replicate x dp_shard x microbatches", d.global_batch, "data.global_batch"
-    )
+    if not spec.is_script:
+        batch = "parallel.dp_replicate x dp_shard x microbatches"
+        divides(p.dp * p.microbatches, batch, d.global_batch, "data.global_batch")
     if p.pp > 1 and p.microbatches < p.pp:
         problems.append(f"parallel.microbatches = {p.microbatches}: 1F1B needs at least parallel.pp = {p.pp}")
     divides(c.slots_per_node, "cluster.slots_per_node", p.world_size, "the mesh's slots")

@@ -19,6 +19,7 @@ from storage.durable_write import Writer
 from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
 from storage.ram import copies_of, drop_newer
+from storage.save_plan import Planned
 from storage.snapshots import RamTier
 from storage.staging import Staging
 from storage.state import TrainState, local_tensor
@@ -90,6 +91,7 @@ class Checkpointer:
         self._ram = RamTier(ram_dir, run, node, rank, generation=generation, copies=copies)
         self._staging = Staging()
         self._buffers = Buffers()
+        self._planned = Planned()
         self._local = LocalTier.of(local_dir, run, url, keep)
         self._saving = threading.Thread()
         self._writer: Writer | None = None
@@ -169,7 +171,13 @@ class Checkpointer:
             writer = self._writer = self._make_writer(copy.step)
             try:
                 result: RankPart | Exception = save_part(
-                    writer, copy, self._rank, check=check, failure=failure, group=self._group
+                    writer,
+                    copy,
+                    self._rank,
+                    check=check,
+                    failure=failure,
+                    group=self._group,
+                    planned=self._planned,
                 )
             except Exception as error:
                 result = error
@@ -218,6 +226,7 @@ class Checkpointer:
             check=lambda: _check_unchanged(state, unchanged),
             failure=failure,
             group=self._group,
+            planned=self._planned,
         )
 
     def close(self, deadline_s: float) -> bool:

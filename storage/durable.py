@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from storage.blocks import BadBlock, Copy, StoreSource
 from storage.commits import check_whole, index_of, read_index_bytes
@@ -18,9 +21,9 @@ from storage.durable_write import Writer
 from storage.index import Index
 from storage.local import LocalTier
 from storage.manifest import IMPORT_EPOCH, Commit, RankPart
-from storage.ranks import CheckpointFailed, agreed, dcp_errors, rank_of, size_of
+from storage.ranks import CheckpointFailed, agreed, all_true, dcp_errors, judged, rank_of, size_of
 from storage.restore import load_copies
-from storage.save_plan import SavePlanner
+from storage.save_plan import Planned, SavePlanner
 from storage.state import TrainState, check_usable, named_tensors
 from storage.urls import locate, portable_errors
 
@@ -40,15 +43,20 @@ def save_part(
     check: Callable[[], None] = lambda: None,
     failure: Exception | None = None,
     group: dist.ProcessGroup | None = None,
+    planned: Planned | None = None,
 ) -> RankPart:
     """Save this rank's part of a checkpoint; durable when this returns. Collective over `group`, or over the default.
 
     Without a process group, this process saves everything. The checkpoint exists once its commit record does. When any
     rank fails, every rank does, and removes what it has written.
 
+    The first rank plans for all, in Python: of thousands of ranks' tensors that takes it minutes. So a plan serves
+    until a rank holds other tensors.
+
     Args:
         check: called on this rank once digests of all that it holds are taken; when it raises, the save fails.
         failure: why this rank can save nothing; it is told to the others, and nothing is written.
+        planned: from save to save over one group. None: planned anew.
 
     Raises:
         ManifestError: ranks hold different content under one name, or the parts do not make whole tensors.
@@ -60,15 +68,32 @@ def save_part(
         check_usable(state)
         check()
 
+    planner = SavePlanner(checks, failure, planned or Planned())
     try:
-        with dcp_errors():
-            named = named_tensors(state, rank)
-            dcp_save(named, storage_writer=writer, planner=SavePlanner(checks, failure), process_group=group)
+        named = named_tensors(state, rank)
+        plan = planner.plan_as_before(named)
+        if all_true(plan is not None, group):
+            assert plan is not None
+            _write_as_planned(writer, plan, planner, group)
+        else:
+            with dcp_errors():
+                dcp_save(named, storage_writer=writer, planner=planner, process_group=group)
     except Exception:
         writer.discard()
         raise
     assert writer.part is not None
     return writer.part
+
+
+def _write_as_planned(writer: Writer, plan: SavePlan, planner: SavePlanner, group: dist.ProcessGroup | None) -> None:
+    """What follows the planning in `dcp_save`."""
+    results: list[WriteResult] = []
+    error: Exception | None = None
+    try:
+        results = writer.write_data(plan, planner).value()
+    except Exception as e:
+        error = e
+    judged(results, error, lambda told: writer.finish(Metadata({}), told), group)
 
 
 def load(

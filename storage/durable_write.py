@@ -180,7 +180,7 @@ class Writer(StorageWriter):
             self._began = True
             self._write_files(Path(path), content)
             sync_folder(os.path.dirname(path))
-        elif store.fs.exists(path):
+        elif s3.exists(store.fs, path) if s3.is_s3(store.fs) else store.fs.exists(path):
             raise FileExistsError(f"{content.data} exists: a generation saves a step once")
         else:
             self._began = True

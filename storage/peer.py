@@ -78,7 +78,15 @@ class PeerServer:
                 request = await receive_frame(reader)
             await self._answer(request, reader, writer)
         except (PeerError, OSError, EOFError, TimeoutError, ValueError, KeyError, TypeError) as e:
-            log.warning("connection from %s ended: %s: %s", peer, type(e).__name__, e)
+            # Who leaves without a word has only looked whether this node can be reached.
+            said = not (isinstance(e, asyncio.IncompleteReadError) and not e.partial)
+            log.log(
+                logging.WARNING if said else logging.DEBUG,
+                "connection from %s ended: %s: %s",
+                peer,
+                type(e).__name__,
+                e,
+            )
         except asyncio.CancelledError:  # by close(); asyncio.streams would log it as an error
             writer.transport.abort()
         finally:

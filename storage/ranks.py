@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -47,13 +48,55 @@ def agreed(value: T, error: Exception | None, group: dist.ProcessGroup | None) -
     Raises:
         StateMismatch, ManifestError, CheckpointFailed: a rank has one; the same on every rank, and naming the rank.
     """
-    if error is not None and not isinstance(error, (StateMismatch, ManifestError, StoreError, FileExistsError)):
-        error = StoreError(f"{type(error).__name__}: {error}")  # a store's own types need not be known to other ranks
+    error = _portable(error)
     told = gathered((value, error), group)
-    errors = {rank: other for rank, (_, other) in enumerate(told) if other is not None}
+    errors = _errors(told)
     if errors:
         raise _joined(errors) from error
     return [each for each, _ in told]
+
+
+def all_true(value: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether every rank's is. Collective."""
+    told = torch.tensor([value], dtype=torch.uint8)
+    if size_of(group) > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MIN, group=group)
+    return bool(told)
+
+
+def judged(
+    value: T, error: Exception | None, judge: Callable[[list[T]], None], group: dist.ProcessGroup | None
+) -> None:
+    """Have the first rank judge all ranks' values, when no rank has an error. Collective.
+
+    Raises:
+        StateMismatch, ManifestError, CheckpointFailed: a rank has an error, or `judge` has raised one; on every rank.
+    """
+    error = _portable(error)
+    first = rank_of(group) == 0
+    told: list[tuple[T, Exception | None]] = [(value, error)] * size_of(group)
+    if len(told) > 1:
+        dist.gather_object((value, error), told if first else None, group=group, group_dst=0)
+    verdict = [_errors(told) if first else {}]
+    if first and not verdict[0]:
+        try:
+            judge([each for each, _ in told])
+        except Exception as e:
+            verdict = [_errors([(None, _portable(e))])]
+    if len(told) > 1:
+        dist.broadcast_object_list(verdict, group=group, group_src=0)
+    if verdict[0]:
+        raise _joined(verdict[0]) from error
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    if error is None or isinstance(error, (StateMismatch, ManifestError, StoreError, FileExistsError)):
+        return error
+    return StoreError(f"{type(error).__name__}: {error}")  # a store's own types need not be known to other ranks
+
+
+def _errors(told: Iterable[tuple[object, Exception | None]]) -> dict[int, Exception]:
+    return {rank: error for rank, (_, error) in enumerate(told) if error is not None}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import xxhash
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from storage import direct
-from storage.blocks import BadBlock, Copy, Distance, SourceError, check_blocks, read_chunk, runs
+from storage.blocks import BadBlock, Copy, Distance, SourceError, StoreSource, check_blocks, read_chunk, runs
 from storage.durable_read import LoadPlanner, PlanReader
 from storage.index import ITEM_BYTES, Chunk, ChunkKey, Index, check_tensors
 from storage.manifest import ManifestError
@@ -43,7 +43,8 @@ from storage.state import RANK_PREFIX, TrainState, copy_tensor, named_tensors, s
 from storage.threads import in_threads
 from storage.urls import portable_errors
 
-# Segments read at once: while some are checked, others are on their way. A store's requests wait for the network.
+# Segments read at once: while some are checked, others are on their way. Requests that wait for the network may be
+# more; a disk has enough to do with a few, and each has a buffer whose memory is new to the process.
 READ_THREADS = 8
 
 Held = Sequence[tuple[Copy, Chunk]]
@@ -229,7 +230,8 @@ class _Load:
                 self._fill_read(segment, memory)
             return bad
 
-        for bad in in_threads(work, self._orders.reads, READ_THREADS):
+        waits = any(_over_network(self._held[segment.spans[0].chunk][0][0]) for segment in self._orders.reads)
+        for bad in in_threads(work, self._orders.reads, READ_THREADS if waits else direct.THREADS):
             self.bad += bad
 
     def _read_segment(self, segment: Segment, memory: memoryview) -> list[BadBlock]:
@@ -331,6 +333,10 @@ class _Load:
         chunk = self._places[span.chunk].chunk
         n_bytes = math.prod(box[1]) * ITEM_BYTES[chunk.dtype]
         return _bytes(message[at : at + n_bytes]).view(getattr(torch, chunk.dtype)).view(box[1])
+
+
+def _over_network(copy: Copy) -> bool:
+    return not (copy.distance < Distance.PEER or (isinstance(copy.source, StoreSource) and copy.source.store.local))
 
 
 def _bytes(memory: memoryview) -> torch.Tensor:

@@ -33,6 +33,16 @@ def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return "s3" in fs.protocol and hasattr(fs, "call_s3")
 
 
+def exists(fs: Any, path: str) -> bool:
+    """Whether there is such an object, by one request; fsspec's own asks a second time, for a folder."""
+    bucket, key, _ = fs.split_path(path)
+    try:
+        fs.call_s3("head_object", Bucket=bucket, Key=key)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def upload(fs: Any, path: str, pieces: Sequence[tuple[int, memoryview]], size: int, check: Callable[[], None]) -> None:
     """Create an object of `size` bytes from pieces and zeros: complete, or not at all.
 

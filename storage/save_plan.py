@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,17 @@ from storage.state import host_bytes
 from storage.urls import portable_errors
 
 
+@dataclasses.dataclass
+class Planned:
+    """What a rank of a group proposed for its last save, and what it was to write then.
+
+    Who writes what depends on all ranks' proposals and on nothing else: see `storage.durable.save_part`.
+    """
+
+    proposed: SavePlan | None = None
+    final: SavePlan | None = None
+
+
 class SavePlanner(DefaultSavePlanner):
     """DCP's planner, refusing what it drops in silence: one name for different shapes, dtypes or content.
 
@@ -24,18 +35,20 @@ class SavePlanner(DefaultSavePlanner):
     digests of all go to the coordinator with the results (`Writer.finish`), so that no write waits for digests.
     """
 
-    def __init__(self, check: Callable[[], None], failure: Exception | None) -> None:
+    def __init__(self, check: Callable[[], None], failure: Exception | None, planned: Planned) -> None:
         """
         Args:
             check: called once the content's digests are taken; what it raises fails the save on every rank. So what it
                 has found good is what the digests name.
             failure: why this rank cannot take part; fails the save on every rank before anything is written.
+            planned: of the save before, and then of this one.
         """
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.check = check
         self.held: list[WriteItem] = []
         """All boxes of this rank, whoever writes them."""
         self._failure = failure
+        self._planned = planned
 
     def create_local_plan(self) -> SavePlan:
         with portable_errors():
@@ -43,7 +56,22 @@ class SavePlanner(DefaultSavePlanner):
                 raise self._failure
             plan = super().create_local_plan()
             self.held = plan.items
+            if self._planned.proposed != plan:
+                self._planned.proposed, self._planned.final = plan, None
             return plan
+
+    def plan_as_before(self, named: Mapping[str, torch.Tensor]) -> SavePlan | None:
+        """What this rank is to write if every rank proposes what it did for the save before; None: this one does not.
+
+        What is wrong with the state is told when it is planned anew.
+        """
+        if self._planned.final is not None:
+            self.set_up_planner(dict(named))
+            try:
+                self.create_local_plan()
+            except Exception:
+                return None
+        return self._planned.final
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         shared = _held_twice(all_plans)
@@ -53,7 +81,12 @@ class SavePlanner(DefaultSavePlanner):
             boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
             check_tiling(fqn, tuple(tensor.size), boxes)
         own = [frozenset(item.index for item in plan.items) & shared for plan in all_plans]
-        return [dataclasses.replace(p, planner_data=o) for p, o in zip(plans, own, strict=True)], metadata
+        plans = [dataclasses.replace(p, planner_data=o) for p, o in zip(plans, own, strict=True)]
+        return plans, Metadata({})  # DCP sends it to every rank, and none needs the boxes of all
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        self._planned.final = plan = super().finish_plan(new_plan)
+        return plan
 
     def content(self, item: WriteItem) -> memoryview:
         """The raw bytes of an item's box."""

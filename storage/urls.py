@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from storage import s3
+from storage import faults, s3
 from storage.manifest import ManifestError, StateMismatch
 
 # A record is sent as one PUT: s3fs turns to multipart at 100 MiB. The largest, a commit of 16,384 ranks, has 5 MB.
@@ -81,7 +81,12 @@ class Store:
 
 
 def locate(url: str) -> Store:
-    """The store behind `url` (any fsspec URL, or a plain local path), with listing caches off."""
+    """The store behind `url` (any fsspec URL, or a plain local path), with listing caches off.
+
+    Raises:
+        ConnectionRefusedError: chaos has it refuse for now.
+    """
+    faults.check_store(url)
     bare = url.removeprefix(SINGLE_WRITER)
     fs, root = fsspec.core.url_to_fs(bare, use_listings_cache=False)
     return Store(url=url, fs=fs, root=root, local=isinstance(fs, LocalFileSystem), single_writer=bare != url)

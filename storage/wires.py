@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import hmac
 import json
 import secrets
@@ -29,12 +30,18 @@ MAX_WIRE_FRAME_BYTES = 16 * 1024 * 1024
 # A process that has stood still finds its deadline over and what came meanwhile unread: it has so long to read it.
 UNREAD_S = 0.5
 READ_BYTES = 2 * 1024 * 1024
+# What a connection fails with when no packet comes back.
+UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 # A line whose host vanished without a word is over after 2 + 3 x 1 s.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
 
 
 class PeerError(RuntimeError):
     """A peer refused, broke off, or took too long."""
+
+
+class PeerUnreachable(PeerError):
+    """No packet comes back: the peer's host is gone, or the network between is."""
 
 
 class PeerRefused(PeerError):
@@ -165,7 +172,8 @@ async def hold_line(address: str, token: str) -> None:
     """Return when the process that serves `address` is gone. Cancel to end the line from this side.
 
     Raises:
-        PeerError: the line could not be opened.
+        PeerUnreachable: the line could not be opened, for nobody answers at all.
+        PeerError: the line could not be opened otherwise; the process may be gone, and its host answers so.
     """
     try:
         async with _connection(address, token, {"op": "line"}) as (reader, writer):
@@ -175,7 +183,8 @@ async def hold_line(address: str, token: str) -> None:
             with contextlib.suppress(OSError):
                 await reader.read(1)
     except (OSError, EOFError, KeyError) as e:
-        raise PeerError(f"{address}: no line: {e!r}") from e
+        silent = isinstance(e, TimeoutError) or (isinstance(e, OSError) and e.errno in UNREACHABLE)
+        raise (PeerUnreachable if silent else PeerError)(f"{address}: no line: {e!r}") from e
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import socket
 import struct
 import types
@@ -178,6 +179,27 @@ class AuditConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScriptConfig:
+    """A training script of your own in place of the Llama trainer (docs/sessions.md)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    command: tuple[str, ...] = ()
+    """``python``, a script or ``-m`` and a module, and their arguments; empty: the Llama trainer. It runs in the Python
+    that Ray was started from."""
+    folder: str = ""
+    """Its working folder, the same on every node; empty: the current folder of the command that starts the run."""
+    nodes: int = 1
+    """Nodes that it takes, without spares; on each run `cluster.slots_per_node` processes of it."""
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        """The command without its interpreter: a script's path, or ``-m`` and a module; then the arguments."""
+        interpreter = self.command[0].rpartition("/")[2] if self.command else ""
+        return self.command[re.fullmatch(r"python(3(\.\d+)?)?", interpreter) is not None :]
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
     """Everything that decides the numbers of a run. Its digest and the numeric class name a reproducible result."""
 
@@ -200,6 +222,8 @@ class WorkerConfig:
     """Of the tokens and their order, as all nodes have prepared them; a worker that finds others refuses to train."""
     microbatch_samples: int = 0
     """Samples in each microbatch of a rank, in a mesh that has shrunk; 0: what `parallel` makes of the global batch."""
+    script: ScriptConfig = ScriptConfig()
+    """With a command: what runs instead of the Llama trainer, for which the other sections but `checkpoint` are."""
 
     @property
     def samples(self) -> int:
@@ -335,8 +359,10 @@ class Inject:
 
     number: int
     """Of the fault in the run's journal."""
-    fault: Literal["exception", "flip"]
-    """``exception``: raise one in the training loop. ``flip``: change the state at rest."""
+    fault: Literal["exception", "flip", "segfault", "lock", "loop", "memory", "clock", "outage"]
+    """What to do: trainer/harm.py."""
+    seconds: float = 0.0
+    """For ``clock``: how far it leaps. For ``outage``: how long the store refuses."""
     tensors: str = ""
     """For ``flip``: what the chosen tensor's name begins with: model/, exp_avg/ or exp_avg_sq/; empty: any."""
     pattern: Literal["bit", "run", "zero"] = "bit"

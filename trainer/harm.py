@@ -1,4 +1,5 @@
-"""Chaos inside a worker: an exception in the training loop, or changed bits in the live state, as ordered.
+"""Chaos inside a worker, as ordered: an exception in the training loop, a bad access to memory, a grip on the
+interpreter, a loop without end, memory that runs out, a clock that leaps, changed bits in the live state.
 
 Only the agent gives such orders, for somebody who has the run's token. What is done is told with its exact place, so
 that what the detectors say can be compared with the truth.
@@ -8,13 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import random
+import resource
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from storage import faults
 from storage.state import local_tensor
+from trainer import loop
 from trainer.contract import Inject, Injected
 from trainer.loop import Session
 
@@ -25,6 +31,10 @@ MAX_NEIGHBOURS = 16
 # Draws of elements for the pattern "zero" until one is not zero already; the moments of unused rows all are.
 ZERO_DRAWS = 1000
 
+# What "memory" may take beyond what the process has: enough that it is no chance, and harmless to who shares the node.
+MEMORY_BYTES = 256 * 1024 * 1024
+MEMORY_PIECE_BYTES = 4 * 1024 * 1024
+
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,11 +44,21 @@ class InjectedFault(RuntimeError):
 
 def obey(order: Inject, session: Session) -> None:
     """Do what `order` says to this worker, and tell what was done. Not for the thread that trains."""
-    if order.fault == "exception":
-        # Told first: once it is raised, the process is about to end.
-        _tell(session, order, f"InjectedFault raised in the training loop after step {session.state.step}")
-        raise_in_main_thread(order.number)
-        return
+    match order.fault:
+        case "outage":  # of many processes at once: who has ordered it tells
+            faults.refuse_store(session.config.url, order.seconds)
+        case "flip":
+            _flip_at_rest(order, session)
+        case "clock":
+            faults.leap_clock(order.seconds)
+            _tell(session, order, f"time.time() of this worker leaps by {order.seconds:+g} s")
+        case _:
+            # Told first: once it is done, nothing may be told any more.
+            _tell(session, order, f"{_DETAILS[order.fault]} after step {session.state.step}")
+            _DEEDS[order.fault](order)
+
+
+def _flip_at_rest(order: Inject, session: Session) -> None:
     if not session.at_rest.acquire(timeout=AT_REST_DEADLINE_S):
         _tell(session, order, f"not done: the state was not at rest within {AT_REST_DEADLINE_S:g} s")
         return
@@ -53,6 +73,41 @@ def obey(order: Inject, session: Session) -> None:
 def _tell(session: Session, order: Inject, detail: str) -> None:
     generation, rank, step = session.generation, session.rank, session.state.step
     session.emit(Injected(generation=generation, rank=rank, step=step, number=order.number, detail=detail))
+
+
+def _in_next_batch(deed: Callable[[], None]) -> None:
+    """Have the training thread do it, once, when it next reads a batch; every rank comes there in every step."""
+    read = loop._batch
+
+    def hurt(*args: object) -> object:
+        loop._batch = read
+        deed()
+        return read(*args)  # type: ignore[arg-type]
+
+    loop._batch = hurt  # type: ignore[assignment]
+
+
+def _loop_for_ever() -> None:
+    while True:
+        time.sleep(0.001)
+
+
+def _exhaust_memory() -> None:
+    """Take memory until the kernel gives no more, which a limit of this process's own sees to.
+
+    Raises:
+        MemoryError: there is no more. What was taken is given back first, for the last words.
+    """
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, before[1]))
+    taken: list[bytes] = []
+    try:
+        while True:
+            taken.append(b"\1" * MEMORY_PIECE_BYTES)
+    finally:
+        taken.clear()
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def raise_in_main_thread(number: int) -> None:
@@ -71,6 +126,22 @@ def raise_in_main_thread(number: int) -> None:
     assert thread is not None
     found = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Ordered))
     assert found == 1, found
+
+
+_DETAILS = {
+    "exception": "InjectedFault raised in the training loop",
+    "segfault": "a read of address 0",
+    "lock": "a thread holds the interpreter for ever",
+    "loop": "the reading of data loops for ever",
+    "memory": f"the reading of data takes memory, {MEMORY_BYTES >> 20} MiB until its limit (RLIMIT_AS),",
+}
+_DEEDS: dict[str, Callable[[Inject], object]] = {
+    "exception": lambda order: raise_in_main_thread(order.number),
+    "segfault": lambda order: ctypes.string_at(0),
+    "lock": lambda order: ctypes.PyDLL(None).pause(),  # PyDLL calls without letting go of the interpreter
+    "loop": lambda order: _in_next_batch(_loop_for_ever),
+    "memory": lambda order: _in_next_batch(_exhaust_memory),
+}
 
 
 def flip(tensors: Mapping[str, Tensor], order: Inject) -> str:

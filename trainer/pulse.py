@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import CodeType, FrameType
 
@@ -20,6 +21,8 @@ from trainer.contract import Pulse
 
 INTERVAL_S = 1.0
 """Between pulses: short against the silence that means something, and too long to cost anything."""
+IDLE_SHARE = 0.05
+"""Of the time between two pulses: a thread that has computed for less has stood still."""
 OWN_FRAMES = 3
 INNERMOST_FRAMES = 2
 """Frames that are told: the innermost ones outside torch, then the innermost of all. They fit on one line."""
@@ -33,16 +36,32 @@ _DTENSOR = os.path.join(_DISTRIBUTED, "tensor") + os.sep
 _PLUMBING = (os.path.join(_TORCH, "_ops.py"), os.path.join(_TORCH, "_library") + os.sep)
 
 
-def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[object], None]) -> threading.Event:
+def start(
+    generation: int,
+    rank: int,
+    step: Callable[[], int],
+    emit: Callable[[object], None],
+    waits_in_backward: bool = False,
+) -> threading.Event:
     """From now on tell `emit`, from a daemon thread, where the calling thread stands; `step()` is what it has done.
 
     The pulse ends when the returned event is set.
+
+    Args:
+        waits_in_backward: whether exchanges may be waited for below the backward pass, where Python has no frames, as
+            DistributedDataParallel does: a thread that stands there and computes nothing waits.
     """
     watched, ended = threading.get_ident(), threading.Event()
+    cpu_clock = time.pthread_getcpuclockid(watched) if waits_in_backward else None
 
     def beat() -> None:
+        computed_s = 0.0
         while not ended.is_set():
-            waiting, where = standing(watched)
+            idle = False
+            if cpu_clock is not None:
+                before_s, computed_s = computed_s, time.clock_gettime(cpu_clock)
+                idle = computed_s - before_s < IDLE_SHARE * INTERVAL_S
+            waiting, where = standing(watched, idle)
             emit(
                 Pulse(
                     generation=generation,
@@ -59,8 +78,10 @@ def start(generation: int, rank: int, step: Callable[[], int], emit: Callable[[o
     return ended
 
 
-def standing(thread: int) -> tuple[bool, str]:
+def standing(thread: int, idle: bool = False) -> tuple[bool, str]:
     """Whether a thread waits for other ranks, and its telling frames, the innermost last.
+
+    One that is `idle` waits in the backward pass, too.
 
     The innermost frame decides: a pipeline schedule and FSDP's hooks belong to torch.distributed, too, and whole layers
     are computed under them.
@@ -77,7 +98,8 @@ def standing(thread: int) -> tuple[bool, str]:
     own = [entry for entry in stack[INNERMOST_FRAMES:] if not entry[0].co_filename.startswith(_TORCH)]
     told = [*own[:OWN_FRAMES][::-1], *stack[:INNERMOST_FRAMES][::-1]]
     where = " > ".join(f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in told)
-    return _is_exchange(stack[0][0]), where
+    code = stack[0][0]
+    return _is_exchange(code) or (idle and code.co_filename.startswith(_AUTOGRAD)), where
 
 
 def exchanges_begun() -> dict[str, int]:

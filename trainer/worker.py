@@ -145,7 +145,7 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
     except Exception as error:
         kind = failure_kind(error)
         if not (assignment.parking.is_set() and kind in BROKEN_BY_PARKING):
-            _tell(agent, assign, step(), error, kind)
+            tell_failure(agent, assign, step(), error, kind)
         if kind not in PARKED_AFTER and not assignment.parking.is_set():
             os._exit(EXIT_FAILED)
     # Past the except clause, which drops the error: its traceback holds all that the groups were made with.
@@ -389,7 +389,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _tell(agent: Agent, assign: Assign, step: int, error: Exception, kind: FailureKind) -> None:
+def tell_failure(agent: Agent, assign: Assign, step: int, error: Exception, kind: FailureKind) -> None:
     """This rank's last words in a generation."""
     in_haste = kind in (*UNCLEAN, "collective")
     detail = "".join(_without_sources(error) if in_haste else traceback.format_exception(error))

@@ -25,6 +25,7 @@ from storage.durable_write import Writer
 from storage.manifest import Commit, RankPart
 from storage.peer import PeerServer
 from storage.ram import COPY_FILES
+from storage.save_plan import Planned
 from storage.snapshots import RamTier
 from storage.state import TrainState
 from storage.transfer import fetch_snapshot
@@ -126,12 +127,12 @@ def _malloc_bytes() -> int:
 
 
 def save(rank: Rank, url: str, step: int) -> Timed:
-    """Durable when it returns, with its commit record. Buffers are of the saves before, as a Checkpointer's are."""
-    buffers = rank.kept.setdefault("buffers", Buffers())
+    """Durable when it returns, with its commit record. Buffers and plan are the saves' before, as a Checkpointer's."""
+    buffers, planned = rank.kept.setdefault("buffers", Buffers()), rank.kept.setdefault("planned", Planned())
 
     def work() -> None:
         writer = Writer(url, step=step, epoch=1, generation=1, rank=rank.rank, buffers=buffers)
-        part = save_part(writer, state_of(rank, step), rank.rank)
+        part = save_part(writer, state_of(rank, step), rank.rank, planned=planned)
         parts: list[RankPart | None] = [None] * rank.world_size
         distributed.all_gather_object(parts, part)
         if rank.rank == 0:

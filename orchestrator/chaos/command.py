@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.chaos.orders import Order
+from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, PAIRS, Order
 from orchestrator.chaos.scorecard import Score, score
 from orchestrator.runtime import driver, journal
 from storage.commits import list_commits, read_commit, state_digest
@@ -79,6 +79,7 @@ def run(
             break
         tell(f"{order.scenario} was ordered at step {step}")
     deadline = time.monotonic() + wait_s
+    expected = times * (2 if order.scenario in PAIRS else 1)
     tail = journal.tail_path(Path(log_dir).expanduser() / name, url)
 
     def scores(identical: bool | None = None) -> tuple[Score, ...]:
@@ -90,7 +91,7 @@ def run(
         return Outcome(scores=found, note="; ".join(filter(None, (note, why, missing))))
 
     ended = False
-    while not (ended or (len(scores()) == times and all(s.settled for s in scores()))):
+    while not (ended or (len(scores()) == expected and all(s.settled for s in scores()))):
         if time.monotonic() > deadline:
             return outcome(why=f"not recovered within {wait_s:g} s")
         time.sleep(READ_INTERVAL_S)
@@ -120,6 +121,22 @@ def give(controller: Any, token: str, order: Order, by: str) -> str:
         if isinstance(e.cause, ValueError):
             raise driver.RunError(f"the run refuses: {e.cause}") from e
         raise
+    except ray.exceptions.RayActorError:
+        if order.scenario not in ENDS_THE_CONTROLLER:
+            raise
+        return _where(controller, token)  # it was done before the answer was on its way
+
+
+def _where(controller: Any, token: str) -> str:
+    """run.url, from a controller that comes back."""
+    deadline = time.monotonic() + TRAINING_DEADLINE_S
+    while True:
+        try:
+            return str(ray.get(controller.where.remote(token), timeout=driver.POLL_DEADLINE_S))
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_INTERVAL_S)
 
 
 def await_training(controller: Any) -> int:

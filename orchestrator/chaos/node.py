@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
+from orchestrator.chaos import hog
 from orchestrator.core.actions import InjectFault
-from storage import ram
+from storage import faults, ram
 from trainer import contract
 
 GONE_DEADLINE_S = 10.0
 """For killed processes to be gone; the kernel takes milliseconds, unless a driver holds one."""
 
+LAST_ANSWER_S = 0.2
+"""Between the answer to the order to kill a node and the deed; an answer within a cluster takes milliseconds."""
+
 _SIGNALS = {"worker-kill": signal.SIGKILL, "worker-stop": signal.SIGSTOP}
+_DONE_BY_WORKERS: dict[str, Any] = {
+    "worker-exception": "exception",
+    "worker-segfault": "segfault",
+    "worker-lock": "lock",
+    "worker-loop": "loop",
+    "memory": "memory",
+    "flip": "flip",
+    "clock-jump": "clock",
+}
+"""A scenario's name to the worker's word for it."""
 
 
 class NodeWorkers(Protocol):
@@ -25,6 +40,7 @@ class NodeWorkers(Protocol):
 
     def signal(self, rank: int, signum: int) -> int: ...
     def send(self, rank: int, message: object) -> None: ...
+    def pids(self) -> dict[int, int]: ...
 
 
 async def harm_worker(workers: NodeWorkers, order: InjectFault) -> str:
@@ -39,16 +55,33 @@ async def harm_worker(workers: NodeWorkers, order: InjectFault) -> str:
         signum = _SIGNALS[order.fault]
         pid = await asyncio.to_thread(workers.signal, order.slot, signum)
         return f"{signum.name} for process {pid}"
+    if order.fault == "worker-slow":
+        pid = await asyncio.to_thread(workers.signal, order.slot, 0)
+        return await asyncio.to_thread(hog.slow, pid, float(order.parameters["seconds"]))
     tensors = order.parameters.get("tensors", "any")
     message = contract.Inject(
         number=order.number,
-        fault="flip" if order.fault == "flip" else "exception",
+        fault=_DONE_BY_WORKERS[order.fault],
         tensors="" if tensors == "any" else f"{tensors}/",
         pattern=order.parameters.get("pattern", "bit"),  # type: ignore[arg-type]
         seed=int(order.parameters.get("seed", "0")),
+        seconds=float(order.parameters.get("seconds", "0")),
     )
     await asyncio.to_thread(workers.send, order.slot, message)
     return ""
+
+
+async def refuse_store(workers: NodeWorkers, url: str, order: InjectFault) -> str:
+    """Have the store refuse this agent and its workers; who has heard of it."""
+    seconds = float(order.parameters["seconds"])
+    faults.refuse_store(url, seconds)
+    message = contract.Inject(number=order.number, fault="outage", seconds=seconds)
+    told = 0
+    for rank in workers.pids():
+        with contextlib.suppress(LookupError, OSError):  # it has ended
+            await asyncio.to_thread(workers.send, rank, message)
+            told += 1
+    return f"{told} workers"
 
 
 def family_of(agent_pid: int) -> list[psutil.Process]:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.chaos.orders import NOT_DONE
+from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, LASTING, NOT_DONE, OF_A_NODE
 from orchestrator.core import events as ev
 from orchestrator.core import recovery
 from orchestrator.core.actions import InjectFault
@@ -26,14 +26,25 @@ from orchestrator.runtime.journal import Record
 NO_EFFECT = "no effect"
 """How the detail of a flip begins that changed no bit."""
 
+_SHOWS_AFTER_S = 5.0
+"""A clock that has leapt would have been seen by now: the shortest silence that counts."""
+
 # What a detector that has understood the fault calls it.
 _KINDS: dict[str, tuple[str, ...]] = {
     "worker-kill": ("signal",),
     "worker-stop": ("hang",),
     "worker-exception": ("exception",),
+    "worker-segfault": ("signal",),
+    "worker-lock": ("hang",),
+    "worker-loop": ("hang",),
+    "memory": ("memory",),
     "flip": ("corrupt",),
     "node-kill": ("node",),
+    "net-cut": ("node",),
 }
+
+_HARMLESS = ("clock-jump", "net-delay", "net-cut")
+"""What a run may go on through, with nothing to be found; of net-cut that is the controller alone, and short ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,8 @@ class Score:
     recovery_s: float | None = None
     """From that evidence to the next completed step."""
     steps_lost: int | None = None
+    harmless: bool = False
+    """Whether training went on through what it may go on through: then there is nothing to be found."""
     identical: bool | None = None
     """Whether the run ended with the untouched run's state; None: not compared."""
 
@@ -74,7 +87,7 @@ class Score:
     @property
     def settled(self) -> bool:
         """Whether nothing more is to be waited for."""
-        return (self.detected and self.recovered) or self.truth.startswith((NOT_DONE, NO_EFFECT))
+        return ((self.detected or self.harmless) and self.recovered) or self.truth.startswith((NOT_DONE, NO_EFFECT))
 
     @property
     def passed(self) -> bool:
@@ -83,7 +96,7 @@ class Score:
             return not self.detected and self.identical is not False
         done = bool(self.truth) and not self.truth.startswith(NOT_DONE)
         right = False not in (self.right_node, self.right_rank, self.identical)
-        return done and self.detected and right and self.recovered
+        return done and (self.detected or self.harmless) and right and self.recovered
 
     def document(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -98,13 +111,14 @@ def score(records: Sequence[Record], identical: bool | None = None) -> list[Scor
     """
     supervisor = Supervisor()
     by: list[str] = []
-    generations: list[int] = []
+    orders: list[InjectFault] = []
     for record in records:
         actions = supervisor.handle(record.event)
         if isinstance(record.event, ev.FaultRequested):
-            by += [record.event.by for action in actions if isinstance(action, InjectFault)]
-            generations += [action.generation for action in actions if isinstance(action, InjectFault)]
+            orders += [action for action in actions if isinstance(action, InjectFault)]
+            by += [record.event.by] * (len(orders) - len(by))
     state = supervisor.state
+    faults = [_as_done(fault, order) for fault, order in zip(state.faults, orders, strict=True)]
     blanks = [
         Score(
             number=fault.number,
@@ -117,26 +131,37 @@ def score(records: Sequence[Record], identical: bool | None = None) -> list[Scor
             truth=fault.detail,
             identical=identical,
         )
-        for fault, asker in zip(state.faults, by, strict=True)
+        for fault, asker in zip(faults, by, strict=True)
     ]
     incidents = [*state.incidents, *([state.incident] if state.incident is not None else [])]
-    found = _match(state.faults, generations, incidents)
+    found = _match(faults, orders, incidents)
     scores = []
-    for fault, blank in zip(state.faults, blanks, strict=True):
+    for fault, order, blank in zip(faults, orders, blanks, strict=True):
         events = [record.event for record in records if record.event.at >= fault.ordered_at]
-        if fault.fault == "controller-kill":
+        if fault.fault in ENDS_THE_CONTROLLER:
             scores.append(_of_the_controller(blank, fault, events))
-        elif fault.fault == "disk-full":
+        elif fault.fault in ("disk-full", "store-outage"):
             scores.append(_of_the_store(blank, fault, events))
+        elif fault.fault == "worker-slow":
+            scores.append(_of_a_straggler(blank, fault, events))
         elif fault.number in found:
             scores.append(_of_an_incident(blank, fault, *found[fault.number]))
+        elif fault.fault in _HARMLESS:
+            scores.append(_of_no_consequence(blank, fault, order, events))
         else:
             scores.append(_of_a_spare(blank, fault, events))
     return scores
 
 
+def _as_done(fault: Fault, order: InjectFault) -> Fault:
+    """One that waits for a recovery counts from when it was done."""
+    if order.parameters.get("during") == "recovery" and fault.injected_at is not None:
+        return dataclasses.replace(fault, ordered_at=fault.injected_at)
+    return fault
+
+
 def _match(
-    faults: list[Fault], generations: list[int], incidents: list[Incident]
+    faults: list[Fault], orders: list[InjectFault], incidents: list[Incident]
 ) -> dict[int, tuple[Incident, Evidence]]:
     """By the number of the fault: what was found of it. One piece of evidence is of one fault, or of one worker.
 
@@ -148,11 +173,11 @@ def _match(
     found: dict[int, tuple[Incident, Evidence]] = {}
     seen: dict[int, list[tuple[Incident, Evidence]]] = {}
     taken: set[int] = set()
-    for fault, generation in zip(faults, generations, strict=True):
+    for fault, order in zip(faults, orders, strict=True):
         seen[fault.number] = [
             (i, e)
             for i in incidents
-            if _can_be_of(i, fault, generation)
+            if _can_be_of(i, fault, order)
             for e in (*i.answered, *i.evidence)
             if e.at >= fault.ordered_at
         ]
@@ -176,14 +201,15 @@ def _match(
     return found
 
 
-def _can_be_of(incident: Incident, fault: Fault, generation: int) -> bool:
+def _can_be_of(incident: Incident, fault: Fault, order: InjectFault) -> bool:
     """Whether it struck the generation that the fault was for, or was open when that was ordered.
 
     A node whose loss is noticed once the next generation has opened interrupts that one.
     """
     if incident.detected_at < fault.ordered_at:
         return incident.closed_at is None or incident.closed_at >= fault.ordered_at
-    return incident.generation <= generation + (fault.fault == "node-kill")
+    later = fault.fault in OF_A_NODE or order.parameters.get("during") == "recovery"
+    return incident.generation <= order.generation + later
 
 
 def _of_an_incident(blank: Score, fault: Fault, incident: Incident, evidence: Evidence) -> Score:
@@ -211,6 +237,35 @@ def _of_a_spare(blank: Score, fault: Fault, events: Sequence[ev.Event]) -> Score
     return dataclasses.replace(
         blank, found=f"node: {lost.cause}", detected_after_s=after_s, right_node=True, recovered=True
     )
+
+
+def _of_a_straggler(blank: Score, fault: Fault, events: Sequence[ev.Event]) -> Score:
+    """Found when it is named, at once recovered: the run goes on, and by default nothing more is done.
+
+    On a machine that many share others may be slow, too, and named before it.
+    """
+    named = [e for e in events if isinstance(e, ev.NodeSlow)]
+    if not named:
+        return blank
+    right = [e for e in named if (e.node, e.slot) == (fault.node, fault.slot)]
+    slow = (right or named)[0]
+    before = named.index(slow)
+    return dataclasses.replace(
+        blank,
+        found=f"slow{f', after {before} others' if before else ''}: {slow.detail}",
+        detected_after_s=(slow.at - fault.ordered_at) / 1e6,
+        right_node=slow.node == fault.node,
+        right_rank=slow.slot == fault.slot,
+        recovered=any(isinstance(e, ev.StepsDone) and e.at >= slow.at for e in events),
+    )
+
+
+def _of_no_consequence(blank: Score, fault: Fault, order: InjectFault, events: Sequence[ev.Event]) -> Score:
+    """Steps that were done after it, and after its end if it has one, show that there was nothing to find."""
+    lasts = float(order.parameters["seconds"]) if order.fault in LASTING else 0.0
+    over_at = fault.ordered_at + round(max(lasts, _SHOWS_AFTER_S) * 1e6)
+    went_on = any(isinstance(e, ev.StepsDone) and e.at >= over_at for e in events)
+    return dataclasses.replace(blank, harmless=went_on, recovered=went_on)
 
 
 def _of_the_controller(blank: Score, fault: Fault, events: Sequence[ev.Event]) -> Score:
@@ -249,7 +304,7 @@ def show(console: Console, scores: Sequence[Score], note: str = "") -> None:
     console.print(_table(scores))
     for s in scores:
         console.print(f"{s.number}. {s.truth or 'not told what was done'}", markup=False)
-        console.print(f"   found: {textwrap.shorten(s.found, 240) or 'nothing'}", markup=False)
+        console.print(f"   found: {textwrap.shorten(s.found, 240) or _nothing(s)}", markup=False)
     if note:
         console.print(note, style="red", markup=False)
 
@@ -263,7 +318,7 @@ def _table(scores: Sequence[Score]) -> Table:
             s.fault,
             f"{s.at_s:.1f} s, step {s.step}",
             where or "-",
-            f"in {s.detected_after_s:.2f} s" if s.detected_after_s is not None else "NO",
+            f"in {s.detected_after_s:.2f} s" if s.detected_after_s is not None else "-" if s.harmless else "NO",
             _yes(s.right_node),
             _yes(s.right_rank),
             s.rung or "-",
@@ -272,6 +327,10 @@ def _table(scores: Sequence[Score]) -> Table:
             "not compared" if s.identical is None else _yes(s.identical),
         )
     return shown
+
+
+def _nothing(s: Score) -> str:
+    return "nothing, and training went on" if s.harmless else "nothing"
 
 
 def _yes(value: bool | None) -> str:

@@ -24,6 +24,10 @@ FOR_EVER_US = 2**62
 """Longer than any run."""
 
 
+OPEN_END = 2**62
+"""Of a run whose program decides by itself when it is done: more steps than it will make."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The mesh and the nodes that it wants. Slots are ranks, row-major over (pp, dp_replicate, dp_shard, tp)."""
@@ -112,6 +116,7 @@ class RunDeclared:
     layout: Layout
     limits: Limits
     total_steps: int
+    """After which the run is done; OPEN_END: when every rank has left in good order."""
     capabilities: tuple[str, ...]
     """What this body can do beyond the minimum:
 

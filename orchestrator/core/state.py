@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.core.actions import OpenGeneration
-from orchestrator.core.events import IntervalChosen, Layout, Limits, Snapshot, UpdateRequested
+from orchestrator.core.events import OPEN_END, IntervalChosen, Layout, Limits, Snapshot, UpdateRequested
 from orchestrator.core.goodput import Ledger
 from storage.manifest import Certificate
 
@@ -237,6 +237,7 @@ class State:
     limits: Limits | None = None
     capabilities: tuple[str, ...] = ()
     total_steps: int = 0
+    """Or events.OPEN_END."""
 
     update: UpdateRequested | None = None
     """Another job that somebody has asked for, until it is the run's."""
@@ -460,6 +461,11 @@ class State:
         may have been theirs.
         """
         return any(generation <= g and step >= first for g, first in self.unclean.items())
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether the program decides by itself when it is done."""
+        return self.total_steps == OPEN_END
 
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint to restore from; one beyond the last step belongs to a longer run."""

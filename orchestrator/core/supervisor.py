@@ -280,6 +280,8 @@ class Supervisor:
             s.incident.ready_at = event.at
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
+            if s.is_open_ended and s.high_water == 0:  # a script that has told no step may never tell one
+                interruption.close(s, event.at)
         return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 
     def _on_steps_done(self, event: ev.StepsDone) -> list[Action]:
@@ -318,7 +320,7 @@ class Supervisor:
         if event.step > s.step:  # the last report of steps was lost with the controller before
             self._complete(event.at, event.step, {})
         last = s.checkpoints.get(s.step)
-        if last is None or last.trust in DISTRUSTED:
+        if not s.is_open_ended and (last is None or last.trust in DISTRUSTED):
             unsaved = "the last checkpoint could not be written"
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", unsaved))
         s.ledger.settle("checkpoint_stall", then="checkpoint_stall")
@@ -342,6 +344,8 @@ class Supervisor:
     def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
         s = self.state
         if checkpoints.failed(s, event) and s.job == "committing" and event.step == s.step:
+            if s.is_open_ended:
+                return self._finish_if_saved()
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "save", event.error))
         return []
 
@@ -494,6 +498,8 @@ class Supervisor:
             s.disagreements = []
             if finished := self._finish_if_saved():
                 return finished
+            if s.is_open_ended:
+                return self._finish()
             return interruption.end(
                 self.state, EXIT_FAILED, f"the last checkpoint (step {s.step}) was not committed within its deadline"
             )
@@ -555,12 +561,17 @@ class Supervisor:
 
     def _finish_if_saved(self) -> list[Action]:
         s = self.state
-        saved = s.step in s.checkpoints and s.checkpoints[s.step].trust in USABLE
+        if s.is_open_ended:  # its program has saved what it wanted; a commit that is under way is waited for
+            saved = all(checkpoint.trust != "written" for checkpoint in s.checkpoints.values())
+        else:
+            saved = s.step in s.checkpoints and s.checkpoints[s.step].trust in USABLE
         # A third that is still asked may find that what was saved is wrong; the commit's timer bounds the wait.
         return self._finish() if s.job == "committing" and saved and not s.disagreements else []
 
     def _finish(self) -> list[Action]:
         s = self.state
+        if s.is_open_ended and not s.stopping:
+            return interruption.end(s, EXIT_OK, f"the script has ended on every rank, after step {s.step}")
         if s.step == s.total_steps:
             return interruption.end(s, EXIT_OK, f"all {s.total_steps} steps done")
         return interruption.end(s, EXIT_STOPPED, f"stopped by {s.stopping} at step {s.step}")

@@ -97,7 +97,8 @@ def families(s: Status, spec: JobSpec) -> Iterable[Family]:
 def _progress(s: Status, spec: JobSpec) -> Iterable[Family]:
     run = spec.run.name
     yield _gauge(run, "step", "Completed steps of the current history; falls when a recovery gives steps up.", s.step)
-    yield _gauge(run, "steps_target", "Steps that the run is to do.", spec.run.steps)
+    if not spec.is_script:
+        yield _gauge(run, "steps_target", "Steps that the run is to do.", spec.run.steps)
     yield _gauge(run, "steps_high_water", "Most steps ever completed; never falls.", s.high_water)
     yield _gauge(run, "loss", "Mean training loss of the newest step, nats per token.", s.loss)
     yield _gauge(run, "gradient_norm", "Global gradient norm of the newest step before clipping.", s.grad_norm)

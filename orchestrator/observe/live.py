@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ Show = Callable[[Status, list[str]], None]
 def view(spec: JobSpec) -> Iterator[Show]:
     """A function to call with each picture and its news, and the display around it."""
     console = new_console()
-    console.print(f"run {spec.run.name}: {spec.run.steps} steps, state in {redacted(spec.run.url)}", markup=False)
+    what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
+    console.print(f"run {spec.run.name}: {redacted(what)}, state in {redacted(spec.run.url)}", markup=False)
     if not sys.stdout.isatty():
         yield _plain(console)
         return
@@ -44,7 +46,7 @@ def view(spec: JobSpec) -> Iterator[Show]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("waiting", total=spec.run.steps, figures="")
+        task = progress.add_task("waiting", total=None if spec.is_script else spec.run.steps, figures="")
 
         def show(status: Status, news: list[str]) -> None:
             for line in news:
@@ -63,9 +65,13 @@ def _plain(console: Console) -> Show:
             console.print(f"{_clock(status)} {line}", markup=False)
         if status.job == "training" and time.monotonic() - told_at > PLAIN_INTERVAL_S:
             told_at = time.monotonic()
-            console.print(f"{_clock(status)} step {status.step}/{status.total_steps} {figures(status)}", markup=False)
+            console.print(f"{_clock(status)} step {_steps(status, '/')} {figures(status)}", markup=False)
 
     return show
+
+
+def _steps(status: Status, of: str) -> str:
+    return f"{status.step}{of}{status.total_steps}" if status.total_steps else str(status.step)
 
 
 def figures(status: Status) -> str:
@@ -90,7 +96,7 @@ def print_status(status: Status) -> None:
     ready = sum(state in ("active", "spare") for state in status.nodes.values())
     newest = "none" if status.newest_checkpoint is None else status.newest_checkpoint
     console.print(
-        f"run {status.run}: {status.job}, step {status.step} of {status.total_steps}, generation {status.generation}, "
+        f"run {status.run}: {status.job}, step {_steps(status, ' of ')}, generation {status.generation}, "
         f"epoch {status.epoch}\n{figures(status)}\n{ready} of {status.places} places filled, newest checkpoint "
         f"{newest}, metrics http://{status.metrics_address}/metrics",
         markup=False,

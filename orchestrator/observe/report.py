@@ -237,7 +237,11 @@ def document(history: History, scores: list[Score]) -> dict[str, Any]:
         "pending_us": state.ledger.pending_us,
         "owed_us": state.ledger.owed,
         "ratios": {ratio.name: ratio.value for ratio in ratios(history)},
-        "steps": {"done": state.high_water, "total": state.total_steps, "redone": history.steps_redone},
+        "steps": {
+            "done": state.high_water,
+            "total": None if state.is_open_ended else state.total_steps,
+            "redone": history.steps_redone,
+        },
         "incidents": [
             {
                 "number": story.incident.number,

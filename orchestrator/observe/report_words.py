@@ -92,7 +92,7 @@ def verdict(history: History) -> str:
 
 def _end(history: History) -> str:
     s = history.state
-    of = f"{s.high_water:,} of {s.total_steps:,} steps"
+    of = f"{s.high_water:,} steps" if s.is_open_ended else f"{s.high_water:,} of {s.total_steps:,} steps"
     took = f"{duration(history.active_us)} on {_places(history)}{_parts(history)}"
     if s.exit_code is None:
         return f"Not ended yet: by its journal's last record, after {took}, it was {_DOING[s.job]}, with {of} done."

@@ -75,6 +75,7 @@ class Status:
     generation: int
     step: int
     total_steps: int
+    """0: a script decides when it is done."""
     high_water: int
     loss: float | None
     grad_norm: float | None
@@ -178,7 +179,7 @@ def status_of(
         epoch=state.epoch,
         generation=state.generation,
         step=state.step,
-        total_steps=state.total_steps,
+        total_steps=0 if state.is_open_ended else state.total_steps,
         high_water=state.high_water,
         loss=newest.loss if newest else None,
         grad_norm=newest.grad_norm if newest else None,

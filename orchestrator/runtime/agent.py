@@ -25,11 +25,12 @@ from typing import Any
 
 import ray
 
+from orchestrator.chaos import late, net
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
+from orchestrator.runtime import bandwidth, copies, fanin, links
 from orchestrator.runtime import code as codes
-from orchestrator.runtime import copies, fanin
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
@@ -48,8 +49,9 @@ from orchestrator.runtime.reports import (
 )
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
+from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec, parse
-from storage import peer, ram, ram_owners, transfer
+from storage import faults, peer, ram, ram_owners, transfer
 from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
@@ -62,8 +64,8 @@ HEAD_LOST_S = 10.0
 head. A raylet gives a lost head a minute by default, and is missed by a controller that lives within seconds."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
-LAST_ANSWER_S = 0.2
-"""Between the answer to the order to kill this node and the deed; an answer within a cluster takes milliseconds."""
+ABANDONED_S = 300.0
+"""Longer than a controller is away, or a head that comes back with its GCS."""
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -157,7 +159,12 @@ class Agent:
         self._copied_step = self._restored_step = self._supposed_copied = 0
         """The newest step that was copied from every node; that of the restore; and of the newest restore to before
         what was copied: should copies of it have stayed, they are kept, and it is not told that there are any."""
-        services = {fanin.COLLECT: fan_in.collect, fanin.REPORT: fan_in.report, copies.KEEP: self._buddies.keep}
+        services = {
+            fanin.COLLECT: fan_in.collect,
+            fanin.REPORT: fan_in.report,
+            copies.KEEP: self._buddies.keep,
+            bandwidth.PROBE: bandwidth.serve,
+        }
         self._peer = peer.PeerServer(self._host, token, self._ram_dir, run, ray_node, services)
         self._token = token
         self._address = self._data_digest = ""
@@ -172,11 +179,16 @@ class Agent:
             slots=slots,
             log_dir=run_log_dir(self._spec),
             env=worker_env(self._spec),
+            preload="trainer.script" if self._spec.is_script else "trainer.worker",
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
-            warm_workers=self._spec.cluster.warm_workers,
+            # A fork is all that can be done for a script before it is needed, and takes no longer when it is.
+            warm_workers=0 if self._spec.is_script else self._spec.cluster.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
+        self._reporter: Reporter | None = None
+        self._moved_at = time.monotonic()
+        """Monotonic second of the newest step here."""
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Task[None]] = set()
         """Copies that are being sent to the buddy, at most one a rank."""
@@ -187,12 +199,12 @@ class Agent:
         """Data on this node, devices checked, workers' zygote warm, peer server up.
 
         Raises:
-            RuntimeError: the data cannot be prepared; the message is the tool's own.
+            RuntimeError: the data cannot be prepared; the message is the tool's own. Or the script is not here.
             NotAdmitted: a device is wrong.
             OSError: its folder of snapshots is not to be had.
             ZygoteError: the worker's module cannot be imported.
         """
-        reporter = Reporter(
+        self._reporter = reporter = Reporter(
             node=self._node,
             namespace=self._namespace,
             token=self._token,
@@ -206,7 +218,10 @@ class Agent:
             asyncio.create_task(self._watch_parent()),
             asyncio.create_task(self._watch_ranks()),
         ]
-        self._data_digest = await self._prepare_data()
+        if self._spec.is_script:
+            self._check_script()
+        else:
+            self._data_digest = await self._prepare_data()
         if self._spec.checks_admission:
             await self._check_devices()
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
@@ -243,6 +258,10 @@ class Agent:
             data_digest=self._data_digest,
             snapshots=self._inventory(),
         )
+
+    async def link_rate(self, address: str) -> float:
+        """MB/s that come from the node at `address`. Raises PeerError when it cannot be reached."""
+        return await bandwidth.rate_mb_s(address, self._token)
 
     async def attach(self, epoch: int, done: int) -> None:
         """A controller of this epoch listens from now on; tell it again all that it may have missed since `done`."""
@@ -439,22 +458,39 @@ class Agent:
         Raises:
             StaleOrder: the generation whose worker is meant is not the one here.
             LookupError: there is no such worker here.
-            OSError: the worker does not take the order.
+            OSError: the worker does not take the order, or this process may not change the node's network.
+            ValueError: the order cannot be done on this node.
         """
         self._accept(epoch)
-        if order.fault != "node-kill":
-            if self._fold is None or self._fold.generation != order.generation:
-                raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
-            return await chaos.harm_worker(self._workers, order)
-        family = chaos.family_of(os.getpid())
-        # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
-        self._loop.call_later(LAST_ANSWER_S, chaos.kill_node, os.getpid(), self._ram_dir, self._run, self._ray_node)
-        return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
+        match order.fault:
+            case "node-kill":
+                family = chaos.family_of(os.getpid())
+                victim = (os.getpid(), self._ram_dir, self._run, self._ray_node)
+                # On this loop, so that nothing more is reported: a dying node does not tell of its parts' deaths.
+                self._loop.call_later(chaos.LAST_ANSWER_S, chaos.kill_node, *victim)
+                return f"SIGKILL for raylet {family[0].pid} and {len(family) - 1} processes under it, memory deleted"
+            case "net-cut":
+                return await asyncio.to_thread(net.cut, order, self._host)
+            case "net-delay":
+                late_ms, seconds = int(order.parameters["delay_ms"]), float(order.parameters["seconds"])
+                return await asyncio.to_thread(late.delay, self._host, late_ms, seconds)
+            case "store-outage":
+                return await chaos.refuse_store(self._workers, self._spec.run.url, order)
+            case "clock-jump" if order.slot is None:
+                faults.leap_clock(float(order.parameters["seconds"]))
+                return f"time.time() of the agent leaps by {float(order.parameters['seconds']):+g} s"
+        if self._fold is None or self._fold.generation != order.generation:
+            raise StaleOrder(f"generation {order.generation} is not here any more, or not yet")
+        return await chaos.harm_worker(self._workers, order)
 
     async def verify(self, epoch: int, order: VerifyCheckpoint) -> Reading:
         """Read a checkpoint back, however long that takes at the ordered pace."""
         self._accept(epoch)
         return await self._reader.read(order)
+
+    async def unreached(self, addresses: dict[str, str]) -> frozenset[str]:
+        """Of nodes and the addresses of their peer servers, those from which no packet comes back to this one."""
+        return await links.unreached(addresses)
 
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""
@@ -515,6 +551,7 @@ class Agent:
                 if report.copied_step <= self._supposed_copied:
                     report = dataclasses.replace(report, copied_step=0)
                 self._kept.append(report)
+                self._moved_at = time.monotonic()
                 self._outbox.push(report)
                 self._drop_stale(report.step)
             elif isinstance(report, contract.Failed) and report.kind == "unclean":
@@ -627,14 +664,29 @@ class Agent:
         """
         while os.getppid() == self._parent:
             await asyncio.sleep(1.0)
-        head_lost = time.monotonic() - self._outbox.taken_at > HEAD_LOST_S
+            if self._is_abandoned():
+                why = f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s"
+                await self._die(why, keep_snapshots=True)  # it may be the run that is lost, and not this node
+        assert self._reporter is not None
+        head_lost = time.monotonic() - self._reporter.answered_at > HEAD_LOST_S
         await self._die("the raylet of this node is gone", keep_snapshots=head_lost)
+
+    def _is_abandoned(self) -> bool:
+        """Cut off from all, this node has been replaced by now; while its mesh trains, nobody else can have."""
+        if self._reporter is None or self._epoch == 0:
+            return False
+        return time.monotonic() - max(self._moved_at, self._reporter.answered_at) > ABANDONED_S
 
     async def _die(self, why: str, keep_snapshots: bool = False) -> None:
         logger.error("agent %s ends: %s", self._node, why)
         if not keep_snapshots:
             ram.delete(self._ram_dir, self._run, self._ray_node)
         os._exit(1)  # the zygote and its workers end with this process
+
+    def _check_script(self) -> None:
+        problems = script_problems(self._spec.script)
+        if problems:
+            raise RuntimeError(f"on node {self._node}: {'; '.join(problems)}")
 
     async def _prepare_data(self) -> str:
         document = {

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
@@ -18,7 +16,7 @@ import ray
 from ray.util import get_placement_group
 
 from orchestrator import identity
-from orchestrator.chaos import ballast
+from orchestrator.chaos import ordered
 from orchestrator.chaos.orders import NOT_DONE
 from orchestrator.core import events as ev
 from orchestrator.core import placement
@@ -42,7 +40,7 @@ from orchestrator.core.actions import (
     VerifyCheckpoint,
 )
 from orchestrator.core.state import State
-from orchestrator.runtime import nodes
+from orchestrator.runtime import links, nodes
 from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.collect import FanIns
@@ -50,6 +48,7 @@ from orchestrator.runtime.groups import Told
 from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reading import Reading
+from orchestrator.runtime.reporting import NodeGone
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report, stack_name
 from orchestrator.spec import JobSpec
 from storage import pins, statements, wires
@@ -90,6 +89,7 @@ NAME_LENGTH = 8
 """Of a Ray node's id (56 hex digits), in its agent's name: among 12,500 nodes, two alike once in 55 clusters."""
 LINE_RETRIES = 2
 """A line that breaks is taken up again this often in a row before its node counts as lost."""
+LINE_RETRY_S = 1.0
 LINE_SOUND_S = 60.0
 """A line that has held for this long breaks anew, not again."""
 TRACEBACKS = 16
@@ -99,6 +99,9 @@ STACK_DEADLINE_S = 10.0
 """For an agent to tell the stacks that it has read, three seconds after it began to at the latest."""
 PARTS_DEADLINE_S = 30.0
 """For agents to tell a controller that came back which parts of a checkpoint they have written."""
+CUT_OFF_S = 60.0
+"""How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
+controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
 LOOK_INTERVAL_S = 0.5
 """Between two looks at who is silent: a ninth of recovery.node_silence_s."""
 MESHES_KEPT = 8
@@ -110,6 +113,10 @@ come at once, and leaves the nodes most of recovery.node_silence_s."""
 
 class OtherData(RuntimeError):
     """A node would feed other tokens than the run has."""
+
+
+class CutOff(RuntimeError):
+    """A node that joins does not reach the others. It is tried again: networks come back."""
 
 
 class NowhereWhole(RuntimeError):
@@ -169,6 +176,10 @@ class Body:
         self._refusal_told = False
         self._losses_told: set[str] = set()
         """Nodes whose loss has been posted. While nothing can be decided it would be seen again each second."""
+        self._let_go: set[str] = set()
+        """Nodes that are no part of the run any more; one that was cut off hears of it when it comes back."""
+        self._furthest, self._moved_at = 0, 0.0
+        """The newest step that any node has told of in the generation that trains, and the monotonic second of it."""
         self._used_names: set[str] = set()
         self._trained_on = self._data_digest = trained_on
         """Digest of the run's data, and what its checkpoints say of it; empty as long as nobody has told."""
@@ -205,8 +216,11 @@ class Body:
         """Take in what an agent itself reports, each with its number; the events that it completes, without their time.
 
         Raises:
+            NodeGone: the agent has been let go, and shall end.
             RuntimeError: the agent is not known (yet); it will send them again.
         """
+        if node in self._let_go and node not in self.agents:
+            raise NodeGone(f"node {node} was lost, or is wanted no more")
         self._agent(node)
         return self._take_in((node,), [Told({node: number}, report) for number, report in batch])
 
@@ -244,6 +258,8 @@ class Body:
             self._keep_traceback(tellers[0], report)
         if isinstance(report, NodeStep) and report.loss is not None:
             self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
+        if isinstance(report, NodeStep) and self.fold is not None and report.generation == self.fold.generation:
+            self._note_moved(report.step)
         try:
             events = self.fold.feed(0, tellers, report) if self.fold is not None else []
             while self.fold is not None and self.fold.unseen:
@@ -252,6 +268,10 @@ class Body:
         except Exception:  # one report that contradicts others must not keep the agents from sending the rest
             logger.exception("%s sent what cannot be: %r", tellers, report)
             return []
+
+    def _note_moved(self, step: int) -> None:
+        if step > self._furthest:
+            self._furthest, self._moved_at = step, time.monotonic()
 
     def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
         """Of each generation the first few, and a peer's broken exchange only when nothing else was said."""
@@ -303,8 +323,10 @@ class Body:
                     )
                     self._note_filled(action)
                 self.rates = []
+                self._furthest, self._moved_at = action.step, 0.0
                 self._stop_opening()
                 self._opening = self._spawn(self._open(action))
+                self._spawn(self._look_for_cuts())
             case HaltGeneration():
                 self._stop_opening()
                 hear_out = self.fold is not None and self.fold.unclean
@@ -376,6 +398,8 @@ class Body:
 
     def _loads(self) -> tuple[int, ...]:
         """Microbatches that each replica of the mesh takes in a step."""
+        if self._spec.is_script:
+            return (1,)
         replicas = self._layout.dp_replicate
         config = self._spec.worker_config.with_replicas(replicas)
         return tuple(len(config.microbatches_of(replica)) for replica in range(replicas))
@@ -586,22 +610,17 @@ class Body:
     async def _inject(self, action: InjectFault) -> None:
         """The harm is done where it belongs; what was done comes back as FaultInjected."""
         try:
-            match action.fault:
-                case "controller-kill":
-                    os.kill(os.getpid(), signal.SIGKILL)  # the next epoch tells that it was done
-                    return
-                case "disk-full":
-                    seconds, limit = float(action.parameters["seconds"]), int(action.parameters["ballast_bytes"])
-                    detail = await ballast.fill(self._spec.run.url, seconds, limit)
-                case _:
-                    agent = self._agent(action.node)
-                    detail = await call(agent.actor.inject.remote(self._epoch, action), ORDER_DEADLINE_S)
+            detail = await ordered.harm(action, self._spec.run.url, self._epoch, self.agents, self._opened)
         except ray.exceptions.RayActorError:
             detail = "the agent died before it answered"
         except Exception as e:
             detail = f"{NOT_DONE} {type(e).__name__}: {e}".splitlines()[0]
         if detail:  # else the worker tells itself
             self._post(ev.FaultInjected(at=0, number=action.number, detail=detail))
+
+    def _opened(self) -> int:
+        """The newest generation that was ordered; 0 before the first."""
+        return self.fold.generation if self.fold is not None else 0
 
     async def _delete(self, step: int) -> None:
         """One that cannot be deleted costs space, no more; the next order and the next controller try it again."""
@@ -672,7 +691,22 @@ class Body:
             if self._unsaid.get(key) is statement:
                 del self._unsaid[key]
 
+    async def _look_for_cuts(self) -> None:
+        """Have the nodes try to reach each other; who is cut off is lost, though it can talk to the controller."""
+        addresses = {node: handle.info.address for node, handle in self.agents.items() if handle.info is not None}
+        tries = links.whom_to_try(sorted(addresses))
+
+        async def ask(node: str, peers: tuple[str, ...]) -> tuple[str, links.Tried]:
+            asked = self._agent(node).actor.unreached.remote({peer: addresses[peer] for peer in peers})
+            failed = await call(asked, links.REACH_DEADLINE_S)
+            return node, links.Tried(asked=frozenset(peers), failed=failed)
+
+        answers = await asyncio.gather(*(ask(node, peers) for node, peers in tries.items()), return_exceptions=True)
+        for node in links.cut_off(dict(answer for answer in answers if isinstance(answer, tuple))):
+            self._lost(node, "its peers do not reach it, or it does not reach them")
+
     async def _release(self, action: ReleaseNode) -> None:
+        self._let_go.add(action.node)
         handle = self.agents.pop(action.node, None)
         if action.for_good:
             self._drained.add(action.node[:NAME_LENGTH])
@@ -690,6 +724,7 @@ class Body:
     async def adopt(self, state: State) -> None:
         """After a restart: find the agents of every node that is not lost, and hear what was missed."""
         self._used_names = set(state.nodes)
+        self._let_go = {name for name, node in state.nodes.items() if node.state == "lost"}
         self._leaving = set(state.leaving)
         self._drained = {name[:NAME_LENGTH] for name in state.drained}
         if state.interval is not None:
@@ -796,6 +831,8 @@ class Body:
                         "same versions"
                     )
                 )
+            await self._check_reach(handle)
+            await nodes.check_links(handle, list(self.agents.values()), self._spec.cluster.least_bandwidth_mb_s)
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
             if self._spec is not spec:  # it has been updated meanwhile
@@ -810,7 +847,9 @@ class Body:
                 raise
             # Data that is another stays so, and a device that was wrong once is not to be trusted; all else is tried
             # again.
-            tries = START_TRIES if isinstance(e, (OtherData, NotAdmitted)) else 1
+            tries = START_TRIES if isinstance(e, (OtherData, NotAdmitted)) else 0 if isinstance(e, CutOff) else 1
+            if isinstance(e, CutOff):
+                self._rests_until[node.id] = time.monotonic() + REST_S
             self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + tries
             reason = f"node {name} did not come up: {type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"
             self._notice(reason)
@@ -823,6 +862,15 @@ class Body:
         self._failed_starts.pop(node.id, None)
         handle.line = self._spawn(self._hold_line(handle))
         self._post(ev.NodeJoined(at=0, node=name, domain=node.domain, snapshots=info.snapshots))
+
+    async def _check_reach(self, handle: AgentHandle) -> None:
+        """Raises CutOff when a new node does not reach most of those who are here; one alone may be cut off itself."""
+        here = {node: known.info.address for node, known in self.agents.items() if known.info is not None}
+        asked = links.whom_to_try([handle.node, *sorted(here)])[handle.node]
+        addresses = {node: here[node] for node in asked}
+        failed = await call(handle.actor.unreached.remote(addresses), links.REACH_DEADLINE_S)
+        if len(addresses) > 1 and len(failed) > len(addresses) / 2:
+            raise CutOff(f"it does not reach {', '.join(sorted(failed))}: is its network whole?")
 
     def _fresh_name(self, ray_node: str) -> str:
         """A name that no agent of this run has had: those of lost nodes are never used again."""
@@ -842,6 +890,11 @@ class Body:
             began = time.monotonic()
             try:
                 await wires.hold_line(handle.info.address, self._token)
+            except wires.PeerUnreachable:  # the network between may be cut: how long it is silent decides
+                if handle.node not in self.agents:
+                    return
+                await asyncio.sleep(LINE_RETRY_S)
+                continue
             except wires.PeerError:
                 break
             broken = 1 if time.monotonic() - began > LINE_SOUND_S else broken + 1
@@ -864,9 +917,13 @@ class Body:
 
     def _check_silence(self) -> None:
         silence_s, now = self._spec.recovery.node_silence_s, time.monotonic()
+        mesh = self.fold.nodes if self.fold is not None else ()
         for handle in list(self.agents.values()):
-            if now - handle.heard_at > silence_s:
-                self._lost(handle.node, f"silent for {silence_s:g} s")
+            silent_s = now - handle.heard_at
+            # No rank completes a step without all the others: a mesh that goes on shows that all its nodes live.
+            lives = handle.node in mesh and now - self._moved_at <= silence_s and silent_s <= CUT_OFF_S
+            if silent_s > silence_s and not lives:
+                self._lost(handle.node, f"silent for {silent_s:.3g} s")
 
     def _lost(self, node: str, cause: str) -> None:
         if node not in self._losses_told:

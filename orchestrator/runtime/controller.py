@@ -30,8 +30,8 @@ from typing import Any, TypeVar
 import ray
 
 from orchestrator import identity, job_update
-from orchestrator.chaos import ballast
-from orchestrator.chaos.orders import TOLD_BY_THE_WORKER, Order, resolve
+from orchestrator.chaos import ballast, head
+from orchestrator.chaos.orders import ENDS_THE_CONTROLLER, TOLD_BY_THE_WORKER, Order, resolve
 from orchestrator.core import events as ev
 from orchestrator.core.actions import Action, EndRun, SetTimer, UpdateJob
 from orchestrator.core.supervisor import Supervisor
@@ -263,11 +263,14 @@ class Controller:
         spec = self._spec
         if order.scenario == "disk-full":
             await asyncio.to_thread(ballast.check, spec.run.url, order.ballast_bytes)
+        if order.scenario == "head-kill":
+            await asyncio.to_thread(head.check)
+        if spec.is_script and order.scenario in TOLD_BY_THE_WORKER:
+            raise ValueError(f"{order.scenario} is done by the Llama trainer itself; a script has no such part")
         state = self._supervisor.state
-        asked = resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by)
-        if order.scenario == "controller-kill":
-            asked = dataclasses.replace(asked, parameters={"pid": str(os.getpid())})
-        self._post(asked)
+        for asked in resolve(order, state, len(state.mesh) * spec.cluster.slots_per_node, by):
+            pid = {"pid": str(os.getpid())} if order.scenario in ENDS_THE_CONTROLLER else {}
+            self._post(dataclasses.replace(asked, parameters=asked.parameters | pid))
         return spec.run.url
 
     async def where(self, token: str) -> str:
@@ -356,12 +359,12 @@ class Controller:
                 run=spec.run.name,
                 layout=spec.layout,
                 limits=spec.limits,
-                total_steps=spec.run.steps,
+                total_steps=spec.total_steps,
                 capabilities=(
                     "ram",
                     "peer",
-                    "park",
                     "verify",
+                    *([] if spec.is_script else ["park"]),  # frames and globals of a script are its own
                     *(["buddy"] if spec.checkpoint.copies == "auto" else []),
                 ),
             )
@@ -377,7 +380,7 @@ class Controller:
         killed = f"SIGKILL for the controller's process; epoch {self._epoch} took over"
         unknown = "not known whether it was done: the controller died meanwhile"
         return [
-            ev.FaultInjected(at=0, number=f.number, detail=killed if f.fault == "controller-kill" else unknown)
+            ev.FaultInjected(at=0, number=f.number, detail=killed if f.fault in ENDS_THE_CONTROLLER else unknown)
             for f in self._supervisor.state.faults
             if f.injected_at is None and f.fault not in TOLD_BY_THE_WORKER
         ]

@@ -481,18 +481,26 @@ class _ElasticAgent(SimpleElasticAgent):
         self._forks.end(self._forks.live(), deadline_s=timeout, grace_s=timeout / 2)
 
     def _env(self, plan: NodeAssignment, worker: ElasticWorker) -> dict[str, str]:
-        """What torch's ``env://`` initialisation reads, for scripts that use it."""
+        """What torchrun gives a script, and torch's ``env://`` initialisation reads.
+
+        The store is the generation's own and fresh, so that nobody finds the addresses of an earlier one in it.
+        """
         return {
             "RANK": str(worker.global_rank),
             "LOCAL_RANK": str(worker.local_rank),
             "GROUP_RANK": str(plan.group_rank),
+            "ROLE_RANK": str(worker.role_rank),
+            "ROLE_NAME": ROLE,
             "WORLD_SIZE": str(plan.world_size),
             "LOCAL_WORLD_SIZE": str(len(plan.ranks)),
+            "GROUP_WORLD_SIZE": str(plan.group_world_size),
+            "ROLE_WORLD_SIZE": str(worker.role_world_size),
             "MASTER_ADDR": plan.store_host,
             "MASTER_PORT": str(plan.store_port),
             "TORCHELASTIC_RUN_ID": self._controller.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": str(self._controller.use_agent_store),
-            "TORCHELASTIC_RESTART_COUNT": "0",
+            # Generations are this run's restarts; how many there may be, [recovery] says.
+            "TORCHELASTIC_RESTART_COUNT": str(plan.generation - 1),
             "TORCHELASTIC_MAX_RESTARTS": "0",
         }
 

@@ -6,7 +6,10 @@ One placement group per node, because a group with a bundle for every node could
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.runtime import bandwidth
 from orchestrator.runtime.agent import PREPARE_DEADLINE_S, ZYGOTE_DEADLINE_S, Agent, NodeInfo
 from orchestrator.spec import JobSpec
 
@@ -29,6 +33,14 @@ HEAD_RESOURCE = "node:__internal_head__"
 PLACE_DEADLINE_S = 60.0
 """For Ray to reserve the bundle on a node that has the resources free."""
 KILL_DEADLINE_S = 10.0
+OTHERS = 2
+"""With whom the links of a node that wants to join are measured: one slow pair does not say whose fault it is."""
+
+logger = logging.getLogger(__name__)
+
+
+class SlowLinks(RuntimeError):
+    """A node that wants to join carries less than it has to."""
 
 
 @dataclass
@@ -174,3 +186,33 @@ async def sweep(namespace: str, known: set[str]) -> None:
 
 def agent_name(node: str) -> str:
     return f"agent/{node}"
+
+
+async def check_links(new: AgentHandle, others: Sequence[AgentHandle], least_mb_s: int) -> None:
+    """Measure `new` with OTHERS of the others, drawn. With fewer there is no verdict.
+
+    Raises:
+        SlowLinks: with each of them it carries less than `least_mb_s`, in one direction or the other.
+    """
+    if not least_mb_s:
+        return
+    drawn = random.sample(list(others), min(OTHERS, len(others)))
+    rates = [await _pair(new, other) for other in drawn]
+    slow = {other.node: rate for other, rate in zip(drawn, rates, strict=True) if rate < least_mb_s}
+    words = ", ".join(f"{rate:.0f} MB/s with {node}" for node, rate in slow.items())
+    if len(slow) == OTHERS:
+        raise SlowLinks(f"its links carry {words}; cluster.least_bandwidth_mb_s is {least_mb_s}")
+    if slow:
+        logger.warning("%s: the link carries %s, less than cluster.least_bandwidth_mb_s", new.node, words)
+
+
+async def _pair(new: AgentHandle, other: AgentHandle) -> float:
+    """MB/s of the slower direction, 0 if they do not reach each other. One after the other, lest they share a core."""
+    assert new.info is not None and other.info is not None
+    ways = ((new, other.info.address), (other, new.info.address))
+    try:
+        rates = [await call(to.actor.link_rate.remote(address), bandwidth.MEASURED_S) for to, address in ways]
+        return float(min(rates))
+    except Exception as e:
+        logger.warning("%s and %s do not reach each other: %s: %s", new.node, other.node, type(e).__name__, e)
+        return 0.0

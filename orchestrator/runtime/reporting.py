@@ -47,14 +47,16 @@ SHUN_S = 10.0
 this node meanwhile."""
 
 
+class NodeGone(RuntimeError):
+    """The controller has let this agent go: its node was lost, or is wanted no more. Its name is never used again."""
+
+
 class Outbox:
     """Reports in order, each with a number that rises, until the controller has taken them."""
 
     def __init__(self) -> None:
         self._entries: deque[tuple[int, Report]] = deque(maxlen=OUTBOX_REPORTS)
         self._newest = 0
-        self.taken_at = time.monotonic()
-        """Monotonic seconds at which the controller was last heard."""
         self.wake = asyncio.Event()
         """Set when there is something to send."""
 
@@ -72,7 +74,6 @@ class Outbox:
 
     def taken(self, number: int) -> None:
         """The controller has taken everything up to this one."""
-        self.taken_at = time.monotonic()
         while self._entries and self._entries[0][0] <= number:
             self._entries.popleft()
         if self._entries:
@@ -103,6 +104,8 @@ class Reporter:
         self._epoch, self._die = epoch, die
         self._shunned = ("", 0.0)
         """A fan-in's address, and until when."""
+        self.answered_at = time.monotonic()
+        """Monotonic second of the controller's newest answer, also through a fan-in."""
 
     async def run(self) -> None:
         while True:
@@ -139,12 +142,16 @@ class Reporter:
                     fan_in = await asyncio.wrap_future(controller.report.remote(self._node, batch).future())
             except Exception as e:
                 controller = None
+                if isinstance(e, ray.exceptions.RayTaskError):
+                    self.answered_at = time.monotonic()
+                    if isinstance(e.cause, NodeGone):
+                        await self._die(f"it has been let go: {e.cause}")
                 disowned = isinstance(e, ray.exceptions.RayTaskError) and self._epoch() > 0
                 if disowned and time.monotonic() - taken_at > DISOWNED_GRACE_S:
                     await self._die(f"the controller does not want it: {e}")
                 await self._retry()
                 continue
-            taken_at = time.monotonic()
+            taken_at = self.answered_at = time.monotonic()
             if fan_in is None:  # it lives, and reads its journal or is behind: that may take its time
                 await self._retry()
                 continue
@@ -167,7 +174,10 @@ class Reporter:
                 await wire.receive(fanin.PATIENCE_S)
             passage = _Passage(wire, self._outbox)
             self._outbox.wake.set()
-            await fanin.until_one_ends(self._tell(passage, epoch), passage.hear_answers())
+            await fanin.until_one_ends(self._tell(passage, epoch), passage.hear_answers(self._note_answer))
+
+    def _note_answer(self) -> None:
+        self.answered_at = time.monotonic()
 
     async def _tell(self, passage: _Passage, epoch: int) -> None:
         while True:
@@ -208,9 +218,10 @@ class _Passage:
             self._outbox.wake.set()
         await self._wire.send(frame)
 
-    async def hear_answers(self) -> None:
+    async def hear_answers(self, note: Callable[[], None]) -> None:
         patience_s = fanin.PATIENCE_S
         while True:
             answer = await self._wire.receive(patience_s)
+            note()
             self._outbox.taken(int(answer["taken"]))
             patience_s = fanin.PATIENCE_S + random.uniform(0.0, SPREAD_S)

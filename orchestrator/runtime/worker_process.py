@@ -96,14 +96,15 @@ class Worker:
             if self.status is None:
                 signal.pidfd_send_signal(self.pidfd, signum)
 
+    def has_died(self) -> bool:
+        """Whether its process is over, also when its end has not been taken note of yet."""
+        with self._lock:
+            return self.status is not None or _is_readable(self.pidfd)
+
     def has_unread(self) -> bool:
         """Whether it has sent what nobody has read yet."""
         with self._lock:
-            if self.status is not None:
-                return False
-            poll = select.poll()
-            poll.register(self.control, select.POLLIN)
-            return bool(poll.poll(0))
+            return self.status is None and _is_readable(self.control.fileno())
 
     def ended(self, status: ExitStatus) -> None:
         """Record the end and close what was open to the process. Only for the thread that listens to it."""
@@ -114,6 +115,12 @@ class Worker:
             self.control.close()
             os.close(self.log)
             os.close(self.pidfd)
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def tag(generation: int, rank: int) -> str:

@@ -143,7 +143,8 @@ class Workers:
 
     @staticmethod
     def _kill(worker: Worker) -> None:
-        worker.doomed = True
+        # One that has just died by itself is news, even if the order to end it came before that was seen.
+        worker.doomed = worker.doomed or not worker.has_died()
         worker.signal(signal.SIGKILL)
 
     def end(self, workers: Iterable[Worker], *, deadline_s: float, grace_s: float = 0.0) -> None:

@@ -42,8 +42,10 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
 
     Raises:
         SpecError: the profile's costs are beyond the job's patience, so that every recovery would fail; or it does not
-            say when a failure is seen.
+            say when a failure is seen. Or the job is a script.
     """
+    if spec.is_script:
+        raise SpecError("script.command: how long a script's steps take is not known here; simulate the Llama trainer")
     costs, r = profile.costs, spec.recovery
     start_s = costs.restart.value + max(costs.restore_durable.value, costs.restore_ram.value + costs.restore_peer.value)
     needs = (

@@ -1,6 +1,7 @@
 """A few seeds of the sweep, a few flips and the command, on one cluster; and the plans of the whole sweep."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from flips import Outcome, clean, flip_in_a_run
 from herd import command, train
 from rig import Result, Rig, await_no_growth, take_census
+from scorecards import CARDS, play
 from sweep import MESHES, SAVE_EVERY, STEPS, plan, run_seed, untouched
 
 from orchestrator.core import events as ev
@@ -76,7 +78,7 @@ def test_flips_are_found_in_their_step_and_leave_no_trace(on: Rig, calm: Result)
 # --- the command ---
 
 SLOW_S = 1.5
-"""In each step until both faults have struck: five commands start meanwhile, each in seconds."""
+"""In each step until both faults have struck: six commands start meanwhile, each in seconds."""
 
 
 def test_the_command_hurts_a_run_and_scores_it(on: Rig, calm: Result) -> None:
@@ -96,6 +98,7 @@ def test_the_command_hurts_a_run_and_scores_it(on: Rig, calm: Result) -> None:
         chaos("worker-kill", "--rank", "4")
         chaos("disk-full", "--ballast-gib", "0")
         chaos("worker-kill", token="not the token")
+        chaos("head-kill")
         # So far apart that the first one has been found when the second is ordered.
         more = ("--times", "2", "--every", "5", "--rank", "3", "--against", str(on.folder / "calm"), "--json")
         chaos("worker-exception", *more)
@@ -111,7 +114,7 @@ def test_the_command_hurts_a_run_and_scores_it(on: Rig, calm: Result) -> None:
     status, told = train(hurt, on_status)
     player.join(60)
     assert status.exit_code == 0, told
-    assert len(said) == 5, said
+    assert len(said) == 6, said
     for (code, out), words in zip(said, REFUSED, strict=False):
         assert code == 2 and words in out, (code, out)
     code, out = said[-1]
@@ -128,11 +131,27 @@ def test_the_command_hurts_a_run_and_scores_it(on: Rig, calm: Result) -> None:
     assert [a["type"] for r in ordered for a in r.actions] == [InjectFault.__name__] * 2, "refused orders are no orders"
 
 
-REFUSED = ("no scenario 'worker-hug'", "--rank 4: the run has ranks 0 to 3", "raise --ballast-gib", "needs its token")
+REFUSED = (
+    "no scenario 'worker-hug'",
+    "--rank 4: the run has ranks 0 to 3",
+    "raise --ballast-gib",
+    "needs its token",
+    "keeps its state in Redis",
+)
 
 
 def _read(path: Path) -> bytes:
     return path.read_bytes()
+
+
+# --- scorecards ---
+
+
+def test_a_second_death_while_the_first_is_recovered_from(on: Rig, calm: Result) -> None:
+    first, second = play(on, "recovery-kill", CARDS["recovery-kill"], {f"{CALM_STEPS} steps": calm.digest})
+    assert first.passed and second.passed, (first, second)
+    assert first.identical and first.incident == second.incident and first.node != second.node
+    assert re.search(r"while generation \d+ began$", second.truth)
 
 
 def test_there_must_be_a_run(on: Rig) -> None:

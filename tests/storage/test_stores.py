@@ -20,7 +20,7 @@ import pytest
 import s3fs
 import servers
 import torch
-from states import SENTINEL, checkpointer, commit_of, refuses, save, served
+from states import SENTINEL, blank, checkpointer, commit_of, refuses, same, save, served, state_of
 
 from storage.commits import CommitConflict, create_commit, delete_checkpoint, list_commits, prune, read_commit, verify
 from storage.durable import CheckpointFailed, load, write_part
@@ -112,6 +112,15 @@ def test_of_racing_writers_exactly_one_commits(url):
         assert won.count(True) == 1, trial
         assert read_commit(url, 1).generation == won.index(True)
         delete_checkpoint(url, 1)
+
+
+def test_a_generation_saves_a_step_once(url):
+    commit = save(url, 19)
+    with pytest.raises(CheckpointFailed, match="exists"):
+        save(url, 19)
+    restored = blank()
+    load(url, commit, restored)
+    assert same(restored, state_of(19))
 
 
 def test_checkpoints_return_and_are_deleted(url):

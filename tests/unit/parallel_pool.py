@@ -16,7 +16,7 @@ from typing import Any
 from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["trainer.worker"])
+CONTEXT.set_forkserver_preload(["trainer.worker", "s3fs"])
 # For the slowest of a group to be done with what the others have done.
 PEERS_S = 60.0
 

@@ -63,10 +63,10 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             scrub_us=int(options.pop("scrub", "0")) * SECOND,
             verify_bytes_per_s=100,
         ),
-        total_steps=int(options.pop("steps")),
+        total_steps=ev.OPEN_END if options["steps"] == "open" else int(options["steps"]),
         capabilities=tuple(filter(None, options.pop("can", "ram,peer").split(","))),
     )
-    assert not options, options
+    assert set(options) == {"steps"}, options
     return event
 
 

@@ -86,7 +86,7 @@ def test_the_readme_has_every_command() -> None:
     group = get_command(cli.app)
     assert set(re.findall(r"shepherd (\w+)", README)) >= set(group.commands) - {"demo"}  # that one is `make demo`
     for words in re.findall(r"shepherd ([a-z][^`\n#]*)", README):
-        name, *arguments = words.split()
+        name, *arguments = words.partition(" -- ")[0].split()
         if name in group.commands:
             command = group.commands[name]
             if isinstance(command, TyperGroup) and arguments:

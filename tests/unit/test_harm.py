@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -158,3 +161,54 @@ def test_the_exception_comes_out_of_the_main_threads_own_line() -> None:
     thread.join(10)
     assert type(raised.value).__name__ == "InjectedFault"
     assert "after step 41" in hurt.told[0].detail
+
+
+def child(harm_of: str) -> subprocess.CompletedProcess[str]:
+    """A process that is hurt from a thread beside its main one, as a worker is."""
+    program = f"""
+import sys, threading
+from types import SimpleNamespace
+from trainer import harm, loop
+from trainer.contract import Inject
+session = SimpleNamespace(
+    generation=1, rank=0, state=SimpleNamespace(step=4), emit=lambda m: print(m.detail, file=sys.stderr, flush=True)
+)
+loop._batch = lambda *args: "a batch"
+order = Inject(number=1, fault={harm_of!r}, seconds=-3600)
+def hurt():
+    thread = threading.Thread(target=harm.obey, args=(order, session), daemon=True)
+    thread.start()
+    return thread
+"""
+    body = {
+        "segfault": "hurt().join()",
+        "memory": """
+hurt().join()
+try:
+    loop._batch()
+except MemoryError:
+    print(loop._batch())
+""",
+        "clock": """
+import time
+before, monotonic = time.time(), time.monotonic()
+hurt().join()
+print(round((time.time() - before) / 60), round((time.time_ns() / 1e9 - before) / 60), time.monotonic() >= monotonic)
+""",
+    }[harm_of]
+    return subprocess.run([sys.executable, "-c", program + body], capture_output=True, text=True, timeout=120)
+
+
+def test_a_bad_access_ends_the_process_by_its_signal() -> None:
+    done = child("segfault")
+    assert (done.returncode, "a read of address 0 after step 4" in done.stderr) == (-signal.SIGSEGV, True)
+
+
+def test_memory_runs_out_in_the_training_thread_once_and_is_given_back() -> None:
+    done = child("memory")
+    assert (done.returncode, done.stdout) == (0, "a batch\n"), done.stderr
+
+
+def test_the_wall_clock_leaps_and_no_other() -> None:
+    done = child("clock")
+    assert (done.stdout, "leaps by -3600 s" in done.stderr) == ("-60 -60 True\n", True), done.stderr

@@ -14,7 +14,7 @@ from core_world import layout
 from rich.console import Console
 
 from orchestrator.chaos import node, scorecard
-from orchestrator.chaos.orders import SCENARIOS, Order, resolve
+from orchestrator.chaos.orders import OF_A_NODE, PAIRS, SCENARIOS, Order, resolve
 from orchestrator.chaos.scorecard import Score, score
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
@@ -88,8 +88,10 @@ class Journal:
             ),
         )
 
-    def order(self, at: float, fault: str, slot: int | None = None, node: str = "", truth: str = "done") -> None:
-        self.tell(at, ev.FaultRequested(at=0, fault=fault, node=node, slot=slot, parameters={}, by=HERE))
+    def order(
+        self, at: float, fault: str, slot: int | None = None, node: str = "", truth: str = "done", **parameters: str
+    ) -> None:
+        self.tell(at, ev.FaultRequested(at=0, fault=fault, node=node, slot=slot, parameters=parameters, by=HERE))
         if truth:
             self.tell(at + 0.01, ev.FaultInjected(at=0, number=len(self.state.faults), detail=truth))
 
@@ -287,6 +289,60 @@ def test_a_full_disk_is_found_by_a_failed_save_and_over_with_the_next_good_one()
     assert (j.only().detected_after_s, j.only().recovery_s, j.only().passed) == (1, 5, True)
 
 
+def test_the_second_kill_counts_from_when_it_was_done_in_the_recovery() -> None:
+    j = Journal()
+    j.order(12, "worker-kill", slot=1)
+    j.order(12.1, "worker-kill", slot=2, truth="", during="recovery")
+    j.exited(12.5, "a", 1)
+    s = j.state
+    for name in list(s.awaiting):
+        held = {slot: (Snapshot(generation=1, step=1),) for slot in range(4)}
+        j.tell(13, ev.NodeHalted(at=0, node=name, generation=1, snapshots=held))
+    j.tell(14, ev.FaultInjected(at=0, number=2, detail="SIGKILL, while generation 2 began"))
+    j.exited(14.2, "b", 2)
+    j.recover(15, 17, step=1)
+    first, second = score(j.records)
+    assert (first.passed, second.passed, second.incident, second.rank) == (True, True, 1, 2)
+    assert second.detected_after_s == pytest.approx(0.2)
+
+
+def test_a_slow_worker_is_found_when_it_is_named() -> None:
+    j = Journal()
+    j.order(12, "worker-slow", slot=2, seconds="30")
+    assert not j.only().detected
+    j.tell(18, ev.NodeSlow(at=0, node="a", generation=1, detail="rank 0 computes twice as long", slot=0))
+    assert (j.only().detected, j.only().right_node) == (True, False)
+    j.tell(20, ev.NodeSlow(at=0, node="b", generation=1, detail="rank 2 computes 3 times as long", slot=2))
+    assert not j.only().settled
+    j.steps(21, 2)
+    found = j.only()
+    assert found.found.startswith("slow, after 1 others: rank 2 ")
+    assert (found.detected_after_s, found.right_node, found.right_rank, found.passed) == (8, True, True, True)
+
+
+@pytest.mark.parametrize("fault", ["clock-jump", "net-cut"])
+def test_training_that_goes_on_through_it_is_all_that_there_is_to_find(fault) -> None:
+    j = Journal()
+    j.order(12, fault, node="b", seconds="10")
+    j.steps(13, 2)
+    assert not j.only().settled
+    j.steps(23, 3)
+    assert (j.only().harmless, j.only().detected, j.only().passed) == (True, False, True)
+
+
+def test_a_node_that_was_cut_off_and_is_lost_was_found() -> None:
+    j = Journal()
+    j.order(12, "net-cut", node="b", seconds="60")
+    j.tell(18, ev.NodeLost(at=0, node="b", cause="its peers do not reach it"))
+    j.recover(19, 21, step=1)
+    assert (j.only().harmless, j.only().detected_after_s, j.only().right_node, j.only().passed) == (
+        False,
+        6,
+        True,
+        True,
+    )
+
+
 @pytest.mark.parametrize(("truth", "passed"), [("not done: LookupError: no worker", False), ("no effect: zeros", True)])
 def test_what_was_not_done_and_what_has_no_effect_is_called_so(truth, passed) -> None:
     j = Journal()
@@ -327,10 +383,16 @@ def test_every_scenario_can_be_ordered_with_what_the_seed_leaves_open() -> None:
         drawn = {
             json.dumps([f.slot, f.node])
             for n in range(64)
-            for f in [resolve(Order(scenario=scenario, seed=n), state, 4, HERE)]
+            for f in resolve(Order(scenario=scenario, seed=n), state, 4, HERE)[:1]
         }
-        want = {"node-kill": 2, "controller-kill": 1, "disk-full": 1}.get(scenario, 4)
+        of_none = ("controller-kill", "head-kill", "disk-full", "store-outage")
+        want = 1 if scenario in of_none else 2 if scenario in OF_A_NODE else 4
         assert len(drawn) == want, (scenario, drawn)
+    for scenario in PAIRS:
+        for n in range(64):
+            first, second = resolve(Order(scenario=scenario, seed=n), state, 4, HERE)
+            assert first.slot is not None and second.slot is not None
+            assert first.slot // 2 != second.slot // 2, "they are on different nodes"
     again = [resolve(Order(scenario="flip", seed=3), state, 4, HERE) for _ in range(2)]
     assert again[0] == again[1]
 
@@ -348,6 +410,14 @@ def test_every_scenario_can_be_ordered_with_what_the_seed_leaves_open() -> None:
         ({"scenario": "flip", "pattern": "byte"}, "--pattern byte"),
         ({"scenario": "disk-full", "seconds": 0}, "--seconds 0"),
         ({"scenario": "disk-full", "seconds": 1e9}, "--seconds 1e+09"),
+        ({"scenario": "store-outage", "seconds": -1}, "--seconds -1"),
+        ({"scenario": "clock-jump", "seconds": 0}, "--seconds 0: a leap is not 0"),
+        ({"scenario": "clock-jump", "process": "driver"}, "--process driver: choose one of worker, agent"),
+        ({"scenario": "clock-jump", "process": "controller", "rank": 1}, "--rank is for"),
+        ({"scenario": "net-cut", "cut_from": "nobody"}, "--from nobody: choose one of controller"),
+        ({"scenario": "net-cut", "direction": "up"}, "--direction up"),
+        ({"scenario": "net-delay", "delay_ms": 0}, "--delay-ms 0"),
+        ({"scenario": "net-cut", "node": "z"}, "--node z: the run's nodes are"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(order, words) -> None:
@@ -371,7 +441,7 @@ def test_a_node_that_is_lost_is_not_killed_again() -> None:
 
 def test_the_order_is_on_record_before_the_harm_and_names_who_is_hurt() -> None:
     j = Journal()
-    asked = resolve(Order(scenario="worker-kill", rank=3), j.state, 4, HERE)
+    (asked,) = resolve(Order(scenario="worker-kill", rank=3), j.state, 4, HERE)
     (order,) = j.tell(12, asked)
     assert order == ac.InjectFault(
         number=1, generation=1, fault="worker-kill", node="b", slot=3, parameters=asked.parameters

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from parallel_pool import run_ranks
 from spoilt import spoilt
 
-from storage import commits, direct, restore
+from storage import commits, direct
 from storage.checkpointer import Checkpointer
 from storage.commits import create_commit, delete_checkpoint, list_commits, read_commit, state_digest, verify
 from storage.durable import CheckpointFailed, load, write_part
@@ -354,7 +354,7 @@ def test_a_load_takes_no_more_memory_for_a_larger_state(tmp_path, monkeypatch):
     commit, taken = save(str(tmp_path), state), list[int]()
     actual = direct.memory
     monkeypatch.setattr(direct, "memory", lambda n_bytes: (taken.append(n_bytes), actual(n_bytes))[1])
-    monkeypatch.setattr(restore, "READ_THREADS", 2)
+    monkeypatch.setattr(direct, "THREADS", 2)
     restored = blank(state)
     load(str(tmp_path), commit, restored)
     assert same(restored, state)

@@ -315,7 +315,7 @@ def test_last_words_are_logged_and_told_and_of_the_audit_without_reading_sources
     agent = SimpleNamespace(emit=said.append)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=said.append, flush=lambda: None))
     order, failed = SimpleNamespace(generation=1, rank=1), raised(error)
-    worker._tell(agent, order, 5, failed, worker.failure_kind(failed))  # type: ignore[arg-type]
+    worker.tell_failure(agent, order, 5, failed, worker.failure_kind(failed))  # type: ignore[arg-type]
     log, word = said
     assert word.traceback == log and str(error) in log
     assert ("Traceback" in log) == sources
@@ -333,7 +333,7 @@ def test_last_words_are_cut_to_the_messages_begin_and_the_tracebacks_end_and_no_
     message = f"begin {'x' * to_begin} {url} {'y' * (to_end - 1)} end"
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: None, flush=lambda: None))
     agent, order = SimpleNamespace(emit=said.append), SimpleNamespace(generation=1, rank=1)
-    worker._tell(agent, order, 5, LookupError(message), "exception")  # type: ignore[arg-type]
+    worker.tell_failure(agent, order, 5, LookupError(message), "exception")  # type: ignore[arg-type]
     (word,) = said
     assert len(word.error) == worker.ERROR_CHARS and word.error.startswith("LookupError: begin x")
     assert len(word.traceback) == worker.TRACEBACK_CHARS and word.traceback.endswith(" end\n")

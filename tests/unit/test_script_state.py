@@ -1,0 +1,135 @@
+"""The state of a user's script: what is kept of it, and that it comes back in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from storage.manifest import ManifestError, StateMismatch
+from trainer.script_state import VALUES, begin_optimizers, take_over, train_state
+
+
+def trained(steps: int, seed: int = 0) -> dict[str, Any]:
+    """A state of a script that has made so many steps."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.8, 0.9))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    for _ in range(steps):
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "ema": {"decay": 0.99, "shadow": [torch.full((2,), float(steps)), torch.tensor(steps)]},
+        "seen": {"samples": steps * 8, "best": (0.5, None), "names": {3: "three"}},
+        "empty": {},
+    }
+
+
+def kept(state: dict[str, Any], step: int) -> Any:
+    """As storage keeps it: with the bytes of now."""
+    made = train_state(state, step)
+    made.per_rank = {name: tensor.clone() for name, tensor in made.per_rank.items()}
+    return made
+
+
+def restored(state: dict[str, Any], source: Any) -> None:
+    begin_optimizers(state)
+    target = train_state(state, 0)
+    assert target.per_rank.keys() == source.per_rank.keys()
+    for name, tensor in target.per_rank.items():
+        assert (tensor.shape, tensor.dtype) == (source.per_rank[name].shape, source.per_rank[name].dtype), name
+        with torch.no_grad():
+            tensor.copy_(source.per_rank[name])
+    take_over(state, target)
+
+
+def test_all_of_a_state_comes_back_in_place() -> None:
+    source = trained(5)
+    snapshot = kept(source, 5)
+    drawn = torch.randn(3)
+    target = trained(0, seed=1)
+    model, ema = target["model"], target["ema"]
+    weight = model[0].weight
+    restored(target, snapshot)
+    assert target["model"] is model and model[0].weight is weight and target["ema"] is ema, "in place"
+    assert torch.equal(torch.randn(3), drawn), "the random state, too"
+    for name, tensor in source["model"].state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    mine, its = target["optimizer"].state_dict(), source["optimizer"].state_dict()
+    assert mine["param_groups"] == its["param_groups"]
+    assert isinstance(mine["param_groups"][0]["betas"], tuple)
+    for number, moments in its["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(mine["state"][number][name], tensor), (number, name)
+    assert target["scheduler"].state_dict() == source["scheduler"].state_dict()
+    assert (target["seen"], target["empty"], ema["decay"]) == (source["seen"], {}, 0.99)
+    assert [tensor.tolist() for tensor in ema["shadow"]] == [[5.0, 5.0], 5]
+
+
+def test_a_restored_state_trains_on_as_the_one_that_was_kept() -> None:
+    def go_on(state: dict[str, Any]) -> torch.Tensor:
+        for _ in range(3):
+            state["model"](torch.randn(8, 4)).square().sum().backward()
+            state["optimizer"].step()
+            state["optimizer"].zero_grad()
+            state["scheduler"].step()
+        return state["model"][0].weight.detach()
+
+    source = trained(5)
+    snapshot = kept(source, 5)
+    expected = go_on(source).clone()
+    target = trained(0, seed=1)
+    restored(target, snapshot)
+    assert torch.equal(go_on(target), expected)
+
+
+def test_an_optimizer_that_is_begun_changes_nothing() -> None:
+    state = trained(0)
+    before = {name: tensor.clone() for name, tensor in state["model"].state_dict().items()}
+    begin_optimizers({"nested": state})
+    assert len(state["optimizer"].state) == 4
+    assert state["optimizer"].param_groups[0]["lr"] == 0.1
+    assert all(torch.equal(before[name], tensor) for name, tensor in state["model"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": {"b": object()}}, "a is neither a tensor nor JSON"),
+        ({"a": {"t": torch.ones(1), "b": {1, 2}}}, "a/b is neither a tensor nor JSON"),
+        ({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two entries have the name 'a/b'"),
+        ({"short": 1, "long": "x" * 300_000}, "the largest is long"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(state: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        train_state(state, 1)
+
+
+def test_values_of_another_state_are_refused() -> None:
+    snapshot = kept({"t": torch.ones(1), "epoch": 3}, 1)
+    with pytest.raises(StateMismatch, match="samples was not kept"):
+        restored({"t": torch.ones(1), "samples": 0}, snapshot)
+
+
+def test_damaged_values_are_refused() -> None:
+    snapshot = kept({"epoch": 3}, 1)
+    snapshot.per_rank[VALUES][8] = 0
+    with pytest.raises(ManifestError, match="damaged"):
+        restored({"epoch": 0}, snapshot)
+
+
+def test_the_layout_does_not_depend_on_the_values() -> None:
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in train_state({"history": [0.1] * n}, n).per_rank.items()}
+        for n in (1, 1000)
+    ]
+    assert shapes[0] == shapes[1]

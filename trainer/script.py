@@ -1,0 +1,131 @@
+"""The worker process of a user's script: take one assignment, run the script as torchrun would, tell how it ended.
+
+Made to run in a child forked from a single-threaded process that has imported this module, and with it torch. It never
+parks: a script's frames and globals are its own, so each generation has processes of its own, and a fork of them costs
+a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+from types import TracebackType
+from typing import Literal
+
+import torch.distributed.fsdp
+import torch.nn.parallel  # noqa: F401  (imported before the fork, as the line above, for the scripts)
+
+from trainer import pulse, session
+from trainer.contract import EXIT_FAILED, EXIT_FINISHED, Finished, Phase, Restored, ScriptConfig
+from trainer.link import Agent, Assignment
+from trainer.managed import Managed
+from trainer.numeric import numeric_class
+from trainer.worker import USERS_INTERFACE, failure_kind, interface_towards, tell_failure
+
+
+def main(sock: socket.socket) -> int:
+    """Run the script of the one assignment that comes over `sock`.
+
+    Returns:
+        EXIT_FINISHED when the script has ended in good order on this rank. Any other end of it is told in last words
+        and ends the process with EXIT_FAILED at once: a process group that a peer has broken can hang its shutdown.
+    """
+    agent = Agent(sock)
+    work = agent.next_work()
+    assert isinstance(work, Assignment), work  # there are no warm workers for scripts
+    order = work.order
+    managed = Managed(work, agent)
+    session.install(managed)
+    pulse.start(order.generation, order.rank, lambda: managed.step, agent.emit, waits_in_backward=True)
+    _announce(work, agent)
+    threading.Thread(target=_terminate_when_stopped, args=(work, managed), name="stop", daemon=True).start()
+    os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(order.store_host, order.store_port)
+    try:
+        run(order.config.script)
+        managed.close()
+        _shut_down()
+    except Exception as error:
+        error.__traceback__ = _own_frames(error.__traceback__)
+        tell_failure(agent, order, managed.step, error, failure_kind(error))
+        os._exit(EXIT_FAILED)
+    # One that has told no step is a step as a whole.
+    step = managed.step or 1
+    reason: Literal["completed", "stopped"] = "stopped" if work.stop.is_set() else "completed"
+    agent.emit(Finished(generation=order.generation, rank=order.rank, step=step, reason=reason))
+    return EXIT_FINISHED
+
+
+def run(script: ScriptConfig) -> None:
+    """Run the script in this process and thread as `python` would.
+
+    Raises:
+        ScriptExit: it has ended with another exit code than 0.
+        Exception: what it has raised.
+    """
+    target = script.target
+    os.chdir(script.folder)
+    try:
+        if target[0] == "-m":
+            sys.argv = list(target[1:])
+            sys.path.insert(0, script.folder)
+            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(target)
+            sys.path.insert(0, os.path.dirname(os.path.realpath(target[0])))
+            runpy.run_path(os.path.abspath(target[0]), run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            told = ScriptExit(f"the script has ended with exit code {end.code}")
+            raise told.with_traceback(_own_frames(end.__traceback__)) from None
+
+
+class ScriptExit(RuntimeError):
+    """The script has ended itself, with another exit code than 0."""
+
+
+def _announce(work: Assignment, agent: Agent) -> None:
+    """This rank is up: what it does before its first step, only the script knows."""
+    order = work.order
+    where = {"generation": order.generation, "rank": order.rank, "step": order.restore.step}
+    agent.emit(Phase(**where, phase="build"))
+    # Asking a device for its name would open it before the script chooses one.
+    facts = numeric_class(dataclasses.replace(order.config, device="cpu"))
+    versions = {name: fact for name, fact in facts.items() if name not in ("dtype", "deterministic")}
+    agent.emit(
+        Restored(
+            **where,
+            source=order.restore.source,
+            rendezvous_us=0,
+            build_us=0,
+            restore_us=0,
+            versions=versions,
+        )
+    )
+
+
+def _terminate_when_stopped(work: Assignment, managed: Managed) -> None:
+    """A script that keeps snapshots ends at its next one; another is asked as the system asks: by SIGTERM."""
+    work.stop.wait()
+    if not managed.saves:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _shut_down() -> None:
+    """What Python itself does at its end, which a forked worker does not come to."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+
+
+def _own_frames(trace: TracebackType | None) -> TracebackType | None:
+    """From the script's first frame on."""
+    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    first = trace
+    while first is not None and first.tb_frame.f_code.co_filename in ours:
+        first = first.tb_next
+    return first or trace

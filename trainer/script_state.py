@@ -1,0 +1,167 @@
+"""The state of a user's script, as it comes and as storage knows it: named tensors, and the rest as JSON.
+
+Pure but for the objects that it asks for their `state_dict`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, MutableMapping, MutableSequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import _init_optim_state
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from storage.manifest import ManifestError, StateMismatch
+from storage.state import TrainState
+from trainer import optim
+
+PREFIX = "state/"
+"""Before the names of the script's tensors: what else is kept has names of its own."""
+VALUES = "values"
+VALUES_BYTES = 256 * 1024
+"""Room for all values as JSON: a snapshot keeps its layout from step to step, whatever they are."""
+_LENGTH = struct.Struct("<Q")
+
+
+def train_state(state: Mapping[str, Any], step: int) -> TrainState:
+    """What storage keeps of `state`: references to its tensors, its values, and this rank's random state.
+
+    Raises:
+        ValueError: two leaves have one name, a leaf is neither tensor nor JSON, or the values do not fit their room.
+    """
+    tensors, values = _parts(state)
+    own = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    return TrainState(
+        step=step,
+        tensors={name: tensor for name, tensor in tensors.items() if name not in own},
+        per_rank={**own, VALUES: _packed(values), **optim.random_state()},
+    )
+
+
+def begin_optimizers(state: Mapping[str, Any]) -> None:
+    """Give optimizers that have made no step the tensors that one would have made, so that they can be filled."""
+    for node in state.values():
+        if isinstance(node, Optimizer):
+            _init_optim_state(node)
+        elif isinstance(node, Mapping):
+            begin_optimizers(node)
+
+
+def take_over(state: MutableMapping[str, Any], restored: TrainState) -> None:
+    """After storage has filled the tensors of `restored`, which are those of `state`: put the values in place, too.
+
+    Raises:
+        ManifestError: the values are damaged.
+        StateMismatch: they are of another state.
+    """
+    values = _unpacked(restored.per_rank[VALUES])
+    _filled(state, "", values)
+    optim.set_random_state(restored.per_rank)
+
+
+def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by name, and of the rest each largest piece without tensors by its path."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+
+    def walk(path: str, node: Any) -> None:
+        node = node.state_dict() if _is_stateful(node) else node
+        if path in values or PREFIX + path in tensors:
+            raise ValueError(f"state: two entries have the name {path!r}; give keys without /")
+        if isinstance(node, Tensor):
+            tensors[PREFIX + path] = node
+        elif _holds_tensors(node):
+            for key, child in _children(node):
+                walk(f"{path}/{key}" if path else str(key), child)
+        else:
+            values[path] = node
+
+    for key, node in state.items():
+        walk(str(key), node)
+    return tensors, values
+
+
+def _is_stateful(node: Any) -> bool:
+    return hasattr(node, "state_dict") and hasattr(node, "load_state_dict")
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, (list, tuple)) else []
+
+
+def _holds_tensors(node: Any) -> bool:
+    """Whether there are tensors, or objects that may have some, below a node."""
+    return any(
+        isinstance(child, Tensor) or _is_stateful(child) or _holds_tensors(child) for _, child in _children(node)
+    )
+
+
+def _filled(node: Any, path: str, values: Mapping[str, Any]) -> Any:
+    """A node whose values are those that were kept; in place where that can be."""
+    if isinstance(node, Tensor):
+        return node
+    if _is_stateful(node):
+        node.load_state_dict(_filled(node.state_dict(), path, values))
+        return node
+    if path and not _holds_tensors(node):
+        # An empty piece may have been none when it was kept, as an optimizer without parameters.
+        if path not in values:
+            raise StateMismatch(f"state: {path} was not kept; restore with the state that is given to snapshot")
+        return _like(node, values[path])
+    filled = [(key, _filled(child, f"{path}/{key}" if path else str(key), values)) for key, child in _children(node)]
+    if isinstance(node, (MutableMapping, MutableSequence)):
+        for key, child in filled:
+            node[key] = child
+        return node
+    return type(node)(child for _, child in filled)
+
+
+def _like(template: Any, value: Any) -> Any:
+    """A value as JSON gives it, with the tuples and the number keys of the one that is there now."""
+    if isinstance(template, Mapping) and isinstance(value, dict):
+        keys = {str(key): key for key in template}
+        return {keys.get(k, k): _like(template.get(keys.get(k, k)), v) for k, v in value.items()}
+    if isinstance(template, (list, tuple)) and isinstance(value, list):
+        like = template[0] if template else None
+        items = [_like(template[n] if n < len(template) else like, item) for n, item in enumerate(value)]
+        return tuple(items) if isinstance(template, tuple) else items
+    return value
+
+
+def _packed(values: Mapping[str, Any]) -> Tensor:
+    try:
+        raw = json.dumps(values, separators=(",", ":")).encode()
+    except (TypeError, ValueError):
+        for path, value in values.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"state: {path} is neither a tensor nor JSON: {error}") from error
+        raise
+    if _LENGTH.size + len(raw) > VALUES_BYTES:
+        largest = max(values, key=lambda path: len(json.dumps(values[path])))
+        raise ValueError(
+            f"state: its values take {len(raw)} bytes as JSON, {VALUES_BYTES - _LENGTH.size} are the most; the largest "
+            f"is {largest}, keep it as a tensor"
+        )
+    packed = torch.zeros(VALUES_BYTES, dtype=torch.uint8)
+    content = _LENGTH.pack(len(raw)) + raw
+    packed[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return packed
+
+
+def _unpacked(packed: Tensor) -> dict[str, Any]:
+    content = packed.numpy().tobytes()
+    (length,) = _LENGTH.unpack_from(content)
+    try:
+        values: dict[str, Any] = json.loads(content[_LENGTH.size : _LENGTH.size + length])
+    except ValueError as error:
+        raise ManifestError(f"the values of the state are damaged: {error}") from error
+    return values
