@@ -225,7 +225,9 @@ class Controller:
         code = before if code is None else code
         if not changes and code == before:
             raise ValueError("nothing changes: the job has these values, and its workers this code")
-        if new.run.steps <= self._supervisor.state.step:
+        if code and new.is_script:
+            raise ValueError("a script's own code is in script.folder: stop the run, and resume it with another folder")
+        if new.total_steps <= self._supervisor.state.step:
             raise ValueError(f"run.steps = {new.run.steps}: so many are done; end the run by `shepherd stop`")
         if code != before:
             await body.prepare_code(code)
@@ -238,7 +240,7 @@ class Controller:
                 changes=changes,
                 code=code,
                 limits=new.limits,
-                total_steps=new.run.steps,
+                total_steps=new.total_steps,
                 restarts=code != before or new.worker_config != self._spec.worker_config,
                 chooses_interval=any(name in job_update.CHOOSES_INTERVAL for name in changes),
             )
