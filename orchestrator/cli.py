@@ -132,7 +132,7 @@ def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> No
         return
     try:
         with live.view(spec) as show:
-            status = driver.follow(controller, token, show)
+            status = driver.follow(spec.run.name, controller, token, show)
     except driver.ControllerLost as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print("error:", str(e), style="red", markup=False)
         raise typer.Exit(1) from e

@@ -172,7 +172,7 @@ def _train(spec: JobSpec, on_status: Callable[[Status], None], recorder: prometh
                 recorder.scrape(status.metrics_address)
             on_status(status)
 
-        status = driver.follow(controller, token, news)
+        status = driver.follow(spec.run.name, controller, token, news)
     if status.failure or status.exit_code != 0:
         live.print_end(status, str(driver.run_log_dir(spec)))
     _await_release(spec)

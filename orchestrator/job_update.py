@@ -48,6 +48,7 @@ WHY_NOT: dict[str, str] = {
     "checkpoint.local_dir": f"holds parts of checkpoints; {_RESUME}",
     "recovery.min_replicas": f"decides which meshes can serve; {_RESUME}",
     "audit": f"snapshots carry its marks; {_RESUME}",
+    "script": f"is what runs; {_RESUME}",
     "metrics": f"is where people already look; {_RESUME}",
 }
 """By field, or else by section: why a value is for the run's whole life."""

@@ -132,9 +132,9 @@ def _shut_down() -> None:
 
 
 def _own_frames(trace: TracebackType | None) -> TracebackType | None:
-    """From the script's first frame on."""
+    """From the script's first frame on; None where it has not come to one."""
     ours = (__file__, runpy.__file__, "<frozen runpy>")
     first = trace
     while first is not None and first.tb_frame.f_code.co_filename in ours:
         first = first.tb_next
-    return first or trace
+    return first

@@ -207,7 +207,10 @@ class Controller:
             raise PermissionError("updating a run needs its token")
         if self._hold:
             raise ValueError(f"the run holds, nothing is decided now: {self._hold}")
-        if self._updating or self._supervisor.state.update is not None or self._body is None:
+        state = self._supervisor.state
+        if state.job == "ended" or state.stopping:
+            raise ValueError("the run has ended, or has been asked to: resume it with the other job")
+        if self._updating or state.update is not None or self._body is None:
             raise ValueError("another update is under way, or the controller has just begun: try again in a moment")
         self._updating = True
         try:
@@ -222,7 +225,9 @@ class Controller:
         code = before if code is None else code
         if not changes and code == before:
             raise ValueError("nothing changes: the job has these values, and its workers this code")
-        if new.run.steps <= self._supervisor.state.step:
+        if code and new.is_script:
+            raise ValueError("a script's own code is in script.folder: stop the run, and resume it with another folder")
+        if new.total_steps <= self._supervisor.state.step:
             raise ValueError(f"run.steps = {new.run.steps}: so many are done; end the run by `shepherd stop`")
         if code != before:
             await body.prepare_code(code)
@@ -235,7 +240,7 @@ class Controller:
                 changes=changes,
                 code=code,
                 limits=new.limits,
-                total_steps=new.run.steps,
+                total_steps=new.total_steps,
                 restarts=code != before or new.worker_config != self._spec.worker_config,
                 chooses_interval=any(name in job_update.CHOOSES_INTERVAL for name in changes),
             )

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,25 +90,40 @@ def poll(controller: Any, noticed: int = 0, lease: bool = False) -> tuple[Status
     return answer
 
 
-def follow(controller: Any, token: str, on_news: Callable[[Status, list[str]], None]) -> Status:
+@dataclass
+class _Followed:
+    """A run and its controller's actor as this driver last found it."""
+
+    run: str
+    actor: Any
+
+    def find_again(self) -> None:
+        """After its head was away it is another process at another address, of which an old handle need not hear."""
+        with suppress(Exception):  # Ray is not ready yet, or it is gone: the next call tells
+            self.actor = find(self.run)
+
+
+def follow(run: str, controller: Any, token: str, on_news: Callable[[Status, list[str]], None]) -> Status:
     """Stay with the run to its end, as its driver. Ctrl-C (or SIGTERM) asks it to stop, twice ends it at once.
 
     Raises:
         ControllerLost: the controller is gone and does not come back.
     """
-    noticed, heard = 0, time.monotonic()
-    with _interrupts() as interrupts, _lease(controller):
+    noticed, heard, followed = 0, time.monotonic(), _Followed(run, controller)
+    with _interrupts() as interrupts, _lease(followed):
         asked, asked_at = 0, 0.0
         while True:
             if asked == 1 and time.monotonic() - asked_at > INTERRUPT_GRACE_S:
                 interrupts.count = 2
             try:
                 if interrupts.count > asked:
-                    stop(controller, token, by="the driver", graceful=interrupts.count == 1)
+                    stop(followed.actor, token, by="the driver", graceful=interrupts.count == 1)
                     asked, asked_at = interrupts.count, time.monotonic()
-                status, notices = poll(controller, noticed, lease=True)
+                status, notices = poll(followed.actor, noticed, lease=True)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
-                if not _head_answers():
+                if _head_answers():
+                    followed.find_again()
+                else:
                     heard = time.monotonic()  # its silence counts from when the head is back
                 if time.monotonic() - heard > GONE_AFTER_S:
                     raise ControllerLost(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
@@ -208,14 +224,14 @@ class _Interrupts:
 
 
 @contextmanager
-def _lease(controller: Any) -> Iterator[None]:
+def _lease(followed: _Followed) -> Iterator[None]:
     """Renew the lease from a thread: a terminal that stands still must not end the run."""
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(LEASE_INTERVAL_S):
             with suppress(Exception):  # the next one, or the follower, meets the same and says so
-                ray.get(controller.renew.remote(), timeout=POLL_DEADLINE_S)
+                ray.get(followed.actor.renew.remote(), timeout=POLL_DEADLINE_S)
 
     thread = threading.Thread(target=renew, name="driver-lease", daemon=True)
     thread.start()

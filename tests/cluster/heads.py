@@ -18,6 +18,8 @@ from herd import free_port, wait_for
 
 from orchestrator.localcluster import OBJECT_STORE_BYTES
 
+# The head has an address of its own, so that a command can join another node, as on another machine.
+HEAD, NODE = "127.0.0.2", "127.0.0.1"
 NODE_UP_S = 60.0
 COMMAND_S = 180.0
 # How long Ray's processes wait for a head that is away: as docs/operations.md says with Redis; else short, for a test.
@@ -45,7 +47,7 @@ class Herd:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{HEAD}:{self.port}"
 
     def _start_redis(self) -> None:
         port = free_port()
@@ -57,6 +59,7 @@ class Herd:
         # By this file `ray start` takes this machine's other raylets for the head's own, and refuses to start another.
         Path(self._temp, "ray_current_cluster").unlink(missing_ok=True)
         self._head = self._ray_start(
+            HEAD,
             "--head",
             "--num-cpus=0",
             f"--port={self.port}",
@@ -67,9 +70,9 @@ class Herd:
         )
 
     def start_node(self) -> None:
-        self._nodes.append(self._ray_start(f"--address={self.address}", "--num-cpus=2"))
+        self._nodes.append(self._ray_start(NODE, f"--address={self.address}", "--num-cpus=2"))
 
-    def _ray_start(self, *options: str) -> subprocess.Popen[bytes]:
+    def _ray_start(self, address: str, *options: str) -> subprocess.Popen[bytes]:
         """Until the node's raylet answers, or the next one on this machine may take its ports."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         log = self.folder / f"ray-start-{len(list(self.folder.glob('ray-start-*')))}.log"
@@ -79,7 +82,7 @@ class Herd:
                     Path(sys.executable).with_name("ray"),
                     "start",
                     "--block",
-                    "--node-ip-address=127.0.0.1",
+                    f"--node-ip-address={address}",
                     "--dashboard-agent-listen-port=0",
                     f"--object-store-memory={OBJECT_STORE_BYTES}",
                     *options,
@@ -123,9 +126,11 @@ class Herd:
         )
 
     @contextmanager
-    def started(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    def started(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
         """The same as a process of its own, killed at the end if it is still there; it prints where the test does."""
-        process = subprocess.Popen([sys.executable, "-P", "-m", "orchestrator", *arguments], env=self.environment)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "orchestrator", *arguments], env=self.environment | environment
+        )
         try:
             yield process
         finally:

@@ -84,7 +84,7 @@ def train(
         assert time.monotonic() < deadline, f"the run does not end: {status.job} at step {status.step}: {told}"
         on_status(status)
 
-    status = driver.follow(controller, token, news)
+    status = driver.follow(spec.run.name, controller, token, news)
     await_gone(spec.run.name)
     return status, told
 

@@ -4,6 +4,8 @@ When a worker's process imports trainer.loop, its `train_step` first runs the fi
 SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
 imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. The node whose
 raylet's process id stands in a file `wrong-node` there computes wrong products when it is checked.
+
+A command joins the Ray node with the address that SHEPHERD_TEST_NODE names; by itself Ray takes this machine's head.
 """
 
 import importlib.abc
@@ -58,6 +60,13 @@ class _Patch(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _join_the_node(module):
+    init = module.init
+    module.init = lambda *args, **kwargs: init(*args, _node_ip_address=os.environ["SHEPHERD_TEST_NODE"], **kwargs)
+
+
+if "SHEPHERD_TEST_NODE" in os.environ:
+    sys.meta_path.insert(0, _Patch("ray", _join_the_node))
 if "SHEPHERD_TEST_FAULTS" in os.environ:
     sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
     sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))

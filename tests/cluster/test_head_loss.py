@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Cluster
-from heads import Herd, herd_of
+from heads import NODE, Herd, herd_of
 from herd import final_digest, free_port, job, spec_file, spec_of, train, wait_for
 
 from orchestrator.core import events as ev
@@ -136,7 +136,8 @@ def test_a_driver_waits_for_a_head_that_comes_back(
     herd, document = with_redis, document_of("followed", tmp_path)
     del document["recovery"]["driver_lease_s"]  # as users have it
     spec, gate = spec_of(document), Gate(cluster, "followed", until_step=5)
-    with herd.started("train", str(spec_file(document, tmp_path / "followed.toml"))) as follower:
+    file = spec_file(document, tmp_path / "followed.toml")
+    with herd.started("train", str(file), SHEPHERD_TEST_NODE=NODE) as follower:
         wait_for(lambda: newest_in_memory(spec) >= 5, 120, "step 5")
         herd.kill_head()
         began = time.monotonic()

@@ -106,7 +106,7 @@ def refuse_what_cannot_be(spec: JobSpec) -> None:
 
 @pytest.mark.long
 def test_another_learning_rate_is_in_force_and_a_resume_must_have_it(cluster: Cluster, tmp_path: Path) -> None:
-    document: dict[str, Any] = job("faster", tmp_path, run=RUN)
+    document: dict[str, Any] = job("faster", tmp_path, run={"steps": 400, "validation_interval_steps": 400})
     spec = spec_of(document)
     slow = cluster.faults / "faster.py"
     slow.write_text("import time; time.sleep(0.3)")

@@ -167,7 +167,7 @@ def plan_of(generation: int, step: int, **fields: Any) -> NodeAssignment:
 def opened(on: Agent, generation: int, step: int, copied_step: int) -> int:
     """Open a generation; what it is told of copies."""
     told: list[NodeAssignment] = []
-    on._workers = SimpleNamespace(assign=told.append)
+    on._workers = SimpleNamespace(assign=told.append, code="")
     asyncio.run(on.open(1, plan_of(generation, step, copied_step=copied_step, keeper="b:1")))
     return told[0].copied_step
 
@@ -232,7 +232,7 @@ def test_snapshots_of_other_slots_go_once_all_ranks_have_one_of_this_mesh(
             drops.append((own, but, at))
 
         on._buddies = SimpleNamespace(end=nothing, drop_others=drop_others)
-        on._workers = SimpleNamespace(assign=lambda plan: None)
+        on._workers = SimpleNamespace(assign=lambda plan: None, code="")
         on._sending = set()
         await on.open(1, plan_of(2, step=11, keeper=keeper, snapshot_slots={0: range(1, 3)}))
         for at in (12, 13, 14):

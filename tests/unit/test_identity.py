@@ -20,7 +20,7 @@ FREE = {
     "model": {"preset"},
     "data": {"corpus", "validation_batches", "cache_dir"},
 }
-FREE_SECTIONS = {"parallel", "checkpoint", "recovery", "audit", "cluster", "metrics"}
+FREE_SECTIONS = {"parallel", "script", "checkpoint", "recovery", "audit", "cluster", "metrics"}
 
 
 def spec(tmp_path: Path, **sections: dict[str, Any]) -> JobSpec:

@@ -20,7 +20,19 @@ from trainer.contract import ModelConfig, WorkerConfig, build, encode
 
 PRESETS = sorted(path.stem for path in specs.PRESETS.glob("*.toml"))
 assert len(PRESETS) >= 12
-SECTIONS = ("run", "model", "data", "parallel", "optimizer", "checkpoint", "recovery", "audit", "cluster", "metrics")
+SECTIONS = (
+    "run",
+    "model",
+    "data",
+    "parallel",
+    "optimizer",
+    "checkpoint",
+    "recovery",
+    "audit",
+    "script",
+    "cluster",
+    "metrics",
+)
 
 
 def document(**sections: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,19 @@ from orchestrator import spec as specs
 from orchestrator.spec import SpecError, parse
 
 PRESETS = sorted(path.stem for path in specs.PRESETS.glob("*.toml"))
-SECTIONS = ("run", "model", "data", "parallel", "optimizer", "checkpoint", "recovery", "audit", "cluster", "metrics")
+SECTIONS = (
+    "run",
+    "model",
+    "data",
+    "parallel",
+    "optimizer",
+    "checkpoint",
+    "recovery",
+    "audit",
+    "script",
+    "cluster",
+    "metrics",
+)
 
 
 def document(**sections: dict[str, Any]) -> dict[str, Any]:
