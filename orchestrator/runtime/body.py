@@ -43,19 +43,16 @@ from orchestrator.core.state import State
 from orchestrator.runtime import links, nodes
 from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
+from orchestrator.runtime.checkpoints import PUBLISH_DEADLINE_S, CheckpointOrders
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
-from orchestrator.runtime.journal import JournalError, check_not_replaced
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
-from orchestrator.runtime.reading import Reading
 from orchestrator.runtime.reporting import NodeGone
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report, stack_name
 from orchestrator.spec import JobSpec
-from storage import pins, statements, wires
-from storage.commits import CommitConflict, create_commit, delete_checkpoint, prune, read_commit
-from storage.manifest import Commit, ManifestError, RankPart, commit_name, writers_epoch
+from storage import wires
+from storage.manifest import ManifestError, commit_name
 from storage.redact import redacted
-from storage.statements import Statement
 from storage.urls import write_exclusive
 from trainer import contract
 
@@ -70,17 +67,6 @@ CODE_DEADLINE_S = ZYGOTE_DEADLINE_S + ORDER_DEADLINE_S
 LEAVE_DEADLINE_S = 5.0
 """For an agent that is let go to end its workers and to give its memory back; most that are let go are dead."""
 STORE_PORT_DEADLINE_S = 30.0
-COMMIT_DEADLINE_S = 60.0
-COMMIT_RETRIES_S = (1.0, 5.0, 15.0)
-"""Waits between tries of one commit. Its order was journaled under the same run.url a moment before, so a store that
-fails now is likely to be back; beyond that, the next save serves."""
-DELETE_DEADLINE_S = 600.0
-"""For the files of one old checkpoint; a store deletes some thousand objects a minute."""
-VERIFY_DEADLINE_S = 7 * 24 * 3600.0
-"""For a node to read a checkpoint back. The supervisor's own patience, which goes by the checkpoint's size, is over
-long before; this one ends what nobody waits for any more."""
-PUBLISH_DEADLINE_S = 60.0
-"""For one statement on a checkpoint; a record of a kilobyte."""
 START_TRIES = 3
 """Agents that may fail on one Ray node before that node is left alone."""
 REST_S = 30.0
@@ -97,8 +83,6 @@ TRACEBACKS_OF_ONE = 4
 """Of one generation; a program's fault raises on every rank."""
 STACK_DEADLINE_S = 10.0
 """For an agent to tell the stacks that it has read, three seconds after it began to at the latest."""
-PARTS_DEADLINE_S = 30.0
-"""For agents to tell a controller that came back which parts of a checkpoint they have written."""
 CUT_OFF_S = 60.0
 """How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
 controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
@@ -187,13 +171,16 @@ class Body:
         self._rests_until: dict[str, float] = {}
         """Ray nodes that have just been lost, and when they may be tried again."""
         self._save_every_steps = spec.checkpoint.interval_steps
-        self._retired: dict[int, None] = {}
-        """Steps of checkpoints that are to be deleted, and are not yet."""
-        self._unsaid: dict[tuple[int, int], Statement] = {}
-        """By step and generation: what is to be said of checkpoints under run.url, and is not yet."""
-        self._put_off: set[tuple[int, int]] = set()
-        """Those of them that have been tried since the last was added."""
-        self._saying: asyncio.Task[Any] | None = None
+        self._checkpoints = CheckpointOrders(
+            spec.run.name,
+            spec.run.url,
+            epoch,
+            lambda: (self.fold, self._layout, self._data_digest),
+            self._agent,
+            self._spawn,
+            post,
+            notice,
+        )
         self._layout = spec.layout
         """Of the generation that was opened last."""
         self._filled: dict[int, tuple[str, ...]] = {}
@@ -341,13 +328,13 @@ class Body:
                     order = (self._epoch, action.generation, action.steps)
                     self._spawn(self._order(self.fold.nodes[0], "save_every", *order))
             case CommitCheckpoint():
-                self._spawn(self._commit(action))
+                self._spawn(self._checkpoints.commit(action))
             case DeleteCheckpoint():
-                self._spawn(self._delete(action.step))
+                self._spawn(self._checkpoints.delete(action.step))
             case VerifyCheckpoint():
-                self._spawn(self._verify(action))
+                self._spawn(self._checkpoints.verify(action))
             case PublishTrust():
-                self._publish(action)
+                self._checkpoints.publish(action)
             case InjectFault():
                 self._spawn(self._inject(action))
             case ReleaseNode():
@@ -555,58 +542,6 @@ class Body:
                 logger.warning("%s did not take %s: %r", node, method, e)
             return
 
-    async def _commit(self, action: CommitCheckpoint) -> None:
-        """The checkpoint exists when its record does; only the newest controller may make it."""
-        step, generation = action.step, action.generation
-        try:
-            fold, parts = await self._parts(action)
-            p = self._layout
-            rank_parts = tuple(RankPart(**parts[rank]) for rank in sorted(parts))
-            commit = Commit(
-                run=self._spec.run.name,
-                step=step,
-                epoch=writers_epoch(rank_parts),
-                generation=generation,
-                mesh={"pp": p.pp, "dp_replicate": p.dp_replicate, "dp_shard": p.dp_shard, "tp": p.tp},
-                parts=rank_parts,
-                versions=fold.versions | {"data": self._data_digest},
-            )
-            generation = await self._create(commit, action.replaces_damaged)
-        except Exception as e:
-            self._notice(f"checkpoint of step {step} was not committed: {e or repr(e)}")
-            self._post(ev.CheckpointFailed(at=0, step=step, error=f"{type(e).__name__}: {e}"))
-            return
-        self._post(ev.CheckpointCommitted(at=0, step=step, epoch=action.epoch, generation=generation))
-
-    async def _create(self, commit: Commit, replaces_damaged: bool) -> int:
-        """The generation of the record that stands then. Idempotent, so it is tried again while the store fails."""
-        for wait_s in (*COMMIT_RETRIES_S, None):
-            work = asyncio.to_thread(_create, self._spec.run.url, commit, self._epoch, replaces_damaged)
-            try:
-                return await asyncio.wait_for(work, COMMIT_DEADLINE_S)
-            except (JournalError, TimeoutError):  # a thread that hangs may still come to it: not two at once
-                raise
-            except Exception as e:
-                if wait_s is None:
-                    raise
-                logger.warning("checkpoint of step %d is not committed yet: %r", commit.step, e)
-                await asyncio.sleep(wait_s)
-        raise AssertionError("unreachable")
-
-    async def _parts(self, action: CommitCheckpoint) -> tuple[MeshFold, dict[int, dict[str, Any]]]:
-        """Every rank's part; after a controller's restart the agents tell them again, a moment later."""
-        deadline = time.monotonic() + PARTS_DEADLINE_S
-        while True:
-            fold = self.fold
-            if fold is None or fold.generation != action.generation:
-                raise RuntimeError("its generation is over, and this controller came after its parts were told")
-            parts = fold.parts.get(action.step, {})
-            if len(parts) == fold.ranks:
-                return fold, dict(parts)
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"only {len(parts)} of its parts were told")
-            await asyncio.sleep(0.2)
-
     async def _inject(self, action: InjectFault) -> None:
         """The harm is done where it belongs; what was done comes back as FaultInjected."""
         try:
@@ -621,75 +556,6 @@ class Body:
     def _opened(self) -> int:
         """The newest generation that was ordered; 0 before the first."""
         return self.fold.generation if self.fold is not None else 0
-
-    async def _delete(self, step: int) -> None:
-        """One that cannot be deleted costs space, no more; the next order and the next controller try it again."""
-        self._retired[step] = None
-        steps = tuple(self._retired)
-        for key in [key for key in self._unsaid if key[0] in steps]:
-            del self._unsaid[key]
-        try:
-            work = asyncio.to_thread(_delete_all, self._spec.run.url, steps)
-            pinned = await asyncio.wait_for(work, DELETE_DEADLINE_S)
-        except Exception as e:
-            logger.warning("checkpoints of steps %s were not all deleted: %r", steps, e)
-            return
-        for step in steps:
-            self._retired.pop(step, None)
-        if not pinned.isdisjoint(steps):
-            self._post(ev.CheckpointsPinned(at=0, steps=tuple(sorted(pinned))))
-
-    async def _verify(self, action: VerifyCheckpoint) -> None:
-        """Have a node read a checkpoint back. A node that dies over it is told of by its line."""
-        try:
-            reading = await call(self._agent(action.node).actor.verify.remote(self._epoch, action), VERIFY_DEADLINE_S)
-        except Exception as e:
-            logger.warning("%s does not read the checkpoint of step %d: %r", action.node, action.step, e)
-            reading = Reading(unread=type(e).__name__)
-        self._post(
-            ev.CheckpointVerified(
-                at=0,
-                number=action.number,
-                step=action.step,
-                generation=action.generation,
-                node=action.node,
-                bytes=reading.bytes,
-                read_us=reading.read_us,
-                problems=reading.problems,
-                unread=reading.unread,
-            )
-        )
-
-    def _publish(self, action: PublishTrust) -> None:
-        self._unsaid[action.step, action.generation] = Statement(
-            step=action.step,
-            generation=action.generation,
-            epoch=action.epoch,
-            trust=action.trust,
-            at_unix_s=int(time.time()),
-            by=action.by,
-            detail=action.detail,
-            certificate=action.certificate,
-        )
-        self._put_off.clear()
-        if self._saying is None or self._saying.done():
-            self._saying = self._spawn(self._say())
-
-    async def _say(self) -> None:
-        """What cannot be written now is with the next, and keeps nothing else from being written."""
-        while left := [key for key in self._unsaid if key not in self._put_off]:
-            key, statement = left[0], self._unsaid[left[0]]
-            self._put_off.add(key)
-            try:
-                work = asyncio.to_thread(statements.write, self._spec.run.url, statement)
-                await asyncio.wait_for(work, PUBLISH_DEADLINE_S)
-            except Exception as e:
-                logger.warning("%s is not published yet: %r", statement.name, e)
-                if isinstance(e, TimeoutError):  # the store stands still, and so would a thread for each
-                    return
-                continue
-            if self._unsaid.get(key) is statement:
-                del self._unsaid[key]
 
     async def _look_for_cuts(self) -> None:
         """Have the nodes try to reach each other; who is cut off is lost, though it can talk to the controller."""
@@ -977,39 +843,3 @@ class Body:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a task of the controller failed", exc_info=task.exception())
-
-
-def _create(url: str, commit: Commit, epoch: int, replaces_damaged: bool) -> int:
-    """Create the record of `commit`; returns the generation of the record that stands then. Blocks."""
-    check_not_replaced(url, epoch)
-    if replaces_damaged:
-        _remove_damaged(url, commit.step, commit.generation)
-    try:
-        create_commit(url, commit)
-    except CommitConflict:
-        # The step was committed before, by a generation whose answer was lost: that one stands.
-        return read_commit(url, commit.step).generation
-    return commit.generation
-
-
-def _delete_all(url: str, steps: Sequence[int]) -> set[int]:
-    """Delete checkpoints that are not pinned, and what saves up to their steps have left: those under way are of later
-    steps. The steps that are pinned. Blocks."""
-    pinned = pins.pinned(url)
-    for step in steps:
-        if step not in pinned:
-            delete_checkpoint(url, step)
-    prune(url, max(steps))
-    return pinned
-
-
-def _remove_damaged(url: str, step: int, generation: int) -> None:
-    """Make room for the checkpoint of `step` by `generation`: remove an older generation's, which was found damaged."""
-    try:
-        if read_commit(url, step).generation == generation:
-            return  # this order came before
-    except FileNotFoundError:
-        return
-    except ManifestError as e:
-        logger.warning("the damaged record of step %d is removed: %s", step, e)
-    delete_checkpoint(url, step)

@@ -20,7 +20,7 @@ import pytest
 from states import checkpointer, commit_of, in_clean_process, refuses, save, served, state_of, write
 from traced import Traced, trace
 
-from orchestrator.runtime.body import _create as commit_as_the_controller
+from orchestrator.runtime.checkpoints import _create as commit_as_the_controller
 from storage.commits import create_commit, delete_checkpoint, list_commits, prune, read_commit
 from storage.manifest import COMMIT_DIR, DATA_DIR, Commit, RankPart, generation_dir
 from storage.urls import list_folders, write_exclusive

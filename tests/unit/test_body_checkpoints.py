@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.core import events as ev
 from orchestrator.core.actions import CommitCheckpoint, DeleteCheckpoint
-from orchestrator.runtime import body as bodies
+from orchestrator.runtime import checkpoints as orders
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.journal import JournalError
 from orchestrator.runtime.reports import MeshFold
@@ -65,7 +65,7 @@ async def settled(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(("failures", "commits"), [(0, True), (3, True), (4, False)])
 def test_a_commit_is_tried_again_within_bounds(tmp_path, monkeypatch, failures, commits):
     url, events, tries = str(tmp_path), [], []
-    monkeypatch.setattr(bodies, "COMMIT_RETRIES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(orders, "COMMIT_RETRIES_S", (0.0, 0.0, 0.0))
 
     def flaky(url: str, commit: Commit) -> bool:
         tries.append(commit.step)
@@ -73,7 +73,7 @@ def test_a_commit_is_tried_again_within_bounds(tmp_path, monkeypatch, failures, 
             raise StoreError("503 slow down")
         return create_commit(url, commit)
 
-    monkeypatch.setattr(bodies, "create_commit", flaky)
+    monkeypatch.setattr(orders, "create_commit", flaky)
 
     async def work() -> None:
         body = body_of(url, events)
@@ -101,7 +101,7 @@ def test_who_has_been_replaced_commits_nothing_and_does_not_insist(tmp_path, mon
         asked.append(epoch)
         raise JournalError("epoch 2 has taken over")
 
-    monkeypatch.setattr(bodies, "check_not_replaced", replaced)
+    monkeypatch.setattr(orders, "check_not_replaced", replaced)
 
     async def work() -> None:
         body = body_of(url, events)
@@ -120,9 +120,9 @@ def test_what_could_not_be_deleted_is_deleted_with_the_next(tmp_path: Path, monk
     for step in (1, 2, 3, 4):
         part = write(url, step)
         if step != 2:  # an attempt that was cut off
-            parts = (bodies.RankPart(**part),)
+            parts = (orders.RankPart(**part),)
             create_commit(url, Commit(run="r", step=step, epoch=1, generation=1, mesh={}, parts=parts, versions={}))
-    delete = bodies.delete_checkpoint
+    delete = orders.delete_checkpoint
 
     def flaky(url: str, step: int) -> None:
         asked.append(step)
@@ -130,7 +130,7 @@ def test_what_could_not_be_deleted_is_deleted_with_the_next(tmp_path: Path, monk
             raise OSError(30, "Read-only file system")
         delete(url, step)
 
-    monkeypatch.setattr(bodies, "delete_checkpoint", flaky)
+    monkeypatch.setattr(orders, "delete_checkpoint", flaky)
 
     async def work() -> None:
         body = body_of(url, [])
