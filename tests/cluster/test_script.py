@@ -187,7 +187,8 @@ def test_the_command_ends_as_the_script_does(cluster: Cluster, tmp_path: Path) -
             out, _ = process.communicate(timeout=120)
         assert process.returncode == 93, out
         assert said in out
-    with command("run", "--", "python", "nowhere.py", RAY_ADDRESS=cluster.ray.address) as process:
+    nowhere = ("--set", f"run.url={tmp_path / 'nowhere'}", "--", "python", "nowhere.py")
+    with command("run", *nowhere, RAY_ADDRESS=cluster.ray.address) as process:
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "nowhere.py is not there" in out
 
