@@ -20,6 +20,7 @@ from s3_server import s3_bucket
 from spoilt import spoilt
 from states import blank, checkpointer, commit_of, same, save, served, state_of, write
 
+from storage import s3
 from storage.commits import create_commit, delete_checkpoint, prune, read_commit
 from storage.durable import load
 from storage.manifest import DATA_DIR, Commit, RankPart
@@ -91,8 +92,15 @@ def check_restore(url: str, _: Any, told: Any) -> None:
     assert served(url) == [OLD]
 
 
+def save_in_parts(url: str, _: Any) -> RankPart:
+    """As what is larger than one request is saved: a multipart upload, here of three parts, and the index."""
+    s3.PART_BYTES = 1 << 16  # in the client's process
+    return checkpointer(url, generation=2).save(state_of(NEW))
+
+
 ACTS = {
     "save": Act(lambda url: None, lambda url, _: checkpointer(url, generation=2).save(state_of(NEW)), check_save),
+    "save in parts": Act(lambda url: None, save_in_parts, check_save),
     "commit": Act(lambda url: write(url, NEW), lambda url, commit: create_commit(url, commit), check_commit),
     "deletion": Act(lambda url: save(url, NEW), delete, check_deletion),
     "restore": Act(lambda url: None, restore, check_restore),
@@ -108,7 +116,8 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    with s3_bucket() as bucket:
+    with s3_bucket() as bucket, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)  # AWS and moto want 5 MiB
         server = urlsplit(os.environ["AWS_ENDPOINT_URL"])
         with s3_proxy((server.hostname, server.port)) as proxy:
             yield Bench(bucket, proxy)
@@ -181,7 +190,9 @@ def sweep(bench: Bench, name: str, fault: str, forever: bool, tally: Callable[..
 
 
 @pytest.mark.parametrize("fault", ["kill before", "kill after"])
-@pytest.mark.parametrize("name", ["save", "commit", pytest.param("deletion", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["save", "commit", *(pytest.param(name, marks=pytest.mark.long) for name in ("save in parts", "deletion"))]
+)
 def test_a_kill_at_every_request(bench, name, fault, tally):
     sweep(bench, name, fault, False, tally)
 
