@@ -30,7 +30,7 @@ demo: setup
 test: setup
 	@mkdir -p out
 	@nice -n 19 $(BIN)/python -m pytest tests/unit tests/storage > out/unit-tests.log 2>&1 & unit=$$!; \
-	$(BIN)/python -m pytest tests/chaos tests/cluster; with_ray=$$?; \
+	$(BIN)/python -m pytest --durations 12 tests/chaos tests/cluster; with_ray=$$?; \
 	echo "the tests without a Ray cluster, which have run beside them:"; \
 	wait $$unit; unit=$$?; cat out/unit-tests.log; exit $$((with_ray || unit))
 
