@@ -186,6 +186,10 @@ def save(plan: Plan) -> list[Section]:
         in_turns(section, plan.rounds, {"ours": ours, **others, **loops})
     section.judge("rate / O_DIRECT writes", section.best(list(loops)), "ours", at_least=0.85)
     section.judge("rate / DCP's", section.best(list(others)), "ours", at_least=1.5)
+    section.judge("rate / DCP's by its defaults, 1 thread", "DCP, 1 threads", "ours")
+    section.judge(
+        "O_DIRECT writes / DCP's: the most that is to be had", section.best(list(others)), section.best([*loops])
+    )
     return [section]
 
 
@@ -221,9 +225,15 @@ def load(plan: Plan) -> list[Section]:
         }
         for name in files:
             os.link(name, plan.folder / f"raw-{files.index(name)}")
-        loops = raw_disk(group, "raw_io.read", path=str(plan.folder / "raw-{rank}"))
-        in_turns(section, plan.rounds, {name: cold(work) for name, work in {**contestants, **loops}.items()})
+        path = str(plan.folder / "raw-{rank}")
+        loops = raw_disk(group, "raw_io.read", path=path)
+        checked_loops = {
+            f"{name}, checked": work for name, work in raw_disk(group, "raw_io.read_checked", path=path).items()
+        }
+        everybody = {**contestants, **loops, **checked_loops}
+        in_turns(section, plan.rounds, {name: cold(work) for name, work in everybody.items()})
     section.judge("rate / O_DIRECT reads", section.best(list(loops)), "ours", at_least=0.85)
+    section.judge("rate / the same, digested and copied", section.best(list(checked_loops)), "ours")
     section.judge("rate / DCP's", "DCP", "ours", at_least=1.5)
     return [section]
 

@@ -62,12 +62,12 @@ class PlanReader(StorageReader):
     After DCP's load, `wants` is what this rank needs, `targets` each item's view of a tensor, `orders` its share.
     """
 
-    def __init__(self, places: Sequence[Place], reach: Mapping[int, Distance | None]) -> None:
-        """`reach` of this rank: see `plan_reads`."""
+    def __init__(self, places: Sequence[Place], reach: Mapping[int, Distance | None], longest: int) -> None:
+        """`reach` of this rank and `longest`: see `plan_reads`."""
         self.wants: list[Want] = []
         self.targets: dict[int, torch.Tensor] = {}
         self.orders = Orders((), ())
-        self._places, self._reach = places, reach
+        self._places, self._reach, self._longest = places, reach, longest
         self._numbers = {
             MetadataIndex(place.chunk.fqn, torch.Size(place.chunk.offsets)): number
             for number, place in enumerate(places)
@@ -95,7 +95,7 @@ class PlanReader(StorageReader):
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         wants = [[want for want, _ in self._wanted(plan)] for plan in plans]
-        orders = plan_reads(self._places, wants, [plan.storage_data for plan in plans])
+        orders = plan_reads(self._places, wants, [plan.storage_data for plan in plans], self._longest)
         return [dataclasses.replace(plan, storage_data=own) for plan, own in zip(plans, orders, strict=True)]
 
     @classmethod

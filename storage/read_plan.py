@@ -19,7 +19,9 @@ from storage.index import ALIGN_BYTES, ITEM_BYTES, Chunk
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
-SEGMENT_BLOCKS = READ_BLOCKS
+# A request to a store far away costs as much as megabytes. What a disk gives in pieces of 4 MiB is still in the
+# processor's cache when it is digested and copied, and each piece has a buffer whose memory is new to the process.
+FAR_BLOCKS, NEAR_BLOCKS = READ_BLOCKS, 4
 # What a rank sends, and what it receives, in one round of the exchange: bounds the memory for packing.
 ROUND_BYTES = 64 * 1024 * 1024
 
@@ -152,7 +154,10 @@ def wants_of(by_chunk: Mapping[int, Sequence[Want]], segment: Segment) -> tuple[
 
 
 def plan_reads(
-    places: Sequence[Place], wants: Sequence[Sequence[Want]], reach: Sequence[Mapping[int, Distance | None]]
+    places: Sequence[Place],
+    wants: Sequence[Sequence[Want]],
+    reach: Sequence[Mapping[int, Distance | None]],
+    longest: int = FAR_BLOCKS,
 ) -> list[Orders]:
     """Each rank's orders. The same for the same arguments.
 
@@ -160,6 +165,7 @@ def plan_reads(
         places: all chunks of the checkpoint.
         wants: of each rank.
         reach: for each rank, how far its nearest copy of a chunk is (None: it has none), where it is not the store.
+        longest: blocks in a segment at most.
     """
     reads: list[list[Segment]] = [[] for _ in wants]
     load = [0] * len(wants)
@@ -167,7 +173,7 @@ def plan_reads(
     wanted = [wants_by_chunk(own) for own in wants]
     kinds = _kinds(wanted)
     # Those that fewest ranks want leave least choice.
-    segments = _segments(places, _wanters(places, wanted, kinds), reach)
+    segments = _segments(places, _wanters(places, wanted, kinds), reach, longest)
     for segment, wanters, told in sorted(segments, key=lambda entry: len(entry[1])):
         readers = [rank for rank in wanters if told.get(rank) in (Distance.MEMORY, Distance.DISK)]
         far = [rank for rank in wanters if told.get(rank) not in (Distance.MEMORY, Distance.DISK)]
@@ -209,6 +215,7 @@ def _segments(
     places: Sequence[Place],
     wanters: Mapping[int, Sequence[tuple[int, ...]]],
     reach: Sequence[Mapping[int, Distance | None]],
+    longest: int,
 ) -> list[tuple[Segment, tuple[int, ...], dict[int, Distance | None]]]:
     """All that is wanted, cut into segments: with the ranks that want each, and what was told of its reach by rank."""
     told: dict[int, dict[int, Distance | None]] = defaultdict(dict)
@@ -220,11 +227,11 @@ def _segments(
     start = end = 0
     for number in sorted(wanters, key=lambda n: (places[n].part, places[n].chunk.file_offset)):
         place = places[number]
-        for first, last, ranks in _runs(wanters[number]):
+        for first, last, ranks in _runs(wanters[number], longest):
             begin, stop = (place.chunk.file_offset + n for n in span_bytes(place, Span(number, first, last, 0)))
             this = (place.part, ranks, told.get(number, {}), place.block_bytes)
             beside = groups and this == kind and 0 <= begin - end < ALIGN_BYTES
-            if not beside or stop - start > SEGMENT_BLOCKS * place.block_bytes:
+            if not beside or stop - start > longest * place.block_bytes:
                 kind, start = this, begin
                 groups.append(([], ranks, told.get(number, {})))
             groups[-1][0].append(Span(number, first, last, begin - start))
@@ -299,11 +306,11 @@ def _extents(
         yield from _extents(place, sizes[1:], offsets[1:], lengths[1:], base + row * strides[0])
 
 
-def _runs(blocks: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Runs [begin, end) of wanted blocks with one set of ranks, none longer than a segment."""
+def _runs(blocks: Sequence[tuple[int, ...]], longest: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Runs [begin, end) of wanted blocks with one set of ranks, none longer than a segment may be."""
     begin = 0
     for end in range(1, len(blocks) + 1):
-        if end == len(blocks) or blocks[end] != blocks[begin] or end - begin == SEGMENT_BLOCKS:
+        if end == len(blocks) or blocks[end] != blocks[begin] or end - begin == longest:
             if blocks[begin]:
                 yield begin, end, blocks[begin]
             begin = end

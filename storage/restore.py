@@ -27,6 +27,8 @@ from storage.index import ITEM_BYTES, Chunk, ChunkKey, Index, check_tensors
 from storage.manifest import ManifestError
 from storage.ranks import agree, dcp_errors, gathered, rank_of, size_of
 from storage.read_plan import (
+    FAR_BLOCKS,
+    NEAR_BLOCKS,
     Box,
     Place,
     Segment,
@@ -43,9 +45,8 @@ from storage.state import RANK_PREFIX, TrainState, copy_tensor, named_tensors, s
 from storage.threads import in_threads
 from storage.urls import portable_errors
 
-# Segments read at once: while some are checked, others are on their way. Requests that wait for the network may be
-# more; a disk has enough to do with a few, and each has a buffer whose memory is new to the process.
-READ_THREADS = 8
+# Segments read at once: while some are checked, others are on their way. Requests that wait for the network are more.
+FAR_THREADS, NEAR_THREADS = 8, 3
 
 Held = Sequence[tuple[Copy, Chunk]]
 """A chunk's copies within this rank's reach, the nearest first."""
@@ -86,12 +87,14 @@ def load_copies(
     indices = _agreed_indices(parts, group)
     places = _places(indices, "" if same_world else RANK_PREFIX)
     held = _held(parts, places)
-    reader = PlanReader(places, _reach(held))
+    far = any(_over_network(copies[0][0]) for copies in held if copies)
+    # The first rank's view counts for all.
+    reader = PlanReader(places, _reach(held), FAR_BLOCKS if far else NEAR_BLOCKS)
     with dcp_errors():
         named = named_tensors(state, rank_of(group) if same_world else None)
         dcp_load(dict(named), storage_reader=reader, planner=LoadPlanner(), process_group=group)
     # DCP's plan is every rank's; from here on, an error on one is met by all at the next agreement.
-    load = _Load(places, held, reader, group)
+    load = _Load(places, held, reader, FAR_THREADS if far else NEAR_THREADS, group)
     try:
         error: Exception | None = None
         try:
@@ -199,9 +202,15 @@ class _Load:
     """One rank's share of a load: what it reads and receives, and where that belongs."""
 
     def __init__(
-        self, places: Sequence[Place], held: Sequence[Held], reader: PlanReader, group: dist.ProcessGroup | None
+        self,
+        places: Sequence[Place],
+        held: Sequence[Held],
+        reader: PlanReader,
+        threads: int,
+        group: dist.ProcessGroup | None,
     ) -> None:
         self.bad: list[BadBlock] = []
+        self._threads = threads
         self._places, self._held, self._group = places, held, group
         self._orders, self._targets = reader.orders, reader.targets
         self._wants = wants_by_chunk(reader.wants)
@@ -230,8 +239,7 @@ class _Load:
                 self._fill_read(segment, memory)
             return bad
 
-        waits = any(_over_network(self._held[segment.spans[0].chunk][0][0]) for segment in self._orders.reads)
-        for bad in in_threads(work, self._orders.reads, READ_THREADS if waits else direct.THREADS):
+        for bad in in_threads(work, self._orders.reads, self._threads):
             self.bad += bad
 
     def _read_segment(self, segment: Segment, memory: memoryview) -> list[BadBlock]:
@@ -289,7 +297,7 @@ class _Load:
             for work in works:
                 assert work is not None, "a rank outside of the group"
                 work.wait()
-            in_threads(lambda entry: self._fill_received(*entry), arrived, READ_THREADS)
+            in_threads(lambda entry: self._fill_received(*entry), arrived, self._threads)
 
     def _packed(self, transfers: Sequence[Transfer]) -> torch.Tensor:
         message = direct.memory(sum(transfer.n_bytes for transfer in transfers))

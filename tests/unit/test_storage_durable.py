@@ -21,7 +21,8 @@ from storage.durable import CheckpointFailed, load, write_part
 from storage.index import BLOCK_BYTES, Index
 from storage.manifest import Commit, ManifestError, RankPart, StateMismatch, commit_name, generation_dir, writers_epoch
 from storage.ram import HEADER_BYTES, copies_of
-from storage.read_plan import SEGMENT_BLOCKS
+from storage.read_plan import NEAR_BLOCKS
+from storage.restore import NEAR_THREADS
 from storage.snapshots import RamTier
 from storage.state import TrainState
 from trainer.contract import Restore
@@ -354,11 +355,12 @@ def test_a_load_takes_no_more_memory_for_a_larger_state(tmp_path, monkeypatch):
     commit, taken = save(str(tmp_path), state), list[int]()
     actual = direct.memory
     monkeypatch.setattr(direct, "memory", lambda n_bytes: (taken.append(n_bytes), actual(n_bytes))[1])
-    monkeypatch.setattr(direct, "THREADS", 2)
     restored = blank(state)
     load(str(tmp_path), commit, restored)
     assert same(restored, state)
-    assert sum(taken) <= 2 * SEGMENT_BLOCKS * BLOCK_BYTES < sum(tensor.nbytes for tensor in state.tensors.values())
+    assert (
+        sum(taken) <= NEAR_THREADS * NEAR_BLOCKS * BLOCK_BYTES < sum(tensor.nbytes for tensor in state.tensors.values())
+    )
 
 
 @pytest.mark.parametrize(
