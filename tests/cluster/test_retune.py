@@ -14,7 +14,7 @@ from orchestrator.observe.status import Status
 from orchestrator.runtime import journal
 from storage.commits import list_commits
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 STEPS = 48
 FIRST = 1
 """Shorter than a save takes, so that it is retuned as soon as one is measured."""

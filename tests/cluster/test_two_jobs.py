@@ -28,7 +28,7 @@ from orchestrator.runtime import driver
 from orchestrator.runtime.controller import namespace_of
 from orchestrator.spec import JobSpec
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 def one_node(name: str, folder: Path, seed: int, steps: int) -> JobSpec:
