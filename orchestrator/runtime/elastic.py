@@ -168,8 +168,14 @@ class NodeWorkers:
         return {worker.rank: worker.pid for worker in sorted(self._assigned(), key=lambda w: w.generation)}
 
     def signal(self, rank: int, signum: int) -> int:
-        """Send a signal to the worker of this rank; its process id. Raises LookupError when it has no live one."""
+        """Send a signal to the worker of this rank; its process id.
+
+        Raises:
+            LookupError: it has no live one, or one that is parked: whose death would be nobody's.
+        """
         worker = self._worker(rank)
+        if worker.parked:
+            raise LookupError(f"rank {rank} has not got its assignment yet")
         worker.signal(signum)
         return worker.pid
 

@@ -300,6 +300,8 @@ def test_a_parked_worker_that_dies_is_replaced_in_silence_and_one_too_many_is_en
     node.begin(1, "wait")
     first = node.pids()
     assert node.workers.halt(20, park_s=10)
+    with pytest.raises(LookupError, match="rank 1 has not got its assignment yet"):
+        node.workers.signal(1, signal.SIGKILL)
     os.kill(first[1], signal.SIGKILL)
     assert gone([first[1]], WAIT_S)
     node.begin(2, "wait")
