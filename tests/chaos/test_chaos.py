@@ -147,6 +147,7 @@ def _read(path: Path) -> bytes:
 # --- scorecards ---
 
 
+@pytest.mark.long
 def test_a_second_death_while_the_first_is_recovered_from(on: Rig, calm: Result) -> None:
     first, second = play(on, "recovery-kill", CARDS["recovery-kill"], {f"{CALM_STEPS} steps": calm.digest})
     assert first.passed and second.passed, (first, second)
