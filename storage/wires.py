@@ -30,8 +30,6 @@ MAX_WIRE_FRAME_BYTES = 16 * 1024 * 1024
 # A process that has stood still finds its deadline over and what came meanwhile unread: it has so long to read it.
 UNREAD_S = 0.5
 READ_BYTES = 2 * 1024 * 1024
-# What a connection fails with when no packet comes back.
-UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 # A line whose host vanished without a word is over after 2 + 3 x 1 s.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
 
@@ -168,6 +166,12 @@ class _Frames(asyncio.Protocol):
             self.ended.set_exception(error)
 
 
+def is_swallowed(error: BaseException) -> bool:
+    """Whether a connection failed because no packet came back. One that is refused was answered by the other host."""
+    unreachable = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+    return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in unreachable)
+
+
 async def hold_line(address: str, token: str) -> None:
     """Return when the process that serves `address` is gone. Cancel to end the line from this side.
 
@@ -183,8 +187,7 @@ async def hold_line(address: str, token: str) -> None:
             with contextlib.suppress(OSError):
                 await reader.read(1)
     except (OSError, EOFError, KeyError) as e:
-        silent = isinstance(e, TimeoutError) or (isinstance(e, OSError) and e.errno in UNREACHABLE)
-        raise (PeerUnreachable if silent else PeerError)(f"{address}: no line: {e!r}") from e
+        raise (PeerUnreachable if is_swallowed(e) else PeerError)(f"{address}: no line: {e!r}") from e
 
 
 @contextlib.asynccontextmanager

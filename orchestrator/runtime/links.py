@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from storage.wires import UNREACHABLE
+from storage.wires import is_swallowed
 
 REACH_S = 2.0
 """For one try to connect: the kernel of the other side answers, whatever its processes do; a lost packet is sent again
@@ -28,11 +28,6 @@ class Tried:
 
     asked: frozenset[str]
     failed: frozenset[str]
-
-
-def is_swallowed(error: BaseException) -> bool:
-    """Whether a connection failed because no packet came back. One that is refused was answered by the other host."""
-    return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in UNREACHABLE)
 
 
 async def unreached(addresses: Mapping[str, str]) -> frozenset[str]:
