@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
+from orchestrator.core.events import Snapshot
 from orchestrator.core.state import (
     DISTRUSTED,
     EXIT_CRASH_LOOP,
@@ -261,16 +262,8 @@ def decide(state: State) -> Decision:
     snapshot, transfers = elected
     copied = f", {len(transfers)} of its slots copied from elsewhere" if transfers else ""
     size = "" if replicas == state.replicas else f"; {replicas} of {layout.dp_replicate} replicas"
-    return Decision(
-        rung=rung,
-        mesh=mesh,
-        source="ram",
-        step=snapshot.step,
-        snapshot_generation=snapshot.generation,
-        transfers=transfers,
-        replicas=replicas,
-        reason=f"{what}: step {snapshot.step} is complete in shared memory{clean}{copied}{size}",
-    )
+    why = f"{what}: step {snapshot.step} is complete in shared memory{clean}{copied}{size}"
+    return _ram_decision(rung, mesh, replicas, elected, why)
 
 
 def fewest_nodes(state: State) -> int:
@@ -335,16 +328,23 @@ def first_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str)
     elected, newest = election.newest_in_ram(state, mesh, replicas), state.newest_checkpoint()
     if elected is None or newest is None or elected[0].step < newest:
         return durable_decision(state, mesh, replicas, why)
+    why = f"{why}; the nodes' shared memory has kept step {elected[0].step} complete"
+    return _ram_decision("replace", mesh, replicas, elected, why)
+
+
+def _ram_decision(
+    rung: str, mesh: tuple[str, ...], replicas: int, elected: tuple[Snapshot, tuple[Transfer, ...]], why: str
+) -> Decision:
     snapshot, transfers = elected
     return Decision(
-        rung="replace",
+        rung=rung,
         mesh=mesh,
         source="ram",
         step=snapshot.step,
         snapshot_generation=snapshot.generation,
         transfers=transfers,
         replicas=replicas,
-        reason=f"{why}; the nodes' shared memory has kept step {snapshot.step} complete",
+        reason=why,
     )
 
 
