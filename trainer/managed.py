@@ -27,7 +27,7 @@ from trainer.copies import Copies
 from trainer.link import Agent, Assignment
 from trainer.saves import TRIES, SavePolicy, retry_wait_s
 from trainer.script_state import begin_optimizers, take_over, train_state
-from trainer.worker import CLOSE_DEADLINE_S, restore
+from trainer.worker import CLOSE_DEADLINE_S, checkpointer_of, restore
 
 log = logging.getLogger(__name__)
 
@@ -173,19 +173,7 @@ class Managed:
             if distributed.is_initialized():
                 timeout = timedelta(seconds=config.collective_timeout_s)
                 self._group = distributed.new_group(backend="gloo", timeout=timeout)
-            self._checkpointer = Checkpointer(
-                url=config.url,
-                run=config.run,
-                rank=order.rank,
-                world_size=order.world_size,
-                epoch=order.epoch,
-                generation=order.generation,
-                ram_dir=order.ram_dir,
-                node=order.node,
-                copies=order.copies,
-                local_dir=config.checkpoint.local_dir,
-                keep=config.checkpoint.keep,
-            )
+            self._checkpointer = checkpointer_of(order)
             self._copies = Copies(
                 on=order.copies,
                 every_steps=config.checkpoint.copy_interval_steps,

@@ -216,19 +216,7 @@ def start(assignment: Assignment, agent: Agent) -> Session:
         stage = build_stage(config, mesh, initial=assign.restore.source == "init")
         optimizer = build_optimizer(stage.module, config.optimizer)
         state = train_state(stage.module, optimizer, step=0)
-        checkpointer = Checkpointer(
-            url=config.url,
-            run=config.run,
-            rank=assign.rank,
-            world_size=assign.world_size,
-            epoch=assign.epoch,
-            generation=assign.generation,
-            ram_dir=assign.ram_dir,
-            node=assign.node,
-            copies=assign.copies,
-            local_dir=config.checkpoint.local_dir,
-            keep=config.checkpoint.keep,
-        )
+        checkpointer = checkpointer_of(assign)
         build_us = clock.lap_us()
 
     phase("restore")
@@ -269,6 +257,24 @@ def start(assignment: Assignment, agent: Agent) -> Session:
         parking=assignment.parking,
         sends_copies=assign.copies,
         copied_step=assign.copied_step,
+    )
+
+
+def checkpointer_of(assign: Assign) -> Checkpointer:
+    """Storage of the assigned rank. Made by all ranks together."""
+    config = assign.config
+    return Checkpointer(
+        url=config.url,
+        run=config.run,
+        rank=assign.rank,
+        world_size=assign.world_size,
+        epoch=assign.epoch,
+        generation=assign.generation,
+        ram_dir=assign.ram_dir,
+        node=assign.node,
+        copies=assign.copies,
+        local_dir=config.checkpoint.local_dir,
+        keep=config.checkpoint.keep,
     )
 
 
