@@ -6,24 +6,10 @@ import math
 from typing import Any
 
 import pytest
+from test_spec import PRESETS, SECTIONS
 
 from orchestrator import spec as specs
 from orchestrator.spec import SpecError, parse
-
-PRESETS = sorted(path.stem for path in specs.PRESETS.glob("*.toml"))
-SECTIONS = (
-    "run",
-    "model",
-    "data",
-    "parallel",
-    "optimizer",
-    "checkpoint",
-    "recovery",
-    "audit",
-    "script",
-    "cluster",
-    "metrics",
-)
 
 
 def document(**sections: dict[str, Any]) -> dict[str, Any]:
