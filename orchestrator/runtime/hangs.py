@@ -413,8 +413,9 @@ def _out_of_step(everyone: list[Standing], stage_ranks: int) -> list[Standing]:
     """The one rank that has left an exchange out, where that can be told; all wait for each other.
 
     Two patterns tell. In a process group inside a pipeline stage, whose members begin the same exchanges, one rank has
-    begun fewer than the others, and waits elsewhere than they do. Or all others wait in one sum over the world, and it
-    waits in another such sum, or has done more steps: it can have got there only past the others' sum.
+    begun fewer than the others, and waits elsewhere than they do; if they are a step ahead, it is they who went on. Or
+    all others wait in one sum over the world, and it waits in another such sum, or has done more steps: it can have got
+    there only past the others' sum.
 
     With more than one such rank, it may be the network or the program, and nobody is named.
     """
@@ -428,8 +429,9 @@ def _out_of_step(everyone: list[Standing], stage_ranks: int) -> list[Standing]:
     missing: dict[int, Standing] = {}
     for (_, name), members in groups.items():
         most = max(s.exchanges[name] for s in members)
-        places = {s.where for s in members if s.exchanges[name] == most}
-        behind = [s for s in members if s.exchanges[name] < most and s.where not in places]
+        first = [s for s in members if s.exchanges[name] == most]
+        places, step = {s.where for s in first}, min(s.step for s in first)
+        behind = [s for s in members if s.exchanges[name] < most and s.where not in places and s.step >= step]
         if len(stages[name]) == 1 and len(members) < len(everyone):
             missing |= {s.rank: s for s in behind}
     if missing:
