@@ -19,7 +19,7 @@ stood still counts for nothing.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from trainer import contract
@@ -472,23 +472,30 @@ class _Gap:
 
 def _gaps(everyone: list[Standing]) -> list[_Gap]:
     """Of each group in which ranks wait, the collective in which most of them do; those with the most come first."""
+    members: dict[str, list[Standing]] = {}
+    named: dict[str, list[Standing]] = {}
+    for s in everyone:
+        for key in s.groups:
+            members.setdefault(key, []).append(s)
+        for name in s.exchanges:
+            named.setdefault(name, []).append(s)
     gaps = []
-    for key in dict.fromkeys(key for s in everyone for key, record in s.groups.items() if record.waits):
-        members = {s.rank: s.groups[key] for s in everyone if key in s.groups}
-        name = key.partition(" ")[2]
-        waits = Counter((record.waits, record.kind) for record in members.values() if record.waits)
+    for key, known in members.items():
+        waits = Counter((r.waits, r.kind) for r in (s.groups[key] for s in known) if r.waits)
+        if not waits:
+            continue
         number, kind = max(waits, key=lambda each: (waits[each], -each[0]))
-        about = next(iter(members.values())).about
+        about = known[0].groups[key].about
         group = f"{about} ({key})" if about else key
-        come = [s for s in everyone if s.rank in members and members[s.rank].waits == number]
+        come = [s for s in known if s.groups[key].waits == number]
         gaps.append(
             _Gap(
                 key=key,
                 what=f"{kind}, number {number} of group {group}",
-                inside=[s for s in come if members[s.rank].kind == kind],
-                otherwise=[s for s in come if members[s.rank].kind != kind],
-                absent=[s for s in everyone if s.rank in members and members[s.rank].begun < number],
-                unknown=[s for s in everyone if s.rank not in members and name in s.exchanges],
+                inside=[s for s in come if s.groups[key].kind == kind],
+                otherwise=[s for s in come if s.groups[key].kind != kind],
+                absent=[s for s in known if s.groups[key].begun < number],
+                unknown=[s for s in named.get(key.partition(" ")[2], ()) if key not in s.groups],
             )
         )
     return sorted(gaps, key=lambda gap: -len(gap.inside))
@@ -506,36 +513,36 @@ def _out_of_order(gaps: list[_Gap], stage_ranks: int) -> list[Standing]:
     """
     odd: dict[int, Standing] = {}
     for gap in gaps:
-        if not gap.is_most:
-            continue
-        odd |= {s.rank: s for s in gap.otherwise}
-        for one in gap.absent:
-            for other in gap.inside:
-                peers = [
-                    s for s in gap.inside if s is not other and _stage(s, stage_ranks) == _stage(other, stage_ranks)
-                ]
-                odd |= {s.rank: s for s in _leaver(one, other, peers)}
+        if gap.is_most:
+            odd |= {s.rank: s for s in (*gap.otherwise, *_leavers(gap, stage_ranks))}
     return list(odd.values()) if len(odd) == 1 else []
 
 
-def _leaver(one: Standing, other: Standing, peers: list[Standing]) -> list[Standing]:
-    """Who of two that wait for each other has left out a collective: `one` what `other` waits in, if not `other` what
-    `one` waits in, in a group of both.
+def _leavers(gap: _Gap, stage_ranks: int) -> Iterator[Standing]:
+    """Of each two ranks that wait for each other, `other` in this gap and `one` elsewhere, who has left one out.
 
-    That is told by the peers of `other`, which wait where it does: how many collectives they have begun in their groups
-    of this kind. Where they do not tell, the one that is a step ahead is on the wrong side of the step's end.
+    That is told by those in `other`'s stage that wait where it does: how many collectives they have begun in their
+    groups of the kind in which `one` waits. Where they do not tell, the one that is a step ahead is on the wrong side
+    of the step's end.
     """
-    found: list[Standing] = []
-    for key, record in one.groups.items():
-        theirs = other.groups.get(key)
-        if theirs is None or record.waits <= theirs.begun:
-            continue
-        usual = {r.begun for s in peers for r in s.groups.values() if r.about == record.about}
-        if len(usual) == 1:
-            found.append(other if theirs.begun < usual.pop() else one)
-        elif one.step > other.step:
-            found.append(one)
-    return found
+    members: dict[str, list[Standing]] = {}
+    usual: dict[tuple[int, str], Counter[int]] = {}
+    for s in gap.inside:
+        for key, record in s.groups.items():
+            members.setdefault(key, []).append(s)
+            usual.setdefault((_stage(s, stage_ranks), record.about), Counter())[record.begun] += 1
+    for one in gap.absent:
+        for key, record in one.groups.items():
+            for other in members.get(key, ()):
+                theirs = other.groups[key]
+                if record.waits <= theirs.begun:
+                    continue
+                own = Counter(r.begun for r in other.groups.values() if r.about == theirs.about)
+                begun = set(usual[_stage(other, stage_ranks), theirs.about] - own)
+                if len(begun) == 1:
+                    yield other if theirs.begun < begun.pop() else one
+                elif one.step > other.step:
+                    yield one
 
 
 def _stage(s: Standing, stage_ranks: int) -> int:
