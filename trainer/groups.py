@@ -2,7 +2,8 @@
 
 A worker that parks leaves its process groups while peers may hang in them. gloo has no abort: its ``abort()`` wakes
 nobody, and a peer learns of our leaving only when the connection to it ends. So the connections are shut down below
-gloo; its own thread then fails every exchange that uses them, here and on the peer, within milliseconds.
+gloo; its own thread then fails every exchange that uses them, here and on the peer, within milliseconds. NCCL is the
+other way round: it has an abort, and nothing that a peer does wakes who waits on the device.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+_aborting = threading.Lock()
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -86,9 +88,14 @@ def _shut(fd: int, inode: int) -> None:
 
 
 def abort_device_groups() -> None:
-    """Abort NCCL's communicators, which wakes who waits for them on the device. Has not been run on a GPU yet."""
-    if distributed.is_initialized():
-        distributed_c10d._abort_process_group()
+    """Abort NCCL's communicators and forget all groups, once; from any thread.
+
+    Who waits for an exchange on the device goes on as if it were complete, with whatever is in its buffers; the next
+    one raises.
+    """
+    with _aborting:
+        if distributed.is_initialized():
+            distributed_c10d._abort_process_group()
 
 
 def destroy_groups(mesh: DeviceMesh | None) -> None:
