@@ -40,7 +40,7 @@ from storage.state import TrainState
 TENSORS = 64
 SETTLE_S = 120.0
 MATRIX = 8192
-WARM_UP_ROUNDS = 4
+WARM_UP_ROUNDS = 3
 """Ours has three files of snapshots, whose memory the first rounds allocate."""
 
 MayChange = Callable[[], object]
@@ -177,9 +177,9 @@ def restores(ours: Ours, tensors: dict[str, Tensor]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=8 * 10**9, metavar="BYTES")
-    parser.add_argument("--compute-ms", type=float, default=500.0, metavar="MS")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--size", type=int, default=4 * 10**9, metavar="BYTES")
+    parser.add_argument("--compute-ms", type=float, default=300.0, metavar="MS")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

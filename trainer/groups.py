@@ -24,6 +24,8 @@ from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+ABORT_DEADLINE_S = 30.0
+"""A worker that takes so long to park was given up before."""
 _aborting = threading.Lock()
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
@@ -94,8 +96,16 @@ def abort_device_groups() -> None:
     one raises.
     """
     with _aborting:
-        if distributed.is_initialized():
-            distributed_c10d._abort_process_group()
+        if not distributed.is_initialized():
+            return
+        # Together: the abort of a communicator frees memory of the device, and so waits for all that runs there, for
+        # exchanges of the other communicators, too.
+        aborts = [threading.Thread(target=group.abort, daemon=True) for group in list(distributed_c10d._world.pg_names)]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join(ABORT_DEADLINE_S)
+        distributed_c10d._abort_process_group()
 
 
 def destroy_groups(mesh: DeviceMesh | None) -> None:
