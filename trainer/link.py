@@ -16,6 +16,7 @@ from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainer import recorder
 from trainer.contract import (
     EXIT_AGENT_GONE,
     Assign,
@@ -23,7 +24,9 @@ from trainer.contract import (
     Inject,
     Park,
     Prepare,
+    ReadRecorder,
     Receiver,
+    Recorded,
     SaveEvery,
     Stop,
     ToWorker,
@@ -59,6 +62,8 @@ class Assignment:
     """Called from the thread that listens to the agent."""
     on_inject: Callable[[Inject], None] | None = None
     """Called from the thread that listens to the agent; None while there is no state to hurt."""
+    groups_before: dict[str, int] = field(default_factory=recorder.newest_groups)
+    """Process groups of this process's generations before, in its flight recorders."""
 
     def __post_init__(self) -> None:
         self.interval = Interval(self.order.config.checkpoint.interval_steps)
@@ -113,7 +118,7 @@ class Agent:
                 elif isinstance(message, Prepare):
                     self._work.put(message)
                 elif current is not None:
-                    _obey(current, message)
+                    self._obey(current, message)
 
     def _receive(self) -> bytes:
         while True:
@@ -127,16 +132,19 @@ class Agent:
                 os._exit(EXIT_AGENT_GONE)
             return data
 
-
-def _obey(current: Assignment, message: object) -> None:
-    match message:
-        case Stop():
-            current.stop.set()
-        case Park() if message.generation == current.order.generation:
-            current.park()
-        case SaveEvery():
-            current.interval.steps = message.steps
-        case Copied() if current.on_copied is not None:
-            current.on_copied(message.step, message.error)
-        case Inject() if current.on_inject is not None:
-            current.on_inject(message)
+    def _obey(self, current: Assignment, message: object) -> None:
+        order = current.order
+        match message:
+            case Stop():
+                current.stop.set()
+            case Park() if message.generation == order.generation:
+                current.park()
+            case SaveEvery():
+                current.interval.steps = message.steps
+            case Copied() if current.on_copied is not None:
+                current.on_copied(message.step, message.error)
+            case ReadRecorder() if message.generation == order.generation:
+                groups, entries = recorder.read(current.groups_before)
+                self.emit(Recorded(generation=order.generation, rank=order.rank, groups=groups, entries=entries))
+            case Inject() if current.on_inject is not None:
+                current.on_inject(message)
