@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -69,15 +70,18 @@ class Assignment:
 
     def park(self) -> None:
         """Have the training thread leave this generation, whatever exchange it waits in; returns at once."""
-        if not self.parking.is_set():
-            self.parking.set()
-            threading.Thread(target=self._cut_until_over, name="park", daemon=True).start()
+        if self.parking.is_set():
+            return
+        self.parking.set()
+        ways: list[Callable[[], None]] = [self.connections.cut]
+        if self.order.config.device == "cuda":
+            ways.append(partial(abort_device_groups, self.over))
+        for way in ways:
+            threading.Thread(target=self._until_over, args=(way,), name="park", daemon=True).start()
 
-    def _cut_until_over(self) -> None:
+    def _until_over(self, leave: Callable[[], None]) -> None:
         while not self.over.is_set():
-            if self.order.config.device == "cuda":
-                abort_device_groups()
-            self.connections.cut()
+            leave()
             self.over.wait(CUT_INTERVAL_S)
 
 
