@@ -34,7 +34,7 @@ test: setup
 	echo "the tests without a Ray cluster, which have run beside them:"; \
 	wait $$unit; unit=$$?; cat out/unit-tests.log; exit $$((with_ray || unit))
 
-# Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then kills of 60 seeds, 300
+# Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then chaos of 60 seeds, 300
 # flipped bits and 2,000 clean steps. Every part runs, also after one that has failed.
 test-long: setup
 	@echo "this takes about two hours"
