@@ -69,9 +69,9 @@ class Assignment:
             threading.Thread(target=self._cut_until_over, name="park", daemon=True).start()
 
     def _cut_until_over(self) -> None:
-        if self.order.config.device == "cuda" and not self.over.is_set():
-            abort_device_groups()
         while not self.over.is_set():
+            if self.order.config.device == "cuda":
+                abort_device_groups()
             self.connections.cut()
             self.over.wait(CUT_INTERVAL_S)
 

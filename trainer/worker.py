@@ -48,7 +48,7 @@ from trainer.contract import (
     Restored,
 )
 from trainer.data import open_dataset
-from trainer.groups import destroy_groups, forget_meshes
+from trainer.groups import abort_device_groups, destroy_groups, forget_meshes
 from trainer.link import Agent, Assignment
 from trainer.loop import NonFiniteError, Parking, Session, train
 from trainer.numeric import numeric_class, set_numerics
@@ -144,6 +144,8 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
         return None
     except Exception as error:
         kind = failure_kind(error)
+        if kind == "exception" and assignment.parking.is_set() and assign.config.device == "cuda":
+            kind = "collective"  # groups that another thread has aborted are missed in many words
         if not (assignment.parking.is_set() and kind in BROKEN_BY_PARKING):
             tell_failure(agent, assign, step(), error, kind)
         if kind not in PARKED_AFTER and not assignment.parking.is_set():
@@ -169,6 +171,8 @@ def _victim(assign: Assign, step: Callable[[], int], agent: Agent, session: Sess
 
 def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
     """Leave the process groups and the files of an assignment; a process that cannot is ended."""
+    if assignment.order.config.device == "cuda":
+        abort_device_groups()  # to destroy a group whose exchange never ends would never end
     assignment.connections.cut()  # peers that wait for this rank fail at once
     if checkpointer is not None and not checkpointer.close(CLOSE_DEADLINE_S):
         sys.stderr.write(f"a save has not ended in {CLOSE_DEADLINE_S:g} s: this worker cannot park\n")
