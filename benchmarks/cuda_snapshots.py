@@ -193,6 +193,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         contestants = {name: kind(tensors, Path(folder)) for name, kind in CONTESTANTS.items()}
         for number in range(WARM_UP_ROUNDS + options.rounds):
+            print(f"round {number + 1} of {WARM_UP_ROUNDS + options.rounds}", file=sys.stderr)
             for name, contestant in contestants.items():
                 took = step_of(contestant, tensors, number + 1, compute)
                 if number >= WARM_UP_ROUNDS:

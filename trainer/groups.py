@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -89,14 +90,28 @@ def _shut(fd: int, inode: int) -> None:
                 held.shutdown(socket.SHUT_RDWR)
 
 
-def abort_device_groups() -> None:
-    """Abort NCCL's communicators and forget all groups, once; from any thread.
+def connect_device_groups(mesh: DeviceMesh) -> None:
+    """Have NCCL make the communicators of all ranks and of each dimension now. By all ranks together.
+
+    Else they are made by the first exchanges of a step, whose connections `GroupConnections` would not know. To bind
+    the default group to its device would do the same, but groups that are split from it then end the process from the
+    second generation on: ProcessGroupNCCL::split takes the process's first group for the default one
+    (pytorch/pytorch#192109).
+    """
+    token = torch.zeros((), device=mesh.device_type)
+    for group in (None, *(mesh.get_group(name) for name in mesh.mesh_dim_names or ())):
+        distributed.all_reduce(token, group=group)
+    token.item()
+
+
+def abort_device_groups(over: threading.Event) -> None:
+    """Abort NCCL's communicators and forget all groups, once; from any thread. Not once their generation is `over`.
 
     Who waits for an exchange on the device goes on as if it were complete, with whatever is in its buffers; the next
     one raises.
     """
     with _aborting:
-        if not distributed.is_initialized():
+        if not distributed.is_initialized() or over.is_set():
             return
         # Together: the abort of a communicator frees memory of the device, and so waits for all that runs there, for
         # exchanges of the other communicators, too.

@@ -81,7 +81,6 @@ def _rank(
         store=distributed.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
-        device_id=torch.device("cuda", 0) if on_cuda else None,
     )
     try:
         result = function(*arguments)
@@ -100,3 +99,4 @@ def share_one_gpu() -> None:
     os.environ["NCCL_HOSTID"] = str(os.getpid())
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     torch.cuda.set_device(0)
+    torch.cuda.init()
