@@ -247,6 +247,7 @@ class Census:
     """Agents, controllers, zygotes and workers that live, and files in the RAM tier."""
     zombies: list[str] = field(default_factory=list)
     shared_memory: list[str] = field(default_factory=list)
+    """Files where libraries leave theirs, and in the RAM tier's usual folder; other folders there are other programs'."""
     actors: list[str] = field(default_factory=list)
     placement_groups: list[str] = field(default_factory=list)
     descriptors: dict[str, int] = field(default_factory=dict)
@@ -288,7 +289,10 @@ def take_census(rig: Rig) -> Census:
         ours=leftovers(rig.folder / "ram"),
         zombies=[f"{p.pid} {p.name()}" for p in psutil.Process().children() if p.status() == psutil.STATUS_ZOMBIE],
         shared_memory=sorted(
-            str(path) for path in Path("/dev/shm").glob("**/*") if path.is_file() and "plasma" not in path.name
+            str(path)
+            for pattern in ("*", f"shepherd-{os.getuid()}/**/*")
+            for path in Path("/dev/shm").glob(pattern)
+            if path.is_file() and "plasma" not in path.name
         ),
         actors=[f"{a['ActorClassName']} {a['State']}" for a in table.values() if a["State"] != "DEAD"],
         placement_groups=[row["name"] for row in placement_group_table().values() if row["state"] != "REMOVED"],
