@@ -247,7 +247,7 @@ class Census:
     """Agents, controllers, zygotes and workers that live, and files in the RAM tier."""
     zombies: list[str] = field(default_factory=list)
     shared_memory: list[str] = field(default_factory=list)
-    """Files where libraries leave theirs, and in the RAM tier's usual folder; other folders there are other programs'."""
+    """Files where libraries leave theirs and in the RAM tier's usual folder; other folders are other programs'."""
     actors: list[str] = field(default_factory=list)
     placement_groups: list[str] = field(default_factory=list)
     descriptors: dict[str, int] = field(default_factory=dict)
