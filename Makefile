@@ -40,7 +40,7 @@ test-gpu: setup
 	tests/unit/test_parallel.py tests/unit/test_audit_ranks.py tests/unit/test_parking.py \
 	tests/cluster/test_recovery.py tests/cluster/test_hangs.py
 
-# Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then kills of 60 seeds, 300
+# Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then chaos of 60 seeds, 300
 # flipped bits and 2,000 clean steps. Every part runs, also after one that has failed.
 test-long: setup
 	@echo "this takes about two hours"

@@ -33,7 +33,7 @@ from orchestrator.runtime import bandwidth, copies, fanin, links
 from orchestrator.runtime import code as codes
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
-from orchestrator.runtime.hangs import TICK_US, NodeWatch, is_momentary, suspects
+from orchestrator.runtime.hangs import TICK_US, FirstSteps, NodeWatch, is_momentary, suspects
 from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
@@ -131,6 +131,7 @@ class Agent:
         self._fold: NodeFold | None = None
         self._watch: NodeWatch | None = None
         """Of the generation that trains; none while nothing does."""
+        self._first_steps = FirstSteps()
         self._stacks = Stacks()
         self._records: dict[int, contract.Recorded] = {}
         """What flight recorders have told, by rank; a new generation's take the place of an older one's."""
@@ -377,7 +378,8 @@ class Agent:
         if self._fold is not None and plan.generation < self._fold.generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, not before {plan.generation}")
         self._fold = NodeFold(generation=plan.generation, ranks=plan.ranks)
-        self._watch = NodeWatch(plan.generation, plan.ranks, self._spec.patience, _now_us())
+        first_us = self._first_steps.known_us((plan.config, plan.code))
+        self._watch = NodeWatch(plan.generation, plan.ranks, self._spec.patience, _now_us(), first_us)
         self._facts.clear()
         self._kept.clear()
         self._held.clear()
@@ -416,6 +418,8 @@ class Agent:
         if self._fold is not None and self._fold.generation > generation:
             raise StaleOrder(f"{self._node} is in generation {self._fold.generation}, after {generation}")
         self._ended_generation = max(self._ended_generation, generation)
+        if self._watch is not None:
+            self._first_steps.learn(self._watch.first_us)
         self._watch = None
         await self._stacks.settle(min(STACK_DEADLINE_S, self._spec.recovery.halt_deadline_s / 4))
         # Side by side: a peer that has stopped must not keep the workers from their end.

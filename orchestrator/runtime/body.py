@@ -565,7 +565,8 @@ class Body:
         except ray.exceptions.RayActorError:
             detail = "the agent died before it answered"
         except Exception as e:
-            detail = f"{NOT_DONE} {type(e).__name__}: {e}".splitlines()[0]
+            why = e.cause if isinstance(e, ray.exceptions.RayTaskError) else e  # an agent's, without Ray's frame
+            detail = f"{NOT_DONE} {type(why).__name__}: {why}".splitlines()[0]
         if detail:  # else the worker tells itself
             self._post(ev.FaultInjected(at=0, number=action.number, detail=detail))
 

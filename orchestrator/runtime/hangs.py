@@ -61,7 +61,8 @@ class Patience:
     rank_silence_us: int
     stall_floor_us: int
     start_us: int
-    """For what has no known pace: the first step of a generation, the first validation."""
+    """For what has no known pace: the first step of the first generation, or after one that made none, and the first
+    validation."""
     save_us: int
     """For the last save, which waits for the store alone and not for `collective_us`: beyond its own deadline."""
     collective_us: int
@@ -162,6 +163,8 @@ class _Rank:
     waits_since: int | None = None
     stepped: bool = False
     """Whether it has completed a step in this generation."""
+    trains_since: int | None = None
+    """When its start was over."""
     groups: dict[str, contract.GroupRecord] = field(default_factory=dict)
     """What its flight recorder has told, as long as it has begun no other exchange."""
     asked_at: int | None = None
@@ -175,9 +178,15 @@ class _Rank:
 
 
 class NodeWatch:
-    """The ranks of one node in one generation. `now_us` is any monotonic clock of the caller's."""
+    """The ranks of one node in one generation. `now_us` is any monotonic clock of the caller's.
 
-    def __init__(self, generation: int, ranks: tuple[int, ...], patience: Patience, now_us: int) -> None:
+    Args:
+        first_us: how long the first step has taken on this node in generations before; 0: not known.
+    """
+
+    def __init__(
+        self, generation: int, ranks: tuple[int, ...], patience: Patience, now_us: int, first_us: int = 0
+    ) -> None:
         self.generation = generation
         self._patience = patience
         self._ranks = {rank: _Rank(progress_at=0) for rank in ranks}
@@ -185,6 +194,9 @@ class NodeWatch:
         self._ticked_at = now_us
         self._over = False
         self._stalled = False
+        self._first_before_us = first_us
+        self.first_us = 0
+        """How long the first step has taken, from the end of the start on; 0 while none is done."""
         self._pace: dict[str, deque[tuple[int, int]]] = {}
         """Phase to (step, slowest rank's duration) of its recent passes."""
 
@@ -210,9 +222,13 @@ class NodeWatch:
                 if rank.phase == "validate":  # told with each batch
                     self._learn("validate", rank.step, clock - rank.progress_at)
                 rank.phase, rank.step = message.phase, message.step
+                if rank.trains_since is None and rank.phase not in _START:
+                    rank.trains_since = clock
                 self._progress(rank, clock)
             case contract.StepDone():
                 self._learn("save" if message.save_us else "compute", message.step, message.step_us)
+                if not rank.stepped and rank.trains_since is not None:
+                    self.first_us = max(self.first_us, clock - rank.trains_since)
                 rank.step, rank.stepped = message.step, True
                 self._progress(rank, clock)
             case contract.Finished():
@@ -303,7 +319,11 @@ class NodeWatch:
             return max(p.stall_floor_us, p.save_us)
         kinds = ("compute", "save") if rank.phase == "compute" else (rank.phase,)
         slowest_us = max((us for kind in kinds for _, us in self._pace.get(kind, ())), default=0)
-        paced = (rank.phase == "compute" and rank.stepped) or (rank.phase == "validate" and slowest_us > 0)
+        if rank.phase == "compute" and not rank.stepped:
+            slowest_us = max(slowest_us, self._first_before_us)
+            paced = self._first_before_us > 0
+        else:
+            paced = rank.phase == "compute" or (rank.phase == "validate" and slowest_us > 0)
         expected_us = max(PACE_FACTOR * slowest_us, 0 if paced else p.start_us)
         return max(p.stall_floor_us, min(expected_us, round(WAIT_SHARE * p.collective_us)))
 
@@ -331,6 +351,28 @@ class NodeWatch:
             exchanges=rank.exchanges,
             groups=rank.groups,
         )
+
+
+class FirstSteps:
+    """How long the first step of a generation takes on one node, over its generations.
+
+    What was learned in one holds for the next: a worker that is new takes as long as all did at first. One that got to
+    no step leaves nothing known, so that whoever was ended too soon has all the time that there is when it comes again.
+    """
+
+    def __init__(self) -> None:
+        self._program: object = None
+        self._longest_us = 0
+
+    def known_us(self, program: object) -> int:
+        """What is known when a generation begins; 0: nothing, or it trains another program than those before."""
+        if program != self._program:
+            self._program, self._longest_us = program, 0
+        return self._longest_us
+
+    def learn(self, first_us: int) -> None:
+        """A generation has ended; `first_us` as its watch has seen it."""
+        self._longest_us = max(self._longest_us, first_us) if first_us else 0
 
 
 @dataclass

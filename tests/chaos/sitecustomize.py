@@ -1,7 +1,8 @@
 """Has real worker processes write down what they do: this folder stands on the PYTHONPATH of the sweep's cluster.
 
 In each step of a run whose file ``<run>.log`` stands in the folder that SHEPHERD_TEST_TRUTH names, every rank appends
-a line when it begins, one for what it was fed, and one when the step is done: its process, the loss to the last bit.
+a line when it begins, one for the samples that it was fed, by their place in the step's batch, and one when the step is
+done: its process, the loss to the last bit.
 First comes the pause that the file ``<run>.pause`` asks for, in seconds: kills land before a small run is over.
 """
 
@@ -24,7 +25,12 @@ def written_down(train_step):
 
         def batch(number, rows):
             inputs, targets = read(session.dataset, number, rows)
-            note(step=number, fed=hashlib.sha256(inputs.numpy().tobytes() + targets.numpy().tobytes()).hexdigest())
+            samples = (
+                each.numpy().tobytes() + follows.numpy().tobytes()
+                for each, follows in zip(inputs, targets, strict=True)
+            )
+            digests = (hashlib.sha256(sample).hexdigest()[:16] for sample in samples)
+            note(step=number, fed=dict(zip(rows, digests, strict=True)))
             return inputs, targets
 
         session.dataset.batch = batch

@@ -144,7 +144,7 @@ def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Unto
     await_nothing_left(tmp_path / "ram")
 
 
-@pytest.mark.long  # seed 3 of the sweep does the same in each run of the tests
+@pytest.mark.long  # seed 20 of the sweep does the same in each run of the tests
 def test_killed_node_without_replicas_restarts_from_the_checkpoint(
     cluster: Cluster, untouched: Untouched, tmp_path: Path
 ) -> None:
@@ -206,7 +206,7 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     assert {rank for rank in before if before[rank] == after[rank]} == {0, 1}, "those of the node that lives"
 
 
-@pytest.mark.long  # seed 24 of the sweep does the same in each run of the tests
+@pytest.mark.long  # seed 2880 of the sweep does the same in each run of the tests
 def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     spec = spec_of(job("controller-dies", tmp_path))
     slow = slow_down(cluster, "controller-dies", after=4)  # the controller must be back before the run is over

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import CPUS, Cluster
-from herd import await_nothing_left, job, replace_dead_nodes, spec_of, train
+from herd import LOSS_TOLERANCE, await_nothing_left, job, replace_dead_nodes, spec_of, train
 
 from orchestrator.chaos import faults
 from orchestrator.core import events as ev
@@ -26,9 +26,6 @@ from orchestrator.spec import JobSpec
 from storage.commits import list_commits, read_commit, verify
 
 pytestmark = pytest.mark.timeout(300)
-
-# Of float32 sums in another order, over 60 steps; measured is 3e-6.
-TOLERANCE = 3e-5
 
 # Each rank notes which samples it feeds. A shrunk mesh takes its time, so that a node can come meanwhile.
 RECORD = """
@@ -105,7 +102,7 @@ def check_like(untouched: Untouched, hurt: JobSpec, folder: Path) -> None:
     assert samples == untouched.fed
     assert {len(rows) for rows in samples.values()} == {hurt.data.global_batch}
     for ours, theirs in zip(losses(hurt), untouched.losses, strict=True):
-        assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=0)
+        assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE, abs=0)
     assert len(losses(hurt)[0]) == hurt.run.steps
     for step in list_commits(hurt.run.url):
         commit = read_commit(hurt.run.url, step)

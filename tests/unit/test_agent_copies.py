@@ -12,6 +12,7 @@ from orchestrator.core.events import Snapshot
 from orchestrator.runtime import agent as agents
 from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.assignment import NodeAssignment
+from orchestrator.runtime.hangs import FirstSteps
 from orchestrator.runtime.reporting import Outbox
 from orchestrator.runtime.reports import NodeStep
 from orchestrator.runtime.stacks import Stacks
@@ -35,6 +36,7 @@ def agent() -> Agent:
     made.__dict__.update(
         {"_epoch": 1, "_ended_generation": 0, "_fold": None, "_copies": {}, "_token": "t", "_run": "r", "_node": "a"}
         | {"_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
+        | {"_first_steps": FirstSteps()}
     )
     return made
 

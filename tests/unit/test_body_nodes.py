@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import ray
 
+from orchestrator.chaos import ordered
 from orchestrator.core import events as ev
-from orchestrator.core.actions import AskStop, HaltGeneration, OpenGeneration, SaveEvery
+from orchestrator.core.actions import AskStop, HaltGeneration, InjectFault, OpenGeneration, SaveEvery
 from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime.body import Body
@@ -253,3 +254,18 @@ def test_a_controller_that_comes_back_knows_that_state_was_found_corrupt(tmp_pat
     body = body_of(tmp_path, [])
     asyncio.run(body.adopt(State(generation=2, order=order, unclean=unclean)))
     assert body.fold is not None and body.fold.unclean == (2 in unclean)
+
+
+def test_what_an_agent_could_not_do_is_told_in_its_own_words(tmp_path, monkeypatch):
+    told: list[ev.Event] = []
+    body = body_of(tmp_path, told)
+
+    async def refuse(*args: Any) -> str:
+        raise ray.exceptions.RayTaskError(
+            "inject", "a traceback", LookupError("no live worker in slot 2")
+        ).as_instanceof_cause()
+
+    monkeypatch.setattr(ordered, "harm", refuse)
+    order = InjectFault(number=7, fault="worker-kill", node="a", slot=2, generation=1, parameters={})
+    asyncio.run(asyncio.wait_for(body._inject(order), DEADLINE_S))
+    assert told == [ev.FaultInjected(at=0, number=7, detail="not done: LookupError: no live worker in slot 2")]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from orchestrator.core import events as ev
 from orchestrator.runtime import hangs
-from orchestrator.runtime.hangs import Hung, MeshWatch, NodeWatch, Patience, Sighting, Silent, Stalled
+from orchestrator.runtime.hangs import FirstSteps, Hung, MeshWatch, NodeWatch, Patience, Sighting, Silent, Stalled
 from orchestrator.runtime.reports import Exited, MeshFold, NodeStep
 from orchestrator.spec import parse
 from trainer import contract
@@ -198,8 +198,8 @@ def test_detection_outlives_an_agent_that_stands_still_again_and_again(seed: int
 class Node:
     """One watch, ticked each second; its processes run unless told otherwise."""
 
-    def __init__(self, *ranks: int, patience: Patience = PATIENCE) -> None:
-        self.watch = NodeWatch(GENERATION, ranks, patience, 0)
+    def __init__(self, *ranks: int, patience: Patience = PATIENCE, first_us: int = 0) -> None:
+        self.watch = NodeWatch(GENERATION, ranks, patience, 0, first_us)
         self.ranks = ranks
         self.now = 0
         self.sightings: dict[int, Sighting | None] = {}
@@ -306,6 +306,38 @@ def test_patience_follows_the_slowest_of_the_recent_steps_and_never_passes_the_c
     (report,) = node.seconds(1)
     assert isinstance(report, Stalled)
     assert report.patience_us == 90 * S
+
+
+def test_a_first_step_is_given_time_by_those_of_generations_before() -> None:
+    before = Node(0, 1)
+    before.phase("build")
+    before.seconds(20)
+    before.phase("validate")
+    before.seconds(5)
+    before.phase("compute")
+    assert before.seconds(4) == [] and before.watch.first_us == 0
+    before.steps(4 * S, S)
+    assert before.watch.first_us == 9 * S, "from the end of the start: before a cold first step comes a validation"
+    node = Node(0, 1, first_us=before.watch.first_us)
+    node.phase("compute")
+    assert node.seconds(27) == []
+    assert isinstance(node.seconds(1)[0], Stalled)
+    node.steps(S)
+    assert node.seconds(20)[0] == Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, hopeless=False)
+    assert isinstance(node.seconds(1)[0], Stalled)
+
+
+def test_what_first_steps_take_is_known_while_each_generation_makes_one() -> None:
+    first = FirstSteps()
+    assert first.known_us("program") == 0
+    first.learn(4 * S)
+    assert first.known_us("program") == 4 * S
+    first.learn(2 * S)
+    assert first.known_us("program") == 4 * S, "cold ones are rare, and no hang"
+    first.learn(0)
+    assert first.known_us("program") == 0, "whoever was ended too soon has more time"
+    first.learn(S)
+    assert first.known_us("another") == 0
 
 
 def test_steps_that_begin_a_save_are_rare_and_are_not_forgotten_for_it() -> None:
