@@ -64,12 +64,12 @@ def a_node_fills_two_places(patch: Patch) -> None:
 def the_newest_snapshot_is_passed_over(patch: Patch) -> None:
     newest = election.newest_in_ram
 
-    def broken(state: State, mesh: tuple[str, ...], replicas: int) -> Any:
-        found = newest(state, mesh, replicas)
+    def broken(state: State, mesh: tuple[str, ...], layout: ev.Layout) -> Any:
+        found = newest(state, mesh, layout)
         if found is None:
             return None
         older = replace(state, bad_snapshots={**state.bad_snapshots, found[0].name: "passed over"})
-        return newest(older, mesh, replicas) or found
+        return newest(older, mesh, layout) or found
 
     patch.setattr(election, "newest_in_ram", broken)
 
@@ -227,7 +227,7 @@ def nodes_that_leave_get_slots(patch: Patch) -> None:
 
 def a_shrunk_mesh_stays_small(patch: Patch) -> None:
     largest = recovery.largest_mesh
-    patch.setattr(recovery, "largest_mesh", lambda state, usable, at_most: largest(state, usable, state.replicas))
+    patch.setattr(recovery, "largest_mesh", lambda state, usable, at_most: largest(state, usable, len(state.mesh)))
 
 
 def slots_of_another_size_are_mixed_up(patch: Patch) -> None:

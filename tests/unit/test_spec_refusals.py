@@ -96,7 +96,7 @@ INTEGER, NUMBER, TRUTH, TEXT = "a valid integer", "a valid number", "a valid boo
         ("audit", "finite", "no", TRUTH),
         ("cluster", "device", "tpu", "'cpu' or 'cuda'"),
         ("cluster", "slots_per_node", 0, "greater than or equal to 1"),
-        ("cluster", "slots_per_node", 2, "must divide the mesh's slots = 1; valid: 1"),
+        ("cluster", "slots_per_node", 2, "must divide parallel's slots = 1; valid: 1"),
         ("cluster", "spares", -1, "greater than or equal to 0"),
         ("cluster", "cpus_per_slot", 0, "greater than 0"),
         ("cluster", "cpus_per_slot", "1", NUMBER),
