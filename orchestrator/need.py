@@ -88,8 +88,8 @@ def need_of(spec: JobSpec) -> Need:
         arithmetic=(
             *whole.arithmetic,
             *(f"fallback {mesh}: {need.arithmetic[0]}" for mesh, need in zip(fallbacks, needs[1:], strict=True)),
-            f"with fallbacks: {files_of_ram} snapshots of the largest ({size(part_bytes)}) = {size(ram_bytes)} on a node; "
-            f"memory with them = {size(memory_bytes)} on a node",
+            f"with fallbacks: {files_of_ram} snapshots of the largest ({size(part_bytes)}) = {size(ram_bytes)} on a "
+            f"node; memory with them = {size(memory_bytes)} on a node",
         ),
     )
 

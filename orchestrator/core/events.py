@@ -297,10 +297,8 @@ class NodeHalted:
 
 @dataclass(frozen=True, kw_only=True)
 class NodesHalted:
-    """Several nodes' answers in one, as a fan-in tells them: each holds the same for all slots of its place.
-
-    What they hold was written by generations with as many replicas as this one.
-    """
+    """Several nodes' answers in one, as a fan-in tells them: each holds the same for the slots of its place in this
+    generation, by their numbers in those that wrote it."""
 
     at: int
     nodes: tuple[str, ...]

@@ -286,7 +286,7 @@ def _share(state: State, layout: Layout) -> str:
     declared = state.declared_layout
     if layout.has_shards_of(state.mesh_layout) and layout.has_shards_of(declared):
         return f"{layout.dp_replicate} of {declared.dp_replicate} replicas"
-    return f"resharded to {layout.degrees}"
+    return f"{'as' if layout.has_shards_of(state.mesh_layout) else 'resharded to'} {layout.degrees}"
 
 
 def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tuple[str, ...], Layout] | None:

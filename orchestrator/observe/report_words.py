@@ -276,7 +276,7 @@ def _moved(order: OpenGeneration, before: OpenGeneration) -> str:
     if order.fallback != before.fallback:
         was, now = (f"one of {each.fallback}" if each.fallback else "the declared one" for each in (before, order))
         moves = [f"with {listed(new)}"] * bool(new) + [f"without {listed(gone)}"] * bool(gone)
-        return f"the mesh, until then {was}, became {now}, {' and '.join(moves)}, its state was resharded, and "
+        return f"the mesh, until then {was}, became {now}, {' and '.join(moves)}, and "
     if order.dp_replicate > before.dp_replicate:
         return f"the mesh grew from {before.dp_replicate} to {replicas}, with {listed(new)}, and "
     if order.dp_replicate < before.dp_replicate:

@@ -234,6 +234,14 @@ def slots_of_another_size_are_mixed_up(patch: Patch) -> None:
     patch.setattr(State, "layout_of", lambda self, generation: self.mesh_layout)
 
 
+def shards_of_another_mesh_are_mixed_up(patch: Patch) -> None:
+    patch.setattr(ev.Layout, "has_shards_of", lambda self, other: True)
+
+
+def a_mesh_with_other_shards_is_taken_for_the_declared_one(patch: Patch) -> None:
+    patch.setattr(interruption, "_as_fallback", lambda state, layout: None)
+
+
 def workers_that_have_ended_are_resumed(patch: Patch) -> None:
     halted = Supervisor._on_node_halted
     patch.setitem(supervisor._HANDLERS, ev.NodeHalted, lambda self, e: halted(self, replace(e, parked=True)))
@@ -425,6 +433,8 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     nodes_that_leave_get_slots,
     a_shrunk_mesh_stays_small,
     slots_of_another_size_are_mixed_up,
+    shards_of_another_mesh_are_mixed_up,
+    a_mesh_with_other_shards_is_taken_for_the_declared_one,
     workers_that_have_ended_are_resumed,
     hangs_are_not_heard,
     faults_are_ordered_again,
