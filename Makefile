@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup tools demo test test-long scorecards lint types clean
+.PHONY: setup tools demo test test-gpu test-long scorecards lint types clean
 
 setup: $(VENV)/.installed tools
 
@@ -33,6 +33,12 @@ test: setup
 	$(BIN)/python -m pytest --durations 12 tests/chaos tests/cluster; with_ray=$$?; \
 	echo "the tests without a Ray cluster, which have run beside them:"; \
 	wait $$unit; unit=$$?; cat out/unit-tests.log; exit $$((with_ray || unit))
+
+# Training, parking, audit and recovery on the first GPU, which all ranks share; snapshots lie where CUDA can pin them.
+test-gpu: setup
+	SHEPHERD_TEST_DEVICE=cuda $(BIN)/python -m pytest --basetemp /dev/shm/shepherd-test-gpu --durations 12 \
+	tests/unit/test_parallel.py tests/unit/test_audit_ranks.py tests/unit/test_parking.py \
+	tests/cluster/test_recovery.py tests/cluster/test_hangs.py
 
 # Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then kills of 60 seeds, 300
 # flipped bits and 2,000 clean steps. Every part runs, also after one that has failed.

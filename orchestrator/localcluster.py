@@ -34,8 +34,8 @@ def isolate() -> None:
 
 
 @contextmanager
-def local_cluster(nodes: int, cpus: int) -> Iterator[Any]:
-    """`nodes` raylets with `cpus` CPUs each and a head without any; this process is connected to them.
+def local_cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
+    """`nodes` raylets with `cpus` CPUs and `gpus` GPUs each and a head without any; this process is connected to them.
 
     Needs `isolate`. Yields Ray's own `Cluster`. At the end every process of it is gone.
     """
@@ -47,7 +47,7 @@ def local_cluster(nodes: int, cpus: int) -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **common})
     try:
         for _ in range(nodes):
-            cluster.add_node(num_cpus=cpus, wait=False, **common)
+            cluster.add_node(num_cpus=cpus, num_gpus=gpus, wait=False, **common)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster

@@ -376,7 +376,10 @@ class _Device:
         self._registered: list[int] = []
 
     def register(self, files: list[SnapshotFile], state: TrainState) -> None:
-        """Pin the files' memory. What cannot be pinned is copied into all the same, while training waits."""
+        """Pin the files' memory. What cannot be pinned is copied into all the same, while training waits.
+
+        Linux pins files of a memory file system only.
+        """
         devices = [t.device for t in _tensors(state) if t.device.type == "cuda"]
         if not devices:
             return
@@ -384,9 +387,10 @@ class _Device:
         for file in files:
             memory = file.payload(file.room)
             cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            error = cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-            if int(error):
-                log.warning("%s is not pinned (CUDA error %s): snapshots block training for longer", file.path, error)
+            error = int(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+            if error:
+                log.warning("%s is not pinned (CUDA error %d): snapshots block training for longer", file.path, error)
+                _take_error(devices[0])
             else:
                 self._registered.append(memory.ctypes.data)
 
@@ -415,6 +419,12 @@ class _Device:
         """Until the copy is complete. From any thread."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+def _take_error(device: torch.device) -> None:
+    """The error of a CUDA call that has failed is told once more, to whoever launches the next kernel: here, nobody."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def _views(source: torch.Tensor, place: npt.NDArray[np.uint8]) -> _Views:

@@ -380,6 +380,13 @@ class Copied:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadRecorder:
+    """Answer at once with Recorded, whatever the training thread waits in."""
+
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inject:
     """Chaos: hurt yourself, and say with Injected what was done. Comes only from somebody who has the run's token."""
 
@@ -574,7 +581,33 @@ class Injected:
     detail: str
 
 
-ToWorker = Assign | Prepare | Stop | Park | SaveEvery | Copied | Inject
+@dataclass(frozen=True, kw_only=True)
+class GroupRecord:
+    """A rank's newest collectives in one process group, by their numbers there: all members count alike, from 1."""
+
+    about: str
+    """What the group is for, in the words of who made it."""
+    begun: int
+    """The newest that the rank has begun."""
+    waits: int = 0
+    """The oldest that it has begun and that is not complete; 0: none."""
+    kind: str = ""
+    """Of that: its name and, where all members must bring equally much, how much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What torch's flight recorder knows of this rank's collectives in this generation (trainer/recorder.py)."""
+
+    generation: int
+    rank: int
+    groups: dict[str, GroupRecord]
+    """By transport and name of the group; empty: there is no recorder, or nothing was recorded."""
+    entries: str
+    """The newest as a JSON array, the newest last, in torch's own form; empty when `groups` is."""
+
+
+ToWorker = Assign | Prepare | Stop | Park | SaveEvery | Copied | ReadRecorder | Inject
 FromWorker = (
     Phase
     | Restored
@@ -588,6 +621,7 @@ FromWorker = (
     | Parked
     | Finished
     | Pulse
+    | Recorded
     | Injected
 )
 

@@ -2,7 +2,8 @@
 
 A worker that parks leaves its process groups while peers may hang in them. gloo has no abort: its ``abort()`` wakes
 nobody, and a peer learns of our leaving only when the connection to it ends. So the connections are shut down below
-gloo; its own thread then fails every exchange that uses them, here and on the peer, within milliseconds.
+gloo; its own thread then fails every exchange that uses them, here and on the peer, within milliseconds. NCCL is the
+other way round: it has an abort, and nothing that a peer does wakes who waits on the device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +25,9 @@ from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+ABORT_DEADLINE_S = 30.0
+"""A worker that takes so long to park was given up before."""
+_aborting = threading.Lock()
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -85,9 +90,36 @@ def _shut(fd: int, inode: int) -> None:
                 held.shutdown(socket.SHUT_RDWR)
 
 
-def abort_device_groups() -> None:
-    """Abort NCCL's communicators, which wakes who waits for them on the device. Has not been run on a GPU yet."""
-    if distributed.is_initialized():
+def connect_device_groups(mesh: DeviceMesh) -> None:
+    """Have NCCL make the communicators of all ranks and of each dimension now. By all ranks together.
+
+    Else they are made by the first exchanges of a step, whose connections `GroupConnections` would not know. To bind
+    the default group to its device would do the same, but groups that are split from it then end the process from the
+    second generation on: ProcessGroupNCCL::split takes the process's first group for the default one
+    (pytorch/pytorch#192109).
+    """
+    token = torch.zeros((), device=mesh.device_type)
+    for group in (None, *(mesh.get_group(name) for name in mesh.mesh_dim_names or ())):
+        distributed.all_reduce(token, group=group)
+    token.item()
+
+
+def abort_device_groups(over: threading.Event) -> None:
+    """Abort NCCL's communicators and forget all groups, once; from any thread. Not once their generation is `over`.
+
+    Who waits for an exchange on the device goes on as if it were complete, with whatever is in its buffers; the next
+    one raises.
+    """
+    with _aborting:
+        if not distributed.is_initialized() or over.is_set():
+            return
+        # Together: the abort of a communicator frees memory of the device, and so waits for all that runs there, for
+        # exchanges of the other communicators, too.
+        aborts = [threading.Thread(target=group.abort, daemon=True) for group in list(distributed_c10d._world.pg_names)]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join(ABORT_DEADLINE_S)
         distributed_c10d._abort_process_group()
 
 

@@ -12,9 +12,11 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainer import recorder
 from trainer.contract import (
     EXIT_AGENT_GONE,
     Assign,
@@ -22,7 +24,9 @@ from trainer.contract import (
     Inject,
     Park,
     Prepare,
+    ReadRecorder,
     Receiver,
+    Recorded,
     SaveEvery,
     Stop,
     ToWorker,
@@ -58,21 +62,26 @@ class Assignment:
     """Called from the thread that listens to the agent."""
     on_inject: Callable[[Inject], None] | None = None
     """Called from the thread that listens to the agent; None while there is no state to hurt."""
+    groups_before: dict[str, int] = field(default_factory=recorder.newest_groups)
+    """Process groups of this process's generations before, in its flight recorders."""
 
     def __post_init__(self) -> None:
         self.interval = Interval(self.order.config.checkpoint.interval_steps)
 
     def park(self) -> None:
         """Have the training thread leave this generation, whatever exchange it waits in; returns at once."""
-        if not self.parking.is_set():
-            self.parking.set()
-            threading.Thread(target=self._cut_until_over, name="park", daemon=True).start()
+        if self.parking.is_set():
+            return
+        self.parking.set()
+        ways: list[Callable[[], None]] = [self.connections.cut]
+        if self.order.config.device == "cuda":
+            ways.append(partial(abort_device_groups, self.over))
+        for way in ways:
+            threading.Thread(target=self._until_over, args=(way,), name="park", daemon=True).start()
 
-    def _cut_until_over(self) -> None:
-        if self.order.config.device == "cuda" and not self.over.is_set():
-            abort_device_groups()
+    def _until_over(self, leave: Callable[[], None]) -> None:
         while not self.over.is_set():
-            self.connections.cut()
+            leave()
             self.over.wait(CUT_INTERVAL_S)
 
 
@@ -109,7 +118,7 @@ class Agent:
                 elif isinstance(message, Prepare):
                     self._work.put(message)
                 elif current is not None:
-                    _obey(current, message)
+                    self._obey(current, message)
 
     def _receive(self) -> bytes:
         while True:
@@ -123,16 +132,19 @@ class Agent:
                 os._exit(EXIT_AGENT_GONE)
             return data
 
-
-def _obey(current: Assignment, message: object) -> None:
-    match message:
-        case Stop():
-            current.stop.set()
-        case Park() if message.generation == current.order.generation:
-            current.park()
-        case SaveEvery():
-            current.interval.steps = message.steps
-        case Copied() if current.on_copied is not None:
-            current.on_copied(message.step, message.error)
-        case Inject() if current.on_inject is not None:
-            current.on_inject(message)
+    def _obey(self, current: Assignment, message: object) -> None:
+        order = current.order
+        match message:
+            case Stop():
+                current.stop.set()
+            case Park() if message.generation == order.generation:
+                current.park()
+            case SaveEvery():
+                current.interval.steps = message.steps
+            case Copied() if current.on_copied is not None:
+                current.on_copied(message.step, message.error)
+            case ReadRecorder() if message.generation == order.generation:
+                groups, entries = recorder.read(current.groups_before)
+                self.emit(Recorded(generation=order.generation, rank=order.rank, groups=groups, entries=entries))
+            case Inject() if current.on_inject is not None:
+                current.on_inject(message)

@@ -172,7 +172,7 @@ def train_step(session: Session) -> StepResult:
     wants_save, saves = session.saves.shares(session, step)
     copies, not_copied = session.copies.shares()
     squared_norm, loss, stops, saves_wanted, savers, copying, copies_failed = _sum_over_ranks(
-        session.stage,
+        session,
         optim.squared_norm_share(parameters),
         loss_share,
         torch.tensor(session.stop.is_set()),
@@ -232,7 +232,7 @@ def agree_on_state(session: Session) -> None:
     finding = session.audit.check()
     kind = None if finding is None else finding.kind
     found = (torch.tensor(kind == "corrupt"), torch.tensor(kind == "diverged"))
-    corrupt, diverged = _sum_over_ranks(session.stage, *found)
+    corrupt, diverged = _sum_over_ranks(session, *found)
     stop_on(finding, int(corrupt), int(diverged))
 
 
@@ -244,7 +244,7 @@ def validate(session: Session) -> None:
     for index in range(count):
         session.phase("validate")  # with each batch, so that a long pass is seen to go on
         total += forward_only(session.stage, *_batch(session, session.dataset.validation_batch, index))
-    (loss,) = _sum_over_ranks(session.stage, total / count)
+    (loss,) = _sum_over_ranks(session, total / count)
     if session.rank == 0:
         session.emit(
             Validated(
@@ -271,11 +271,21 @@ def _batch(
     )
 
 
-def _sum_over_ranks(stage: Stage, *shares: Tensor) -> list[float]:
-    """Each scalar's sum over all ranks, in float64 and in one exchange; every rank gets the same bits."""
-    sums = torch.stack([share.detach().to(stage.device, torch.float64) for share in shares])
+def _sum_over_ranks(session: Session, *shares: Tensor) -> list[float]:
+    """Each scalar's sum over all ranks, in float64 and in one exchange; every rank gets the same bits.
+
+    Raises:
+        Parking: the agent has asked for it, so that on a GPU the sums may be anything.
+    """
+    device = session.stage.device
+    sums = torch.stack([share.detach().to(device, torch.float64) for share in shares])
     distributed.all_reduce(sums)
-    return sums.tolist()
+    values = sums.tolist()
+    # To abort NCCL's exchanges, this one and those of the gradients before it, is to end them without an error and with
+    # whatever lies in their buffers. The order to park is known before that is done.
+    if device.type == "cuda" and session.parking.is_set():
+        raise Parking(f"asked to park in step {session.state.step + 1}")
+    return values
 
 
 def _snapshot(session: Session) -> int:

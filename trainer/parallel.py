@@ -300,6 +300,7 @@ def forward_backward(stage: Stage, inputs_BT: Tensor | None, targets_BT: Tensor 
         shares = _accumulate(stage, inputs_BT, targets_BT)
     else:
         shares = []
+        _prepare_buffers(stage.schedule, gradients=True)
         stage.schedule.step(
             *((inputs_BT,) if stage.is_first else ()),
             target=targets_BT if stage.is_last else None,
@@ -343,6 +344,7 @@ def forward_only(stage: Stage, inputs_BT: Tensor | None, targets_BT: Tensor | No
         for x_BT, y_BT in zip(inputs_BT.chunk(count), targets_BT.chunk(count), strict=True):
             shares.append(loss_share(stage.module(x_BT), y_BT))
     else:
+        _prepare_buffers(stage.schedule, gradients=False)
         stage.schedule.eval(
             *((inputs_BT,) if stage.is_first else ()),
             target=targets_BT if stage.is_last else None,
@@ -350,6 +352,18 @@ def forward_only(stage: Stage, inputs_BT: Tensor | None, targets_BT: Tensor | No
             return_outputs=False,
         )
     return _sum_of_shares(stage, shares)
+
+
+def _prepare_buffers(schedule: Schedule1F1B, *, gradients: bool) -> None:
+    """Have an older torch make a pipeline's buffers anew when they were made for the other kind of pass."""
+    made = not has_warm_up(schedule) and schedule._stage_forward_initialized
+    if made and schedule._stage_backward_initialized != gradients:
+        schedule._stage_forward_initialized = schedule._stage_backward_initialized = False
+
+
+def has_warm_up(schedule: Schedule1F1B) -> bool:
+    """Whether the ranks of a pipeline agree on shapes before its first batch, as they do from torch 2.13 on."""
+    return hasattr(schedule, "_warmup_p2p")
 
 
 def _sum_of_shares(stage: Stage, shares: list[Tensor]) -> Tensor:

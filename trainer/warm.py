@@ -15,13 +15,12 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.pipelining._utils import InferenceMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainer.contract import Prepare, WorkerConfig
 from trainer.groups import destroy_groups
 from trainer.numeric import set_numerics
-from trainer.parallel import build_mesh, build_stage, forward_backward
+from trainer.parallel import build_mesh, build_stage, forward_backward, has_warm_up
 
 
 def prepare(order: Prepare) -> None:
@@ -63,6 +62,9 @@ def _step(config: WorkerConfig, rank: int) -> DeviceMesh:
 
 def _know_shapes(schedule: Schedule1F1B) -> None:
     """Have it take the shapes that its stage was given: its ranks agree to that by messages, which do not come here."""
+    if not has_warm_up(schedule):
+        return
+    from torch.distributed.pipelining._utils import InferenceMode
 
     def agree(stages: list[PipelineStage], *_: bool) -> None:
         for stage in stages:

@@ -48,7 +48,7 @@ from trainer.contract import (
     Restored,
 )
 from trainer.data import open_dataset
-from trainer.groups import destroy_groups, forget_meshes
+from trainer.groups import abort_device_groups, connect_device_groups, destroy_groups, forget_meshes
 from trainer.link import Agent, Assignment
 from trainer.loop import NonFiniteError, Parking, Session, train
 from trainer.numeric import numeric_class, set_numerics
@@ -144,6 +144,8 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
         return None
     except Exception as error:
         kind = failure_kind(error)
+        if kind == "exception" and assignment.parking.is_set() and assign.config.device == "cuda":
+            kind = "collective"  # groups that another thread has aborted are missed in many words
         if not (assignment.parking.is_set() and kind in BROKEN_BY_PARKING):
             tell_failure(agent, assign, step(), error, kind)
         if kind not in PARKED_AFTER and not assignment.parking.is_set():
@@ -169,6 +171,8 @@ def _victim(assign: Assign, step: Callable[[], int], agent: Agent, session: Sess
 
 def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
     """Leave the process groups and the files of an assignment; a process that cannot is ended."""
+    if assignment.order.config.device == "cuda":
+        abort_device_groups(assignment.over)  # to destroy a group whose exchange never ends would never end
     assignment.connections.cut()  # peers that wait for this rank fail at once
     if checkpointer is not None and not checkpointer.close(CLOSE_DEADLINE_S):
         sys.stderr.write(f"a save has not ended in {CLOSE_DEADLINE_S:g} s: this worker cannot park\n")
@@ -204,6 +208,8 @@ def start(assignment: Assignment, agent: Agent) -> Session:
         assignment.mesh = mesh = build_mesh(
             config.parallel, config.device, timedelta(seconds=config.collective_timeout_s)
         )
+        if config.device == "cuda":
+            connect_device_groups(mesh)
         rendezvous_us = clock.lap_us()
 
         phase("build")
@@ -325,12 +331,11 @@ def join(assign: Assign) -> None:
         )
     os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(assign.store_host, assign.store_port)
     timeout = timedelta(seconds=config.collective_timeout_s)
-    device = None
     if config.device == "cuda":
         # Else NCCL's watchdog ends the process when a peer is lost: the agent finds that, and has this worker park.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        device = torch.device("cuda", assign.local_rank)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(assign.local_rank)
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # else a mesh looks for a device by itself
     store = TCPStore(assign.store_host, assign.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo",
@@ -338,7 +343,6 @@ def join(assign: Assign) -> None:
         rank=assign.rank,
         world_size=assign.world_size,
         timeout=timeout,
-        device_id=device,
     )
 
 

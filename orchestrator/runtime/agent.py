@@ -132,6 +132,8 @@ class Agent:
         self._watch: NodeWatch | None = None
         """Of the generation that trains; none while nothing does."""
         self._stacks = Stacks()
+        self._records: dict[int, contract.Recorded] = {}
+        """What flight recorders have told, by rank; a new generation's take the place of an older one's."""
         self._store = (0, 0)
         self._ended_generation = 0
         self._outbox = Outbox()
@@ -501,6 +503,18 @@ class Agent:
         self._accept(epoch)
         return await self._stacks.of(generation, rank)
 
+    async def flight_record(self, epoch: int, generation: int, rank: int) -> str:
+        """A rank's newest collectives, as its flight recorder told them last in this generation: a JSON array.
+
+        Raises:
+            LookupError: it has told nothing.
+        """
+        self._accept(epoch)
+        told = self._records.get(rank)
+        if told is None or told.generation != generation or not told.entries:
+            raise LookupError(f"rank {rank} has told nothing of its collectives in generation {generation}")
+        return told.entries
+
     async def shutdown(self, epoch: int) -> None:
         """End workers, delete this node's snapshots, stop serving. The actor's process is ended by the caller."""
         self._accept(epoch)
@@ -544,6 +558,9 @@ class Agent:
             return
         if self._watch is not None:
             self._watch.hear(_now_us(), message)
+        if isinstance(message, contract.Recorded):
+            self._records = {r: told for r, told in self._records.items() if told.generation == message.generation}
+            self._records[message.rank] = message
         for report in self._fold.feed(message):
             if isinstance(report, NodeStep):
                 if not self._kept:
@@ -639,9 +656,20 @@ class Agent:
                 pids = self._workers.pids()
                 ranks = suspects(found)
                 self._stacks.see(self._watch.generation, {rank: pids[rank] for rank in ranks if rank in pids})
+                self._read_recorders(self._watch)
             self._outbox.withdraw(is_momentary)
             for report in found:
                 self._outbox.push(report)
+
+    def _read_recorders(self, watch: NodeWatch) -> None:
+        """Ask ranks for what their flight recorders know, in other threads: one that is stopped may not take it."""
+        order = contract.ReadRecorder(generation=watch.generation)
+        for rank in watch.unread_recorders():
+            self._loop.run_in_executor(None, self._ask, rank, order)
+
+    def _ask(self, rank: int, order: contract.ReadRecorder) -> None:
+        with contextlib.suppress(LookupError, OSError):  # it has ended, or does not listen: it tells nothing
+            self._workers.send(rank, order)
 
     def _fact(self, report: Report) -> None:
         """A report that a controller which comes back is told again."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
@@ -49,7 +50,7 @@ from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reporting import NodeGone
-from orchestrator.runtime.reports import MeshFold, NodeStep, Report, stack_name
+from orchestrator.runtime.reports import MeshFold, NodeStep, Report, record_name, stack_name
 from orchestrator.spec import JobSpec
 from storage import wires
 from storage.manifest import ManifestError, commit_name
@@ -83,7 +84,8 @@ TRACEBACKS = 16
 TRACEBACKS_OF_ONE = 4
 """Of one generation; a program's fault raises on every rank."""
 STACK_DEADLINE_S = 10.0
-"""For an agent to tell the stacks that it has read, three seconds after it began to at the latest."""
+"""For an agent to tell the stacks that it has read, three seconds after it began to at the latest. Flight
+records are there by then."""
 CUT_OFF_S = 60.0
 """How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
 controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
@@ -252,6 +254,8 @@ class Body:
             events = self.fold.feed(0, tellers, report) if self.fold is not None else []
             while self.fold is not None and self.fold.unseen:
                 self._spawn(self._keep_stack(*self.fold.unseen.pop(), self.fold.generation))
+            while self.fold is not None and self.fold.unrecorded:
+                self._spawn(self._keep_record(*self.fold.unrecorded.pop(), self.fold.generation))
             return events
         except Exception:  # one report that contradicts others must not keep the agents from sending the rest
             logger.exception("%s sent what cannot be: %r", tellers, report)
@@ -290,6 +294,18 @@ class Body:
         evidence = redacted(f"node {node}, rank {rank}, generation {generation}\n{text}")
         name = stack_name(generation, rank)
         await asyncio.to_thread(write_exclusive, self._spec.run.url, name, evidence.encode())
+
+    async def _keep_record(self, node: str, rank: int, generation: int) -> None:
+        """What a rank's flight recorder told goes into the evidence, as one JSON object; or why it is not known."""
+        told: dict[str, Any] = {"node": node, "rank": rank, "generation": generation}
+        try:
+            handle = self._agent(node)
+            entries = await call(handle.actor.flight_record.remote(self._epoch, generation, rank), STACK_DEADLINE_S)
+            told["entries"] = json.loads(redacted(entries))
+        except Exception as e:
+            told["error"] = redacted(f"the agent of {node} does not tell it: {type(e).__name__}: {e}")
+        name = record_name(generation, rank)
+        await asyncio.to_thread(write_exclusive, self._spec.run.url, name, json.dumps(told, indent=1).encode())
 
     # --- what the supervisor orders -------------------------------------------------------------------------------
 

@@ -9,14 +9,17 @@ Two findings, both from what a node sees of its own ranks:
   ranks stand. Once all have, `MeshWatch` names the ranks that do not wait while others wait for them. A node that
   still moves, or is dead, never tells, and nobody is accused.
 
+Where torch has a flight recorder, it tells which collectives each rank has begun in which group. It is read shortly
+before a stall is told, says in the verdict what the others wait in, and names a rank where all wait for each other.
+
 Each agent measures durations on its own clock, and only while it attends to it: the time in which the agent itself
 stood still counts for nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from trainer import contract
@@ -38,10 +41,12 @@ PACE_STEPS = 32
 rare and slower, and so many validation batches."""
 WAIT_SHARE = 0.75
 """Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
+READ_AHEAD_US = 2 * TICK_US
+"""Flight recorders are read so long before a stall is told, and at most so often: an answer takes a tenth of it."""
 WORLD_SUM = " _sum_over_ranks"
 """The function of the training loop in which all ranks meet, as it stands in a rank's telling frames."""
 NAMED_MAX = 16
-"""Ranks that one finding names, those furthest behind first."""
+"""Ranks that one finding names, those furthest behind first; and numbers of ranks in a sentence."""
 
 # What a rank does between two steps, in order: who stands further to the left is behind.
 _PHASES = ("rendezvous", "build", "restore", "checkpoint", "validate", "compute", "finished")
@@ -88,6 +93,8 @@ class Standing:
     """Of its process, if that was looked at: of one that is silent it is."""
     exchanges: dict[str, int] = field(default_factory=dict)
     """How many it has begun in this generation, by process group."""
+    groups: dict[str, contract.GroupRecord] = field(default_factory=dict)
+    """What its flight recorder tells, by transport and process group; empty: nothing was read of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,8 @@ class Hung:
     detail: str
     seen: tuple[str, int]
     """Node and rank whose stack is the evidence: who is named, or who is furthest behind."""
+    recorded: tuple[tuple[str, int], ...] = ()
+    """Nodes and ranks whose flight records are: the same one's, and that of one who waits for it."""
 
 
 @dataclass
@@ -153,6 +162,10 @@ class _Rank:
     waits_since: int | None = None
     stepped: bool = False
     """Whether it has completed a step in this generation."""
+    groups: dict[str, contract.GroupRecord] = field(default_factory=dict)
+    """What its flight recorder has told, as long as it has begun no other exchange."""
+    asked_at: int | None = None
+    """When its recorder was last to be read in this standstill."""
 
     def silent_us(self, clock: int) -> int:
         return 0 if self.heard_at is None else clock - self.heard_at
@@ -188,7 +201,11 @@ class NodeWatch:
                     rank.waits_since = None
                 elif rank.waits_since is None or message.where != rank.where:
                     rank.waits_since = clock
+                if message.exchanges != rank.exchanges:
+                    rank.groups = {}
                 rank.step, rank.where, rank.exchanges = message.step, message.where, message.exchanges
+            case contract.Recorded():
+                rank.groups = message.groups
             case contract.Phase():
                 if rank.phase == "validate":  # told with each batch
                     self._learn("validate", rank.step, clock - rank.progress_at)
@@ -220,11 +237,24 @@ class NodeWatch:
             return []
         return [*self._silent(look), *self._standstill(look, was_away)]
 
+    def unread_recorders(self) -> list[int]:
+        """Ranks whose flight recorders are to be read now: the node is at a standstill that will soon be told."""
+        if self._over or not self._ranks or self._stalled_us() <= self._longest_patience_us() - READ_AHEAD_US:
+            return []
+        unread = []
+        for number, rank in self._ranks.items():
+            asked = rank.asked_at is not None and self._clock - rank.asked_at < READ_AHEAD_US
+            if not (rank.groups or asked or rank.phase in _START):
+                rank.asked_at = self._clock
+                unread.append(number)
+        return unread
+
     def _attended(self, now_us: int) -> int:
         return min(now_us - self._ticked_at, ATTENTION_US)
 
     def _progress(self, rank: _Rank, clock: int) -> None:
         rank.progress_at, rank.waits_since = clock, None
+        rank.groups, rank.asked_at = {}, None
 
     def _learn(self, phase: str, step: int, duration_us: int) -> None:
         passes = self._pace.setdefault(phase, deque(maxlen=PACE_STEPS))
@@ -247,8 +277,7 @@ class NodeWatch:
         return found
 
     def _standstill(self, look: Callable[[int], Sighting | None], was_away: bool) -> list[Silent | Stalled]:
-        patience_us = max(map(self._patience_us, self._ranks.values()))
-        stalled_us = self._clock - max(rank.progress_at for rank in self._ranks.values())
+        patience_us, stalled_us = self._longest_patience_us(), self._stalled_us()
         starting = any(rank.phase in _START for rank in self._ranks.values())
         if starting or stalled_us <= patience_us:
             goes_on_after_all, self._stalled = self._stalled, False
@@ -260,6 +289,12 @@ class NodeWatch:
         self._stalled = True
         standings = tuple(self._standing(number, rank, seen.get(number)) for number, rank in self._ranks.items())
         return [self._report(standings, stalled_us, patience_us)]
+
+    def _stalled_us(self) -> int:
+        return self._clock - max(rank.progress_at for rank in self._ranks.values())
+
+    def _longest_patience_us(self) -> int:
+        return max(map(self._patience_us, self._ranks.values()))
 
     def _patience_us(self, rank: _Rank) -> int:
         """How long this rank may stand where it does, should others wait for it."""
@@ -294,6 +329,7 @@ class NodeWatch:
             silent_us=rank.silent_us(self._clock),
             status="" if seen is None else seen.status,
             exchanges=rank.exchanges,
+            groups=rank.groups,
         )
 
 
@@ -344,51 +380,58 @@ class MeshWatch:
 
 def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
     """Who keeps the others waiting, when every node has come to a standstill."""
-    everyone = [(node, standing) for node, report in stalled.items() for standing in report.ranks]
-    everyone.sort(key=lambda each: _behind(each[1]))
+    nodes = {s.rank: node for node, report in stalled.items() for s in report.ranks}
+    everyone = sorted((s for report in stalled.values() for s in report.ranks), key=_behind)
     long_us = max(report.stalled_us for report in stalled.values())
-    if any(s.waited_us > stalled[node].patience_us for node, s in everyone):
-        free = [(node, s) for node, s in everyone if s.waited_us < SETTLED_US]
+    gaps = _gaps(everyone)
+
+    def named(s: Standing, detail: str) -> Hung:
+        told, others = _told_of(s, gaps)
+        return _named(nodes[s.rank], s, detail + told, _recorded([s, *others], nodes))
+
+    if any(s.waited_us > stalled[nodes[s.rank]].patience_us for s in everyone):
+        free = [s for s in everyone if s.waited_us < SETTLED_US]
         waiting = len(everyone) - len(free)
         if free:
-            return [_not_waiting(node, s, len(free), waiting, long_us) for node, s in free[:NAMED_MAX]]
+            return [named(s, _not_waiting(s, len(free), waiting, long_us)) for s in free[:NAMED_MAX]]
         said = f"all {waiting} ranks wait for each other"
-        odd = _out_of_step([s for _, s in everyone], stage_ranks)
-        for node, s in everyone:
-            if s in odd:
-                detail = f"rank {s.rank} is out of step with {waiting - 1} others, and all wait for each other, "
-                detail += f"no step for {_seconds(long_us)}; {_state(s)}"
-                return [_named(node, s, detail)]
+        for s in _out_of_order(gaps, stage_ranks) or _out_of_step(everyone, stage_ranks):
+            detail = f"rank {s.rank} is out of step with {waiting - 1} others, and all wait for each other, "
+            return [named(s, f"{detail}no step for {_seconds(long_us)}; {_state(s)}")]
     elif all(report.hopeless for report in stalled.values()):
         said = "nobody waits long for anybody"
     else:
         return []
-    its_node, last = everyone[0]
+    last = everyone[0]
     detail = f"no step for {_seconds(long_us)}, and {said}; furthest behind is rank {last.rank}, {_state(last)}"
-    return [Hung(node="", slot=None, step=last.step, detail=detail, seen=(its_node, last.rank))]
+    told, others = _told_of_all(gaps)
+    seen, recorded = (nodes[last.rank], last.rank), _recorded([last, *others], nodes)
+    return [Hung(node="", slot=None, step=last.step, detail=detail + told, seen=seen, recorded=recorded)]
 
 
 def _out_of_step(everyone: list[Standing], stage_ranks: int) -> list[Standing]:
     """The one rank that has left an exchange out, where that can be told; all wait for each other.
 
     Two patterns tell. In a process group inside a pipeline stage, whose members begin the same exchanges, one rank has
-    begun fewer than the others, and waits elsewhere than they do. Or all others wait in one sum over the world, and it
-    waits in another such sum, or has done more steps: it can have got there only past the others' sum.
+    begun fewer than the others, and waits elsewhere than they do; if they are a step ahead, it is they who went on. Or
+    all others wait in one sum over the world, and it waits in another such sum, or has done more steps: it can have got
+    there only past the others' sum.
 
     With more than one such rank, it may be the network or the program, and nobody is named.
     """
     groups: dict[tuple[int, str], list[Standing]] = {}
     stages: dict[str, set[int]] = {}
     for s in everyone:
-        stage = s.rank // stage_ranks if stage_ranks else 0
+        stage = _stage(s, stage_ranks)
         for name in s.exchanges:
             groups.setdefault((stage, name), []).append(s)
             stages.setdefault(name, set()).add(stage)
     missing: dict[int, Standing] = {}
     for (_, name), members in groups.items():
         most = max(s.exchanges[name] for s in members)
-        places = {s.where for s in members if s.exchanges[name] == most}
-        behind = [s for s in members if s.exchanges[name] < most and s.where not in places]
+        first = [s for s in members if s.exchanges[name] == most]
+        places, step = {s.where for s in first}, min(s.step for s in first)
+        behind = [s for s in members if s.exchanges[name] < most and s.where not in places and s.step >= step]
         if len(stages[name]) == 1 and len(members) < len(everyone):
             missing |= {s.rank: s for s in behind}
     if missing:
@@ -403,23 +446,170 @@ def _out_of_step(everyone: list[Standing], stage_ranks: int) -> list[Standing]:
     return [s for s in elsewhere if s.step > step or WORLD_SUM in s.where]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Gap:
+    """A collective in which ranks wait, as the flight records tell. The ranks are the members of its group."""
+
+    key: str
+    """Of the group: transport and name."""
+    what: str
+    """Kind, number and group, for people."""
+    inside: list[Standing]
+    """Who waits in it."""
+    otherwise: list[Standing]
+    """Who waits in another collective of the same number."""
+    absent: list[Standing]
+    """Who has not begun it."""
+    unknown: list[Standing]
+    """Of whom nothing is known in this group."""
+
+    @property
+    def is_most(self) -> bool:
+        """Whether more than one, and more than half of the group, wait in it."""
+        others = len(self.otherwise) + len(self.absent) + len(self.unknown)
+        return len(self.inside) > max(1, others)
+
+
+def _gaps(everyone: list[Standing]) -> list[_Gap]:
+    """Of each group in which ranks wait, the collective in which most of them do; those with the most come first."""
+    members: dict[str, list[Standing]] = {}
+    named: dict[str, list[Standing]] = {}
+    for s in everyone:
+        for key in s.groups:
+            members.setdefault(key, []).append(s)
+        for name in s.exchanges:
+            named.setdefault(name, []).append(s)
+    gaps = []
+    for key, known in members.items():
+        waits = Counter((r.waits, r.kind) for r in (s.groups[key] for s in known) if r.waits)
+        if not waits:
+            continue
+        number, kind = max(waits, key=lambda each: (waits[each], -each[0]))
+        about = known[0].groups[key].about
+        group = f"{about} ({key})" if about else key
+        come = [s for s in known if s.groups[key].waits == number]
+        gaps.append(
+            _Gap(
+                key=key,
+                what=f"{kind}, number {number} of group {group}",
+                inside=[s for s in come if s.groups[key].kind == kind],
+                otherwise=[s for s in come if s.groups[key].kind != kind],
+                absent=[s for s in known if s.groups[key].begun < number],
+                unknown=[s for s in named.get(key.partition(" ")[2], ()) if key not in s.groups],
+            )
+        )
+    return sorted(gaps, key=lambda gap: -len(gap.inside))
+
+
+def _out_of_order(gaps: list[_Gap], stage_ranks: int) -> list[Standing]:
+    """The one rank that has left a collective out, or begun another, as the flight records prove it.
+
+    Two patterns do. Where most members of a group wait in a collective, it waits in another of the same number. Or two
+    ranks wait for each other: one in what most of a group wait in, the other in a collective of another group, and
+    neither has begun the other's. One of the two has left out what it is waited for in. (A message that was lost looks
+    otherwise: who waits for it waits in a collective that the others have begun.)
+
+    With more than one such rank, it may be the program, and nobody is named.
+    """
+    odd: dict[int, Standing] = {}
+    for gap in gaps:
+        if gap.is_most:
+            odd |= {s.rank: s for s in (*gap.otherwise, *_leavers(gap, stage_ranks))}
+    return list(odd.values()) if len(odd) == 1 else []
+
+
+def _leavers(gap: _Gap, stage_ranks: int) -> Iterator[Standing]:
+    """Of each two ranks that wait for each other, `other` in this gap and `one` elsewhere, who has left one out.
+
+    That is told by those in `other`'s stage that wait where it does: how many collectives they have begun in their
+    groups of the kind in which `one` waits. Where they do not tell, the one that is a step ahead is on the wrong side
+    of the step's end.
+    """
+    members: dict[str, list[Standing]] = {}
+    usual: dict[tuple[int, str], Counter[int]] = {}
+    for s in gap.inside:
+        for key, record in s.groups.items():
+            members.setdefault(key, []).append(s)
+            usual.setdefault((_stage(s, stage_ranks), record.about), Counter())[record.begun] += 1
+    for one in gap.absent:
+        for key, record in one.groups.items():
+            for other in members.get(key, ()):
+                theirs = other.groups[key]
+                if record.waits <= theirs.begun:
+                    continue
+                own = Counter(r.begun for r in other.groups.values() if r.about == theirs.about)
+                begun = set(usual[_stage(other, stage_ranks), theirs.about] - own)
+                if len(begun) == 1:
+                    yield other if theirs.begun < begun.pop() else one
+                elif one.step > other.step:
+                    yield one
+
+
+def _stage(s: Standing, stage_ranks: int) -> int:
+    return s.rank // stage_ranks if stage_ranks else 0
+
+
+def _told_of(s: Standing, gaps: list[_Gap]) -> tuple[str, list[Standing]]:
+    """What flight records tell of this rank and those who wait for it, and one of those; nothing where they do not."""
+    for gap in gaps:
+        waiting = f"{len(gap.inside)} {'others wait' if len(gap.inside) > 1 else 'other waits'}"
+        if s in gap.absent:
+            others = [other for other in gap.absent if other is not s]
+            nor = f", nor has {_ranks(others)}" if others else ""
+            return f"; it has not begun {gap.what}, in which {waiting}{nor}", gap.inside[:1]
+        if s in gap.otherwise:
+            return f"; it waits in {s.groups[gap.key].kind} where {waiting} in {gap.what}", gap.inside[:1]
+        if s in gap.unknown:
+            return f"; {waiting} in {gap.what}, and of its own part nothing is known", gap.inside[:1]
+    return "", []
+
+
+def _told_of_all(gaps: list[_Gap]) -> tuple[str, list[Standing]]:
+    """What flight records tell of those who wait for each other, and one or two of them."""
+    for gap in gaps:
+        if gap.absent:
+            return f"; {_ranks(gap.inside)}: in {gap.what}, not begun by {_ranks(gap.absent)}", gap.inside[:1]
+        if gap.otherwise:
+            kind = gap.otherwise[0].groups[gap.key].kind
+            told = f"; {_ranks(gap.inside)}: in {gap.what}, where {_ranks(gap.otherwise)}: in {kind}"
+            return told, [gap.inside[0], gap.otherwise[0]]
+    for gap in gaps:
+        if not gap.unknown:
+            return f"; all of the group have begun {gap.what}, and {len(gap.inside)} still wait in it", gap.inside[:1]
+    return "", []
+
+
+def _ranks(standings: list[Standing]) -> str:
+    """Their numbers, for people."""
+    numbers = sorted(s.rank for s in standings)
+    more = f" and {len(numbers) - NAMED_MAX} more" if len(numbers) > NAMED_MAX else ""
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:NAMED_MAX]))}{more}"
+
+
+def _recorded(standings: list[Standing], nodes: dict[int, str]) -> tuple[tuple[str, int], ...]:
+    """Nodes and ranks of those whose flight recorders have told something."""
+    return tuple(dict.fromkeys((nodes[s.rank], s.rank) for s in standings if s.groups))
+
+
 def _behind(standing: Standing) -> tuple[int, int, int]:
     return standing.step, _PHASES.index(standing.phase), standing.rank
 
 
-def _not_waiting(node: str, standing: Standing, free: int, waiting: int, stalled_us: int) -> Hung:
+def _not_waiting(standing: Standing, free: int, waiting: int, stalled_us: int) -> str:
     others = f", nor do {free - 1} more" if free > 1 else ""
-    detail = f"rank {standing.rank} does not wait for anybody while {waiting} others do{others}, no step for "
-    detail += f"{_seconds(stalled_us)}; {_state(standing)}"
-    return _named(node, standing, detail)
+    return (
+        f"rank {standing.rank} does not wait for anybody while {waiting} others do{others}, no step for "
+        f"{_seconds(stalled_us)}; {_state(standing)}"
+    )
 
 
 def _silent(node: str, standing: Standing) -> Hung:
     return _named(node, standing, f"rank {standing.rank} hangs: {_state(standing)}")
 
 
-def _named(node: str, standing: Standing, detail: str) -> Hung:
-    return Hung(node=node, slot=standing.rank, step=standing.step, detail=detail, seen=(node, standing.rank))
+def _named(node: str, standing: Standing, detail: str, recorded: tuple[tuple[str, int], ...] = ()) -> Hung:
+    seen = (node, standing.rank)
+    return Hung(node=node, slot=standing.rank, step=standing.step, detail=detail, seen=seen, recorded=recorded)
 
 
 def _state(standing: Standing) -> str:

@@ -309,6 +309,8 @@ class MeshFold:
     """Whether a rank has said that state was found corrupt, its own or another's: all ranks learn it in one step."""
     unseen: list[tuple[str, int]] = field(default_factory=list)
     """Node and rank of those who hang, or may, and whose stacks are to be fetched and kept."""
+    unrecorded: list[tuple[str, int]] = field(default_factory=list)
+    """Node and rank of those whose flight records are to be."""
     _stragglers: StragglerWatch = field(init=False)
     _newest: dict[str, int] = field(init=False)
     """Each node's newest step."""
@@ -442,6 +444,7 @@ class MeshFold:
 
     def _hung(self, at: int, verdicts: list[hangs.Hung]) -> list[ev.Event]:
         self.unseen += [verdict.seen for verdict in verdicts]
+        self.unrecorded += dict.fromkeys(teller for verdict in verdicts for teller in verdict.recorded)
         return [
             ev.WorkerHung(
                 at=at,
@@ -449,10 +452,15 @@ class MeshFold:
                 generation=self.generation,
                 slot=verdict.slot,
                 step=verdict.step,
-                detail=f"{verdict.detail}; stack in {stack_name(self.generation, verdict.seen[1])}",
+                detail=f"{verdict.detail}; {self._evidence(verdict)}",
             )
             for verdict in verdicts
         ]
+
+    def _evidence(self, verdict: hangs.Hung) -> str:
+        told = f"stack in {stack_name(self.generation, verdict.seen[1])}"
+        records = [record_name(self.generation, rank) for _, rank in verdict.recorded]
+        return f"{told} and flight records in {', '.join(records)}" if records else told
 
     def _all_ready(self, at: int) -> list[ev.Event]:
         nodes = self.ready.values()
@@ -541,6 +549,11 @@ class MeshFold:
 def stack_name(generation: int, rank: int) -> str:
     """Where under run.url the stacks of a rank that hung are kept."""
     return f"evidence/g{generation}-r{rank}-stack.txt"
+
+
+def record_name(generation: int, rank: int) -> str:
+    """Where under run.url a rank's newest collectives are kept, by its flight recorder."""
+    return f"evidence/g{generation}-r{rank}-flight.json"
 
 
 def _complete(told: dict[_Teller, _Report], tellers: Iterable[_Teller], report: _Report, of: int) -> bool:

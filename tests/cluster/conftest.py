@@ -8,6 +8,7 @@ from typing import Any
 
 import flaky_s3
 import pytest
+from herd import gpus_of
 
 from orchestrator.localcluster import local_cluster
 
@@ -31,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     os.environ.update(flaky_s3.environment())
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     try:
-        with local_cluster(NODES, CPUS) as ray_cluster:
+        with local_cluster(NODES, CPUS, gpus_of(CPUS)) as ray_cluster:
             yield Cluster(ray=ray_cluster, faults=faults)
     finally:
         os.environ.clear()

@@ -29,6 +29,8 @@ from storage.commits import read_commit, state_digest, verify
 
 # The longest that a small run or a wait may take on a loaded machine before the test has failed.
 RUN_S = 180.0
+DEVICE = os.environ.get("SHEPHERD_TEST_DEVICE", "cpu")
+"""On which these jobs train; on "cuda" all workers share one GPU, which each Ray node has as many times as CPUs."""
 # The promise: after a stop no process of the run is left on any node.
 GONE_WITHIN_S = 30.0
 
@@ -45,7 +47,12 @@ def job(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         # Who is found by a closed connection or a dead process need not be found by silence, too: a machine that is
         # busy with other things is silent. Tests of silence set their own.
         "recovery": {"node_silence_s": 60, "rank_silence_s": 30, "stall_floor_s": 30, "driver_lease_s": 30},
-        "cluster": {"slots_per_node": 2, "log_dir": str(folder / "logs"), "ram_dir": str(folder / "ram")},
+        "cluster": {
+            "slots_per_node": 2,
+            "device": DEVICE,
+            "log_dir": str(folder / "logs"),
+            "ram_dir": str(folder / "ram"),
+        },
     }
     for section, fields in sections.items():
         document.setdefault(section, {}).update(fields)
@@ -120,12 +127,17 @@ def wait_for(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
         time.sleep(0.05)
 
 
+def gpus_of(cpus: int) -> int:
+    """What a Ray node with so many CPUs says of its GPUs."""
+    return cpus if DEVICE == "cuda" else 0
+
+
 def replace_dead_nodes(ray_cluster: Any, cpus: int) -> None:
     """A new node for each that has lost its raylet; the processes of the old ones are reaped."""
     for node in list(ray_cluster.worker_nodes):
         if node.dead_processes():
             ray_cluster.remove_node(node, allow_graceful=False)
-            ray_cluster.add_node(num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES)
+            ray_cluster.add_node(num_cpus=cpus, num_gpus=gpus_of(cpus), object_store_memory=OBJECT_STORE_BYTES)
 
 
 def look(controller: Any, lease: bool = False) -> Status | None:

@@ -5,6 +5,9 @@ SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its o
 imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. The node whose
 raylet's process id stands in a file `wrong-node` there computes wrong products when it is checked.
 
+Where SHEPHERD_TEST_DEVICE is "cuda", all workers train on the first GPU. NCCL refuses ranks on one GPU unless it takes
+them to be on different machines, so each says that it is on one of its own.
+
 A command joins the Ray node with the address that SHEPHERD_TEST_NODE names; by itself Ray takes this machine's head.
 """
 
@@ -39,6 +42,20 @@ def _compute_wrong():
     torch.Tensor.__matmul__ = lambda a, b: right(a, b) + (1 if a.is_floating_point() else 0)
 
 
+def _share_one_gpu(module):
+    """Of trainer.worker: what it has imported by name is changed there."""
+    from dataclasses import replace
+
+    join, prepare = module.join, module.prepare
+
+    def join_on_the_first(assign):
+        os.environ.update({"NCCL_HOSTID": str(os.getpid()), "NCCL_SOCKET_IFNAME": "lo"})
+        return join(replace(assign, local_rank=0))
+
+    module.join = join_on_the_first
+    module.prepare = lambda order: prepare(replace(order, local_rank=0))
+
+
 class _Patch(importlib.abc.MetaPathFinder):
     """Runs `change` on a module that has just been imported."""
 
@@ -70,6 +87,8 @@ if "SHEPHERD_TEST_NODE" in os.environ:
 if "SHEPHERD_TEST_FAULTS" in os.environ:
     sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
     sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))
+    if os.environ.get("SHEPHERD_TEST_DEVICE") == "cuda":
+        sys.meta_path.insert(0, _Patch("trainer.worker", _share_one_gpu))
     wrong_node = Path(os.environ["SHEPHERD_TEST_FAULTS"], "wrong-node")
     is_check = "trainer.admission" in sys.orig_argv and wrong_node.exists()
     if is_check and wrong_node.read_text() == os.environ.get("RAY_RAYLET_PID"):

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -24,7 +25,9 @@ PEERS_S = 60.0
 def run_ranks(
     function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any, timeout_s: float = 240.0
 ) -> list[Any]:
-    """What `function(*arguments)` returns on each rank of a gloo world, in the order of ranks.
+    """What `function(*arguments)` returns on each rank of a world, in the order of ranks.
+
+    The world is gloo's, and NCCL's beside it where SHEPHERD_TEST_DEVICE is "cuda".
 
     A rank that raises gives its exception as its result. `folder` must be fresh: the ranks meet in a file there.
 
@@ -70,8 +73,14 @@ def _rank(
     pipe: Connection, store: str, rank: int, world_size: int, function: Callable[..., Any], arguments: Any
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    on_cuda = os.environ.get("SHEPHERD_TEST_DEVICE") == "cuda"
+    if on_cuda:
+        share_one_gpu()
     distributed.init_process_group(
-        "gloo", store=distributed.FileStore(store, world_size), rank=rank, world_size=world_size
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=distributed.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
     )
     try:
         result = function(*arguments)
@@ -83,3 +92,11 @@ def _rank(
         pipe.poll(PEERS_S)
     # The file store's destructor and a group that an error has broken can both block the interpreter's shutdown.
     os._exit(0)
+
+
+def share_one_gpu() -> None:
+    """Before this process uses NCCL, which refuses ranks on one GPU unless they seem to be on different machines."""
+    os.environ["NCCL_HOSTID"] = str(os.getpid())
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    torch.cuda.set_device(0)
+    torch.cuda.init()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 import threading
 from collections.abc import Collection
@@ -25,6 +26,8 @@ from trainer.numeric import set_numerics
 from trainer.parallel import build_mesh, build_stage
 from trainer.saves import Interval
 
+DEVICE: Any = os.environ.get("SHEPHERD_TEST_DEVICE", "cpu")
+"""On which these tests train; on "cuda" all ranks share one GPU."""
 SINGLE = ParallelConfig()
 HYBRID_3D = ParallelConfig(pp=2, dp_replicate=2, tp=2, microbatches=2)
 SHARDED_3D = ParallelConfig(pp=2, dp_shard=2, tp=2, microbatches=2)
@@ -42,8 +45,8 @@ class SeededTokens:
         generator = torch.Generator().manual_seed(step)
         start = torch.randint(vocab_size, (data.global_batch, 1), generator=generator)
         stride = torch.randint(1, 4, (data.global_batch, data.seq_len + 1), generator=generator)
-        tokens = (start + stride.cumsum(1)) % vocab_size
-        return tokens[rows.start : rows.stop, :-1], tokens[rows.start : rows.stop, 1:]
+        tokens = ((start + stride.cumsum(1)) % vocab_size)[rows.start : rows.stop]
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def validation_batch(self, index: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         return self.batch(1_000_000 + index, rows)
@@ -91,7 +94,7 @@ class RecordingCheckpointer:
 
 def digests(state: Any) -> dict[str, str]:
     return {
-        name: hashlib.sha256(local(tensor).contiguous().numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(local(tensor).cpu().contiguous().numpy().tobytes()).hexdigest()
         for name, tensor in {**state.tensors, **state.per_rank}.items()
     }
 
@@ -107,7 +110,7 @@ def config_of(parallel: ParallelConfig = SINGLE, n_layers: int = 4, **changes: A
         steps=20,
         seed=7,
         deterministic=True,
-        device="cpu",
+        device=DEVICE,
         dtype="float32",
         validation_interval_steps=10,
         collective_timeout_s=30.0,
@@ -123,7 +126,7 @@ def config_of(parallel: ParallelConfig = SINGLE, n_layers: int = 4, **changes: A
 
 def make_session(config: WorkerConfig, messages: list[Any], *, initial: bool = True) -> Session:
     set_numerics(config)
-    mesh = build_mesh(config.parallel, "cpu", timedelta(seconds=config.collective_timeout_s))
+    mesh = build_mesh(config.parallel, config.device, timedelta(seconds=config.collective_timeout_s))
     stage = build_stage(config, mesh, initial=initial)
     optimizer = optim.build_optimizer(stage.module, config.optimizer)
     state = optim.train_state(stage.module, optimizer, 0)

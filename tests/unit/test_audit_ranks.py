@@ -55,17 +55,19 @@ class Flip:
         chance = np.random.default_rng(self.seed)
         names = [n for n, t in session.state.tensors.items() if n.startswith(self.tensors) and local(t).numel() >= 16]
         name = names[int(chance.integers(len(names)))]
-        cells = local(session.state.tensors[name]).view(-1).numpy().view(np.uint32)
+        flat = local(session.state.tensors[name]).view(-1)
+        cells = flat.cpu().numpy().view(np.uint32)
         candidates = np.flatnonzero(cells[: cells.size - self.count + 1]) if self.zero else cells.size - self.count + 1
         place = slice(first := int(chance.choice(candidates)), first + self.count)
         before = cells[place].copy()
         masks = np.uint32(1) << chance.integers(0, 32, self.count, dtype=np.uint32)
-        cells[place] = 0 if self.zero else before ^ masks
+        after = np.zeros_like(before) if self.zero else before ^ masks
 
-        def undo() -> None:
-            cells[place] = before
+        def put(values: Any) -> None:
+            flat[place] = torch.from_numpy(values).view(torch.float32)
 
-        return name, undo
+        put(after)
+        return name, lambda: put(before)
 
 
 def flips(world_size: int, count: int) -> list[Flip]:

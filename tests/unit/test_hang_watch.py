@@ -211,6 +211,9 @@ class Node:
     def hear(self, kind: Any, rank: int, /, **fields: Any) -> None:
         self.watch.hear(self.now, kind(**{"generation": GENERATION, "rank": rank, "step": self.step, **fields}))
 
+    def hear_recorded(self, rank: int, groups: dict[str, contract.GroupRecord]) -> None:
+        self.watch.hear(self.now, contract.Recorded(generation=GENERATION, rank=rank, groups=groups, entries="[]"))
+
     def phase(self, phase: str, *ranks: int) -> None:
         for rank in ranks or self.ranks:
             self.hear(contract.Phase, rank, phase=phase)
@@ -496,6 +499,13 @@ EVEN = begun((9, 5, 8), (9, 5, 8), (9, 4, 8), (9, 4, 8))
             1,
             id="left out what its peer waits in",
         ),
+        pytest.param(
+            [SHARDS, LOSS, LOSS, LOSS],
+            begun((8, 5, 8), (9, 4, 8), (9, 4, 8), (9, 4, 8)),
+            [18, 17, 17, 17],
+            0,
+            id="a step ahead, where it waits for its peer",
+        ),
         pytest.param([LOSS, SHARDS, LOSS, LOSS], EVEN, [17] * 4, None, id="alone, and has left nothing out"),
         pytest.param([LOSS, LOSS, AUDIT, AUDIT], EVEN, [17] * 4, None, id="no majority"),
         pytest.param([SHARDS, SHARDS, LOSS, SHARDS], EVEN, [17] * 4, None, id="not where all meet"),
@@ -519,6 +529,165 @@ def test_who_has_left_an_exchange_out_is_named(
     ranks = [replace(standing(n, 30, step=s), where=where, exchanges=e) for n, (s, where, e) in enumerate(each)]
     (hung,) = mesh.feed("a", stalled(*ranks))
     assert (hung.slot, "out of step" in hung.detail) == (out_of_step, out_of_step is not None), hung.detail
+
+
+# --- what flight recorders tell --------------------------------------------------------------------------------------
+
+WORLD, SHARD = "gloo w", "all_reduce of 8 elements"
+IN_WORLD = "all_reduce of 8 elements, number 9 of group world (gloo w)"
+
+
+def recorded(rank: int, world: int, pair: int, waits: str, kind: str = SHARD, step: int = 17) -> hangs.Standing:
+    """Begun so many in the world and in its pair (of ranks 0 and 1, 2 and 3, ...), and waits in the last there."""
+    key = f"gloo p{rank // 2}"
+    records = {
+        WORLD: contract.GroupRecord(about="world", begun=world, waits=world * (waits == "w"), kind=kind),
+        key: contract.GroupRecord(about="pair", begun=pair, waits=pair * (waits == "p"), kind=kind),
+    }
+    exchanges = {name.partition(" ")[2]: 1 for name in records}
+    return replace(standing(rank, 30, step=step), exchanges=exchanges, groups=records)
+
+
+def unread(s: hangs.Standing) -> hangs.Standing:
+    return replace(s, groups={})
+
+
+ALL_WAIT = "rank {} is out of step with 3 others, and all wait for each other, no step for 21.0 s; "
+PLACE = "last step 17, phase compute, at schedules.py:683 wait"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "named", "told"),
+    [
+        pytest.param(
+            [recorded(0, 8, 5, "p"), recorded(1, 9, 4, "w"), recorded(2, 9, 4, "w"), recorded(3, 9, 4, "w")],
+            0,
+            f"; it has not begun {IN_WORLD}, in which 3 others wait",
+            id="left out the sum: its peer has begun as many in their pair as others in theirs",
+        ),
+        pytest.param(
+            [recorded(0, 8, 5, "p"), recorded(1, 9, 4, "w"), recorded(2, 9, 5, "w"), recorded(3, 9, 5, "w")],
+            1,
+            "; it has not begun all_reduce of 8 elements, number 5 of group pair (gloo p0), in which 1 other waits",
+            id="left out what its peer waits in: others have begun one more in their pair",
+        ),
+        pytest.param(
+            [recorded(0, 9, 5, "w"), recorded(1, 9, 5, "w", "barrier"), recorded(2, 9, 5, "w"), recorded(3, 9, 5, "w")],
+            1,
+            f"; it waits in barrier where 3 others wait in {IN_WORLD}",
+            id="another collective",
+        ),
+        pytest.param(
+            [recorded(0, 8, 5, "p"), recorded(1, 9, 5, "w"), recorded(2, 9, 5, "w"), recorded(3, 9, 5, "w")],
+            None,
+            f"; ranks 1, 2, 3: in {IN_WORLD}, not begun by rank 0",
+            id="a message was lost: what it waits in has been begun by its peer",
+        ),
+        pytest.param(
+            [recorded(0, 8, 5, "w"), recorded(1, 9, 5, "w"), recorded(2, 9, 5, "w"), recorded(3, 9, 5, "w")],
+            None,
+            f"; ranks 1, 2, 3: in {IN_WORLD}, not begun by rank 0",
+            id="a message was lost: the others are one further",
+        ),
+        pytest.param(
+            [recorded(0, 9, 5, "w"), recorded(1, 9, 5, "w"), recorded(2, 9, 5, "w"), recorded(3, 9, 5, "w")],
+            None,
+            f"; all of the group have begun {IN_WORLD}, and 4 still wait in it",
+            id="nobody has left anything out",
+        ),
+        pytest.param(
+            [recorded(0, 9, 5, "w"), recorded(1, 9, 5, "w", "barrier")],
+            None,
+            f"; rank 0: in {IN_WORLD}, where rank 1: in barrier",
+            id="no majority",
+        ),
+        pytest.param(
+            [recorded(0, 8, 5, "p"), recorded(1, 9, 4, "w"), recorded(2, 8, 5, "p"), recorded(3, 9, 4, "w")],
+            None,
+            f"; ranks 1, 3: in {IN_WORLD}, not begun by ranks 0, 2",
+            id="two, and two",
+        ),
+        pytest.param(
+            [recorded(0, 8, 5, "p"), recorded(1, 9, 4, "w"), unread(recorded(2, 9, 4, "w")), recorded(3, 9, 4, "w")],
+            None,
+            f"; ranks 1, 3: in {IN_WORLD}, not begun by rank 0",
+            id="too little is known",
+        ),
+    ],
+)
+def test_flight_records_tell_who_has_left_a_collective_out(
+    ranks: list[hangs.Standing], named: int | None, told: str
+) -> None:
+    (hung,) = MeshWatch(("a",)).feed("a", stalled(*ranks))
+    assert hung.slot == named, hung.detail
+    assert hung.detail.endswith(PLACE + told), hung.detail
+    if named is not None:
+        assert hung.detail.startswith(ALL_WAIT.format(named))
+    assert {node for node, _ in hung.recorded} == {"a"}
+
+
+def test_the_rank_a_step_ahead_has_left_the_sum_out() -> None:
+    """Two ranks wait for each other, and nobody else is there to compare them with."""
+    trio = [recorded(0, 8, 5, "p", step=18), recorded(1, 9, 4, "w"), unread(recorded(2, 9, 4, "w"))]
+    third = {WORLD: contract.GroupRecord(about="world", begun=9, waits=9, kind=SHARD)}
+    (hung,) = MeshWatch(("a",)).feed("a", stalled(*trio[:2], replace(trio[2], groups=third)))
+    assert hung.slot == 0, hung.detail
+
+
+def test_what_the_others_wait_in_is_told_of_the_rank_that_does_not_wait() -> None:
+    others = [recorded(rank, 9, 5, "w") for rank in (0, 1, 2)]
+    free = replace(recorded(3, 8, 5, ""), waited_us=0)
+    (hung,) = MeshWatch(("a",)).feed("a", stalled(*others, free))
+    assert (hung.slot, hung.recorded) == (3, (("a", 3), ("a", 0)))
+    assert hung.detail.endswith(f"; it has not begun {IN_WORLD}, in which 3 others wait")
+    (hung,) = MeshWatch(("a",)).feed("a", stalled(*others, unread(free)))
+    assert (hung.slot, hung.recorded) == (3, (("a", 0),)), "it did not answer"
+    assert hung.detail.endswith(f"; 3 others wait in {IN_WORLD}, and of its own part nothing is known")
+
+
+def test_without_flight_recorders_nothing_is_said_of_them() -> None:
+    others = [unread(recorded(rank, 9, 5, "w")) for rank in (0, 1, 2)]
+    (hung,) = MeshWatch(("a",)).feed("a", stalled(*others, standing(3, 0)))
+    assert hung.detail.endswith("last step 17, phase compute, at llama.py:88 forward")
+    assert hung.recorded == ()
+
+
+def test_flight_recorders_are_read_before_a_stall_is_told_and_again_when_it_moves() -> None:
+    node = Node(0, 1)
+    node.phase("compute")
+    node.steps(S)
+    node.waiting = {0, 1}
+    node.place = "wait"
+    node.seconds(17)
+    assert node.watch.unread_recorders() == [], "a step may take so long"
+    node.seconds(2)
+    assert node.watch.unread_recorders() == [0, 1]
+    records = recorded(0, 9, 5, "w").groups
+    node.hear_recorded(0, records)
+    (report, *_) = node.seconds(2)
+    assert isinstance(report, Stalled)
+    assert [s.groups for s in report.ranks] == [records, {}]
+    assert node.watch.unread_recorders() == [1], "once more: it has not answered"
+    node.hear_recorded(1, records)
+    assert node.watch.unread_recorders() == []
+    node.hear(contract.Pulse, 0, waiting=True, where="wait", exchanges={"w": 10})
+    assert node.watch.unread_recorders() == [0], "what it told is true no more"
+    node.hear_recorded(0, records)
+    node.steps(S)
+    node.seconds(1)
+    assert node.watch.unread_recorders() == []
+
+
+def test_no_flight_recorder_is_read_while_a_generation_starts_or_after_a_failure() -> None:
+    node = Node(0, 1)
+    node.phase("restore")
+    node.seconds(200)
+    assert node.watch.unread_recorders() == []
+    node.phase("compute")
+    node.steps(S)
+    node.seconds(25)
+    node.hear(contract.Failed, 0, kind="exception", error="e", traceback="")
+    assert node.watch.unread_recorders() == []
 
 
 def test_a_pulse_tells_how_many_exchanges_its_rank_has_begun() -> None:
@@ -561,6 +730,17 @@ def test_a_silent_rank_becomes_one_event() -> None:
     )
     assert fold.unseen == [("b", 1)]
     assert fold.feed(8, ("b",), silent(1)) == []
+
+
+def test_an_event_names_the_flight_records_that_are_to_be_kept() -> None:
+    fold = MeshFold(generation=GENERATION, nodes=("a", "b"), ranks=4, done=0)
+    fold.feed(7, ("a",), stalled(recorded(0, 9, 5, "w"), recorded(1, 9, 5, "w", "barrier")))
+    fold.feed(7, ("b",), stalled(recorded(2, 9, 5, "w"), recorded(3, 9, 5, "w")))
+    (event,) = fold.feed(8, ("a",), stalled(recorded(0, 9, 5, "w"), recorded(1, 9, 5, "w", "barrier")))
+    assert isinstance(event, ev.WorkerHung)
+    files = "stack in evidence/g3-r1-stack.txt and flight records in evidence/g3-r1-flight.json, "
+    assert event.detail.endswith(f"; {files}evidence/g3-r0-flight.json")
+    assert (fold.unseen, fold.unrecorded) == ([("a", 1)], [("a", 1), ("a", 0)])
 
 
 def test_an_exit_anywhere_explains_every_stall() -> None:

@@ -221,8 +221,8 @@ def test_every_group_of_the_mesh_has_the_timeout() -> None:
 
 
 def group_timeouts(config: WorkerConfig) -> list[timedelta]:
-    mesh = build_mesh(config.parallel, "cpu", timedelta(seconds=12))
-    device = torch.device("cpu")
+    mesh = build_mesh(config.parallel, config.device, timedelta(seconds=12))
+    device = torch.device(config.device)
     return [mesh.get_group(name)._get_backend(device).options._timeout for name in mesh.mesh_dim_names or ()]
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_pool import CONTEXT
-from rank_sessions import SeededTokens, config_of
+from parallel_pool import CONTEXT, share_one_gpu
+from rank_sessions import DEVICE, SeededTokens, config_of
 from torch import distributed
 
 from storage.commits import create_commit
@@ -73,6 +73,8 @@ def serve(sock: socket.socket, config: WorkerConfig, poisoned: bool) -> None:
         return SeededTokens(config)
 
     worker.open_dataset = open_dataset  # type: ignore[assignment]
+    if config.device == "cuda":
+        share_one_gpu()
     os._exit(worker.main(sock))
 
 
@@ -99,7 +101,7 @@ def assign(
         generation=generation,
         rank=rank,
         world_size=config.parallel.world_size,
-        local_rank=rank,
+        local_rank=rank if DEVICE == "cpu" else 0,
         node="node-a",
         store_host="127.0.0.1",
         store_port=store_port,
