@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from orchestrator.spec import PRESETS, JobSpec
+from trainer.contract import Degrees
 
 HEAD = """\
 # The job's document
@@ -41,6 +42,9 @@ What must fit together:
   `data.seq_len`.
 - `parallel.dp_replicate` x `dp_shard` x `microbatches` divides `data.global_batch`.
 - With `parallel.pp` above 1, `parallel.microbatches` is at least `parallel.pp`.
+- Each mesh of `recovery.fallback_meshes` fits in the same way, its microbatches being of the size that `parallel` gives
+  them: its slots fill whole nodes, and fewer than those of the mesh before it, which for the first is `parallel` with
+  `recovery.min_replicas`.
 - With `script.command` the job is [a script of your own](sessions.md): `script.nodes` x `cluster.slots_per_node`
   processes. The sections of the Llama trainer and most of `[run]` must not be set then.
 - `recovery.collective_timeout_s` exceeds the slowest step, validation pass or save: a rank that waits longer for a peer
@@ -97,6 +101,8 @@ def _tree(kind: type) -> ast.ClassDef:
 def _type(hint: Any) -> str:
     if hint == tuple[str, ...]:
         return "list of str"
+    if hint == tuple[Degrees, ...]:
+        return "list of tables"
     if isinstance(hint, types.GenericAlias) or not isinstance(hint, type):
         assert typing.get_origin(hint) is typing.Literal, hint
         return " or ".join(f"`{json.dumps(value)}`" for value in typing.get_args(hint))

@@ -61,7 +61,7 @@ def spec_check(file: SpecFile, set_: Overrides = None) -> None:
     spec = _load(file, set_)
     layout = spec.layout
     what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
-    fewer = f"at least {layout.smallest.nodes} nodes when some are lost, " if layout.shrinks_to else ""
+    fewer = f"at least {layout.smallest.nodes} nodes when some are lost, " if layout.smallest != layout else ""
     print(
         f"{file}: ok. {layout.slots} slots on {layout.nodes} nodes of {layout.slots_per_node}, {layout.spares} spares, "
         f"{fewer}{what} to {redacted(spec.run.url)}"

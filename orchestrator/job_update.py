@@ -28,7 +28,9 @@ CHANGEABLE: dict[str, tuple[str, ...]] = {
         "scrub_hours",
         "verify_mb_per_s",
     ),
-    "recovery": tuple(name for name in specs.RecoverySection.model_fields if name != "min_replicas"),
+    "recovery": tuple(
+        name for name in specs.RecoverySection.model_fields if name not in ("min_replicas", "fallback_meshes")
+    ),
 }
 """Fields that an update may change. The mesh, the data and where state lies stay as they are."""
 
@@ -47,6 +49,7 @@ WHY_NOT: dict[str, str] = {
     "checkpoint.copies": f"decides which memory the nodes have in use; {_RESUME}",
     "checkpoint.local_dir": f"holds parts of checkpoints; {_RESUME}",
     "recovery.min_replicas": f"decides which meshes can serve; {_RESUME}",
+    "recovery.fallback_meshes": f"decides which meshes can serve; {_RESUME}",
     "audit": f"snapshots carry its marks; {_RESUME}",
     "script": f"is what runs; {_RESUME}",
     "metrics": f"is where people already look; {_RESUME}",

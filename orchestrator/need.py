@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from orchestrator.core.placement import replicas_apart, slots_of
 from orchestrator.runtime.worker_log import FILE_MAX_BYTES
 from orchestrator.spec import JobSpec
 from storage.ram import COPY_FILES, FILES, FILES_WITH_COPIES
+from trainer.contract import Degrees
 
 STATE_BYTES = 12
 """Of a parameter in a checkpoint or a snapshot: itself and AdamW's two moments, float32 each."""
@@ -64,6 +66,42 @@ class Need:
 
 
 def need_of(spec: JobSpec) -> Need:
+    """What the run needs, whichever of its meshes it has."""
+    whole, fallbacks = _need_on_mesh(spec), spec.recovery.fallback_meshes
+    if not fallbacks:
+        return whole
+    needs = [whole, *(_need_on_mesh(_on_fallback(spec, mesh)) for mesh in fallbacks)]
+    part_bytes = max(need.part_bytes for need in needs)
+    # Files of snapshots never become smaller, and beside them stay those that the mesh before has left to restore from.
+    files_of_ram = max(need.ram_bytes // need.part_bytes for need in needs) + 1
+    ram_bytes = files_of_ram * part_bytes
+    memory_bytes = ram_bytes + max(need.memory_bytes - need.ram_bytes for need in needs)
+    return dataclasses.replace(
+        whole,
+        node_parameters=max(need.node_parameters for need in needs),
+        ram_bytes=ram_bytes,
+        memory_bytes=memory_bytes,
+        device_bytes=max(need.device_bytes for need in needs),
+        part_bytes=part_bytes,
+        files=max(need.files for need in needs),
+        threads=max(need.threads for need in needs),
+        arithmetic=(
+            *whole.arithmetic,
+            *(f"fallback {mesh}: {need.arithmetic[0]}" for mesh, need in zip(fallbacks, needs[1:], strict=True)),
+            f"with fallbacks: {files_of_ram} snapshots of the largest ({size(part_bytes)}) = {size(ram_bytes)} on a "
+            f"node; memory with them = {size(memory_bytes)} on a node",
+        ),
+    )
+
+
+def _on_fallback(spec: JobSpec, mesh: Degrees) -> JobSpec:
+    """The job as if this were its mesh, and its only one."""
+    recovery = spec.recovery.model_copy(update={"fallback_meshes": (), "min_replicas": mesh.dp_replicate})
+    return spec.model_copy(update={"recovery": recovery, "parallel": spec.worker_config.on_mesh(mesh).parallel})
+
+
+def _need_on_mesh(spec: JobSpec) -> Need:
+    """As if there were no fallbacks."""
     layout, p, cuda = spec.layout, spec.parallel, spec.cluster.device == "cuda"
     of_stage = [sum(_local_sizes(spec, stage)) for stage in range(p.pp)]
     slots_per_stage = p.world_size // p.pp
@@ -78,7 +116,7 @@ def need_of(spec: JobSpec) -> Need:
     snapshot_bytes += slots * (SNAPSHOT_OVERHEAD_BYTES + tensors * TENSOR_OVERHEAD_BYTES)
     # Racks are not known here: where all replicas stand in one, copies are made all the same.
     # A mesh that has shrunk to one replica makes copies, too.
-    smallest = layout.smallest
+    smallest = layout.with_replicas(min((layout.dp_replicate, *layout.shrinks_to)))
     names = [str(place) for place in range(smallest.nodes)]
     copies = spec.checkpoint.copies == "auto" and smallest.nodes > 1
     copies = copies and not replicas_apart(smallest, names, lambda name: "")

@@ -28,6 +28,7 @@ from trainer.contract import (
     AuditConfig,
     CheckpointConfig,
     DataConfig,
+    Degrees,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -199,6 +200,12 @@ class RecoverySection(_Section):
         "parallel.dp_replicate; that number itself: it waits for nodes. Where a replica fills whole nodes: "
         "cluster.slots_per_node divides parallel.dp_shard x tp.",
     )
+    fallback_meshes: tuple[Degrees, ...] = Field(
+        default=(),
+        description="Meshes to go on with when too few nodes are left even for min_replicas, in the order of "
+        "preference, each on fewer nodes than the one before: tables of pp, dp_replicate, dp_shard and tp, of which "
+        "what is left out is 1, as [{pp = 2, tp = 2}, {tp = 2}]. The state is resharded, and a rank holds more of it.",
+    )
     grow_settle_s: float = Field(
         default=60,
         gt=0,
@@ -242,6 +249,7 @@ class JobSpec(_Section):
             nodes=p.world_size // width,
             spares=self.cluster.spares,
             shrinks_to=tuple(range(p.dp_replicate - 1, self.recovery.min_replicas - 1, -1)) if whole_nodes else (),
+            fallbacks=self.recovery.fallback_meshes,
         )
 
     @property
@@ -458,14 +466,18 @@ def _with_preset(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(error: Any) -> str:
-    field = ".".join(str(part) for part in error["loc"])
+    loc = error["loc"]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        section = error["loc"][0] if len(error["loc"]) > 1 else None
-        return f"{field}: there is no such field; valid here: {', '.join(_fields(section))}"
+        section = loc[0] if len(loc) > 1 else None
+        valid = _DEGREES if "fallback_meshes" in loc[:-1] else _fields(section)
+        return f"{field}: there is no such field; valid here: {', '.join(valid)}"
     if error["type"] == "missing":
         return f"{field}: is required"
     if error["type"] in ("model_type", "dataclass_type"):
-        return f"{field} = {error['input']!r}: must be a table, [{field}], with {', '.join(_fields(error['loc'][0]))}"
+        if "fallback_meshes" in loc:
+            return f"{field} = {error['input']!r}: must be a table, as {{pp = 2, tp = 2}}, of {', '.join(_DEGREES)}"
+        return f"{field} = {error['input']!r}: must be a table, [{field}], with {', '.join(_fields(loc[0]))}"
     return f"{field} = {error['input']!r}: {error['msg']}"
 
 
@@ -508,6 +520,8 @@ _AT_LEAST: dict[str, dict[str, float]] = {
 }
 
 
+_DEGREES = tuple(f.name for f in dataclasses.fields(Degrees))
+
 _OF_LLAMA = ("model", "data", "optimizer", "audit")
 _OF_LLAMA_RUN = ("steps", "seed", "deterministic", "dtype", "validation_interval_steps")
 
@@ -521,6 +535,8 @@ def _script_problems(spec: JobSpec) -> list[str]:
     of_llama = [name for name in _OF_LLAMA if getattr(spec, name) != JobSpec.model_fields[name].default]
     if spec.parallel != _script_mesh(spec):
         of_llama.append("parallel")
+    if spec.recovery.fallback_meshes:
+        of_llama.append("recovery.fallback_meshes")
     problems = [f"[{name}]: is the Llama trainer's; with script.command leave it out" for name in of_llama]
     problems += [
         f"run.{name} = {getattr(spec.run, name)!r}: is the Llama trainer's, a script decides by itself; leave it out"
@@ -556,14 +572,18 @@ def _problems(spec: JobSpec) -> list[str]:
         for field, least in fields.items()
         if plain[section][field] < least
     ]
+    problems += [
+        f"recovery.fallback_meshes[{number}].{name} = {getattr(mesh, name)}: must be at least 1"
+        for number, mesh in enumerate(spec.recovery.fallback_meshes)
+        for name in _DEGREES
+        if getattr(mesh, name) < 1
+    ]
     if problems:
         return problems  # the checks below divide by these
     m, d, p, c = spec.model, spec.data, spec.parallel, spec.cluster
 
     def divides(small: int, small_name: str, big: int, big_name: str) -> None:
-        if big % small:
-            valid = ", ".join(str(n) for n in range(1, min(big, DIVISORS_SHOWN) + 1) if big % n == 0)
-            problems.append(f"{small_name} = {small}: must divide {big_name} = {big}; valid: {valid}")
+        problems.extend(_not_divided(small, small_name, big, big_name))
 
     if not _NAME.fullmatch(spec.run.name):
         problems.append(f"run.name = {spec.run.name!r}: use 1 to 40 of a-z, 0-9 and -, not - at an end")
@@ -571,24 +591,19 @@ def _problems(spec: JobSpec) -> list[str]:
     divides(m.n_kv_heads, "model.n_kv_heads", m.n_heads, "model.n_heads")
     if m.dim % m.n_heads == 0 and m.head_dim % 2:
         problems.append(f"model.dim / model.n_heads = {m.head_dim}: RoPE turns pairs, so it must be even")
-    divides(p.tp, "parallel.tp", m.n_kv_heads, "model.n_kv_heads")
-    divides(p.tp, "parallel.tp", m.ffn_dim, "model.ffn_dim")
-    divides(p.tp, "parallel.tp", m.vocab_size, "model.vocab_size")
-    divides(p.tp, "parallel.tp", d.seq_len, "data.seq_len")  # sequence parallel
-    if p.pp > m.n_layers:
-        problems.append(f"parallel.pp = {p.pp}: each stage needs a layer; at most model.n_layers = {m.n_layers}")
+    problems += _mesh_problems(spec, p.degrees, "parallel")
     if not spec.is_script:
         batch = "parallel.dp_replicate x dp_shard x microbatches"
         divides(p.dp * p.microbatches, batch, d.global_batch, "data.global_batch")
     if p.pp > 1 and p.microbatches < p.pp:
         problems.append(f"parallel.microbatches = {p.microbatches}: 1F1B needs at least parallel.pp = {p.pp}")
-    divides(c.slots_per_node, "cluster.slots_per_node", p.world_size, "the mesh's slots")
     if spec.recovery.min_replicas > p.dp_replicate:
         problems.append(
             f"recovery.min_replicas = {spec.recovery.min_replicas}: must be at most parallel.dp_replicate = "
             f"{p.dp_replicate}"
         )
-    divides(p.tp, "parallel.tp", c.slots_per_node, "cluster.slots_per_node")  # tp stays inside a node
+    if not problems:
+        problems += _fallback_problems(spec)
     if not 0 < d.validation_fraction < 1:
         problems.append(f"data.validation_fraction = {d.validation_fraction}: must lie between 0 and 1")
     for beta in ("beta1", "beta2"):
@@ -613,6 +628,57 @@ def _problems(spec: JobSpec) -> list[str]:
         check_protocol(spec.run.url)
     except StoreError as e:
         problems.append(f"run.url = {spec.run.url!r}: {e}")
+    return problems
+
+
+def _not_divided(small: int, small_name: str, big: int, big_name: str) -> list[str]:
+    if big % small == 0:
+        return []
+    valid = ", ".join(str(n) for n in range(1, min(big, DIVISORS_SHOWN) + 1) if big % n == 0)
+    return [f"{small_name} = {small}: must divide {big_name} = {big}; valid: {valid}"]
+
+
+def _mesh_problems(spec: JobSpec, mesh: Degrees, where: str) -> list[str]:
+    """What keeps a mesh from fitting the model and whole nodes."""
+    m, tp, slots = spec.model, mesh.tp, spec.cluster.slots_per_node
+    problems = [
+        *_not_divided(tp, f"{where}.tp", m.n_kv_heads, "model.n_kv_heads"),
+        *_not_divided(tp, f"{where}.tp", m.ffn_dim, "model.ffn_dim"),
+        *_not_divided(tp, f"{where}.tp", m.vocab_size, "model.vocab_size"),
+        *_not_divided(tp, f"{where}.tp", spec.data.seq_len, "data.seq_len"),  # sequence parallel
+        *_not_divided(tp, f"{where}.tp", slots, "cluster.slots_per_node"),  # tp stays inside a node
+        *_not_divided(slots, "cluster.slots_per_node", mesh.world_size, f"{where}'s slots"),
+    ]
+    if mesh.pp > m.n_layers:
+        problems.append(f"{where}.pp = {mesh.pp}: each stage needs a layer; at most model.n_layers = {m.n_layers}")
+    return problems
+
+
+def _fallback_problems(spec: JobSpec) -> list[str]:
+    """What is wrong with recovery.fallback_meshes, in a job that is right otherwise."""
+    problems: list[str] = []
+    config, layout = spec.worker_config, spec.layout
+    fewest = layout.with_replicas(min((layout.dp_replicate, *layout.shrinks_to))).nodes
+    for number, mesh in enumerate(spec.recovery.fallback_meshes):
+        where = f"recovery.fallback_meshes[{number}]"
+        found = _mesh_problems(spec, mesh, where)
+        # Microbatches keep their size, so that a rank's activations do where tp stays.
+        rounds = config.data.global_batch // config.samples
+        found += _not_divided(mesh.dp_shard, f"{where}.dp_shard", rounds, "the microbatches of a step")
+        each = rounds // (mesh.dp_shard * mesh.dp_replicate)
+        if not found and each < mesh.pp:
+            found.append(
+                f"{where}.pp = {mesh.pp}: 1F1B needs at least as many microbatches, and each replica takes {each} of "
+                f"{config.samples} samples in a step; give it fewer replicas, or parallel.microbatches a larger value"
+            )
+        nodes = mesh.world_size // spec.cluster.slots_per_node
+        if not found and nodes >= fewest:
+            found.append(
+                f"{where}: {mesh} takes {nodes} nodes; it must take fewer than the {fewest} of the mesh before it, or "
+                "it would never be used"
+            )
+        fewest = min(fewest, nodes)
+        problems += found
     return problems
 
 

@@ -110,8 +110,13 @@ class StoreSource:
         return False
 
 
-class Holder(Protocol):
+class Holder(Source, Protocol):
     """Somebody who may hold a copy. Nobody is asked before it is needed."""
+
+    @property
+    def slot(self) -> int:
+        """Whose snapshot it may hold."""
+        ...
 
     def copy(self) -> Copy:
         """Raises SourceError or ManifestError when there is none."""

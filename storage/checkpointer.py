@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
 from torch import Tensor, distributed
 
-from storage.blocks import BadBlock, Holder
+from storage.blocks import BadBlock, Copy, Distance, Holder, SourceError
 from storage.commits import read_commit
 from storage.direct import Buffers
 from storage.durable import CheckpointFailed, load, save_part
 from storage.durable_write import Writer
 from storage.local import LocalTier
 from storage.manifest import WRITE_DEADLINE_S, Commit, ManifestError, RankPart
-from storage.ram import copies_of, drop_newer
+from storage.ram import copies_by_slot, copies_of, drop_newer
+from storage.ranks import agree, agreed
+from storage.restore import load_copies
 from storage.save_plan import Planned
-from storage.snapshots import RamTier
+from storage.snapshots import RamTier, tensors_of
 from storage.staging import Staging
 from storage.state import TrainState, local_tensor
 from storage.urls import StoreError, portable_errors
@@ -38,6 +40,9 @@ LOAD_RETRIES_S = (2.0, 5.0, 10.0, 20.0)
 
 Unchanged = Callable[[Mapping[str, Tensor]], list[str]]
 """Given this rank's local tensors by name, the names of those that are not what the last step has left."""
+
+Sound = Callable[[Iterable[tuple[str, Tensor]]], None]
+"""Given what a snapshot holds (`storage.snapshots.tensors_of`): raises ManifestError when it must not be restored."""
 
 
 class Source(Protocol):
@@ -57,6 +62,11 @@ class Source(Protocol):
     @property
     def slots(self) -> tuple[int, ...]:
         """For ``ram``: see `RamTier.restore`."""
+        ...
+
+    @property
+    def reshard(self) -> bool:
+        """For ``ram``: the snapshots are of a mesh that cut the state otherwise; see `Checkpointer.restore`."""
         ...
 
 
@@ -260,23 +270,31 @@ class Checkpointer:
         restore: Source,
         holders: Sequence[Holder] = (),
         bad: list[BadBlock] | None = None,
+        sound: Sound | None = None,
     ) -> None:
-        """Fill `state` in place and set its step. Collective when the source is ``durable``.
+        """Fill `state` in place and set its step. Collective when the source is ``durable``, or ``ram`` to reshard:
+        then each rank reads what its node holds of the snapshots, and sends the others what they need of it. Per-rank
+        values stay.
 
         Afterwards the tier holds no snapshot of a later step: it would belong to a history that was given up.
 
         Args:
             holders: who may have blocks that are damaged in this node's memory.
             bad: what is found damaged there, and at them, is added here.
+            sound: asked about each snapshot that is resharded.
 
         Raises:
             ManifestError: the source is missing, damaged or of another state.
             CheckpointFailed, StoreError: a rank could not read the durable checkpoint.
 
-        After an error the state is as it was, or, where a durable checkpoint turned out to be damaged or out of reach
-        only while its data was read, spoilt (`storage.state.spoil`).
+        After an error the state is as it was, or, where a restore that is collective turned out to be damaged or out of
+        reach only while its data was read, spoilt (`storage.state.spoil`).
         """
-        if restore.source == "ram":
+        if restore.source == "ram" and restore.reshard:
+            found = self._reshard(restore, state, holders, sound)
+            if bad is not None:
+                bad += found
+        elif restore.source == "ram":
             self._ram.restore(restore.step, state, holders, bad, generation=restore.generation, slots=restore.slots)
         elif restore.source == "durable":
             commit = _asked_again(lambda: self._assigned(restore), StoreError)
@@ -288,6 +306,29 @@ class Checkpointer:
         else:
             raise ValueError(f"restore.source {restore.source!r} is not one of init, ram, durable")
         drop_newer(self._ram_dir, self._run, self._node, state.step, slot=self._rank)
+
+    def _reshard(
+        self, restore: Source, state: TrainState, holders: Sequence[Holder], sound: Sound | None
+    ) -> list[BadBlock]:
+        """Of the holders, those of a slot that this node has serve for what is damaged in it."""
+        own: dict[int, Copy] = {}
+        error: Exception | None = None
+        try:
+            own = copies_by_slot(self._ram_dir, self._run, self._node, restore.generation, restore.step)
+        except (ManifestError, SourceError) as e:
+            error = e
+        try:
+            told = agreed((self._node, list(own)), error, self._group)
+            slots = sorted({slot for _, held in told for slot in held})
+            if not slots:
+                raise ManifestError(f"no node holds step {restore.step} that generation {restore.generation} wrote")
+            if sound is not None:
+                beside = [rank for rank, (node, _) in enumerate(told) if node == self._node]
+                agree(_unsound(list(own.values())[beside.index(self._rank) :: len(beside)], sound), self._group)
+            parts = [_with_others(own[slot], slot, holders) if slot in own else [] for slot in slots]
+            return load_copies(parts, state, per_rank=False, group=self._group)
+        except CheckpointFailed as e:  # what has gone from memory does not come back, as a store does
+            raise ManifestError(f"the nodes' memory cannot be read: {e}") from e
 
     def _load(self, commit: Commit, state: TrainState) -> list[BadBlock]:
         near = copies_of(self._ram_dir, self._run, self._node, commit.step)
@@ -302,6 +343,20 @@ class Checkpointer:
         if commit.step != restore.step:
             raise ManifestError(f"{restore.commit} holds step {commit.step}, step {restore.step} was assigned")
         return commit
+
+
+def _unsound(copies: Sequence[Copy], sound: Sound) -> Exception | None:
+    try:
+        for copy in copies:
+            sound(tensors_of(copy))
+    except (ManifestError, SourceError) as error:
+        return error
+    return None
+
+
+def _with_others(own: Copy, slot: int, holders: Sequence[Holder]) -> list[Copy]:
+    """A node's own copy of a slot's snapshot, and, for what is damaged in it, the same files elsewhere."""
+    return [own, *(Copy(own.index, holder, Distance.PEER) for holder in holders if holder.slot == slot)]
 
 
 def _asked_again(read: Callable[[], T], failures: type[Exception]) -> T:

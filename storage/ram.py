@@ -359,6 +359,20 @@ def ram_copy(path: Path) -> Copy:
     return Copy(index, RamSource(path, header, sequence, mapped), Distance.MEMORY)
 
 
+def copies_by_slot(ram_dir: str, run: str, node: str, generation: int, step: int) -> dict[int, Copy]:
+    """The complete snapshots on a node that `generation` took of `step`, by slot.
+
+    Raises:
+        ManifestError, SourceError: see `ram_copy`.
+    """
+    found: dict[int, Copy] = {}
+    for path in _files(ram_dir, run, node):
+        header = read_header(path)
+        if header is not None and (header.generation, header.step) == (generation, step):
+            found[header.slot] = ram_copy(path)
+    return found
+
+
 def copies_of(ram_dir: str, run: str, node: str, step: int) -> list[Copy]:
     """All complete snapshots of `step` on a node, whichever generation wrote them."""
     copies = []

@@ -22,7 +22,7 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from storage.blocks import BadBlock, Holder, block_digests, fetch_block
+from storage.blocks import BadBlock, Copy, Holder, block_digests, fetch_block
 from storage.index import ALIGN_BYTES, BLOCK_BYTES, Chunk, Index
 from storage.manifest import ManifestError
 from storage.ram import (
@@ -37,7 +37,7 @@ from storage.ram import (
     safe_name,
     snapshot_path,
 )
-from storage.state import TrainState, check_usable, dtype_name, local_tensor
+from storage.state import TrainState, check_usable, dtype_name, host_bytes, local_tensor
 
 log = logging.getLogger(__name__)
 
@@ -288,6 +288,20 @@ def _check(
         except ManifestError as error:
             raise ManifestError(f"{mine}; {error}") from error
         log.error("%s; mended from another copy", mine)
+
+
+def tensors_of(copy: Copy) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a snapshot holds, in the order of names: the writer's part of each tensor, and its per-rank ones under
+    RANK_PREFIX. Each is read when it is asked for, and not checked.
+
+    Raises:
+        SourceError: the snapshot was overwritten.
+    """
+    for chunk in sorted(copy.index.chunks, key=lambda chunk: chunk.fqn):
+        tensor = torch.empty(chunk.sizes, dtype=getattr(torch, chunk.dtype))
+        if chunk.n_bytes:
+            copy.source.read(copy.index, chunk.file_offset, host_bytes(tensor).data)
+        yield chunk.fqn, tensor
 
 
 class _Layout:

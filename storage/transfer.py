@@ -138,7 +138,7 @@ class PeerSource:
         self, address: str, token: str, run: str, node: str, slot: int, step: int, generation: int | None = None
     ) -> None:
         """`generation` is that which wrote the snapshot; None: the newest that has written this step there."""
-        self._address, self._token = address, token
+        self._address, self._token, self._slot = address, token, slot
         self._request = {
             "op": "snapshot",
             "run": run,
@@ -157,6 +157,10 @@ class PeerSource:
     @property
     def name(self) -> str:
         return str(self._request["node"])
+
+    @property
+    def slot(self) -> int:
+        return self._slot
 
     def copy(self) -> Copy:
         """The snapshot with its index, as storage.blocks takes it.

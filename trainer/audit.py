@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from storage.manifest import ManifestError
-from storage.state import host_bytes, local_tensor
+from storage.state import RANK_PREFIX, host_bytes, local_tensor
 from trainer.contract import AuditConfig
 
 # Words of 8 bytes in a row of `device_fingerprint`. Weights take 1/512 of the largest tensor.
@@ -169,7 +169,8 @@ class StateAudit:
         self, tensors: Mapping[str, Tensor], config: AuditConfig, replicas: distributed.ProcessGroup | None
     ) -> None:
         """`tensors` are the live state as in TrainState; `replicas` as `replica_group` tells."""
-        self._tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
+        # In the order of names, in which `check_copy` finds another rank's.
+        self._tensors = {name: local_tensor(tensor) for name, tensor in sorted(tensors.items())}
         self._at_rest = config.at_rest
         self._group = replicas if config.replicas else None
         on_host = all(tensor.device.type == "cpu" for tensor in self._tensors.values())
@@ -233,6 +234,29 @@ class StateAudit:
         changed = self._changed(mark[MARK])
         if changed is not None:
             raise ManifestError(f"the snapshot was made of corrupt state: {changed.detail}")
+
+    def check_copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Check what a rank's copy of its state holds against the mark in it, before other ranks take parts of it.
+
+        Args:
+            tensors: as `storage.snapshots.tensors_of` tells them.
+
+        Raises:
+            ManifestError: the state had changed when it was copied.
+        """
+        device = next(iter(self._tensors.values())).device
+        names, found, mark = list[str](), list[Tensor](), None
+        for name, tensor in tensors:
+            if not name.startswith(RANK_PREFIX):
+                names.append(name)
+                found.append(self._fingerprint(tensor.to(device)).cpu())
+            elif name.endswith(f"/{MARK}"):
+                mark = tensor
+        if mark is None:  # its writer did not audit
+            return
+        changed = [name for name, now, before in zip(names, found, mark, strict=True) if not torch.equal(now, before)]
+        if changed:
+            raise ManifestError(f"a snapshot was made of corrupt state: {_some(changed)} changed at rest")
 
     def _fingerprints(self) -> Tensor:
         """Of all tensors in order, int64 [n, 2], on the state's device."""

@@ -79,6 +79,25 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """A mesh by its size in each dimension; those that are not named are 1."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.tp
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in vars(self).items() if size > 1) or "one rank"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """The mesh. Ranks are numbered row-major over (pp, dp_replicate, dp_shard, tp), so tp neighbours are adjacent."""
 
@@ -96,8 +115,12 @@ class ParallelConfig:
     """Microbatches that one step's local batch is cut into (1F1B wants at least pp)."""
 
     @property
+    def degrees(self) -> Degrees:
+        return Degrees(pp=self.pp, dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp)
+
+    @property
     def world_size(self) -> int:
-        return self.pp * self.dp_replicate * self.dp_shard * self.tp
+        return self.degrees.world_size
 
     @property
     def dp(self) -> int:
@@ -221,7 +244,8 @@ class WorkerConfig:
     data_digest: str = ""
     """Of the tokens and their order, as all nodes have prepared them; a worker that finds others refuses to train."""
     microbatch_samples: int = 0
-    """Samples in each microbatch of a rank, in a mesh that has shrunk; 0: what `parallel` makes of the global batch."""
+    """Samples in each microbatch of a rank, in another mesh than the spec's; 0: what `parallel` makes of the global
+    batch."""
     script: ScriptConfig = ScriptConfig()
     """With a command: what runs instead of the Llama trainer, for which the other sections but `checkpoint` are."""
 
@@ -240,15 +264,14 @@ class WorkerConfig:
         count = self.data.global_batch // (self.parallel.dp_shard * self.samples)
         return even_part(count, self.parallel.dp_replicate, replica)
 
-    def with_replicas(self, dp_replicate: int) -> WorkerConfig:
-        """The same steps on another number of replicas: microbatches keep their size, and so does a rank's memory;
-        where replicas are fewer, each takes more of them. `parallel.microbatches` is then the most that one takes."""
-        if dp_replicate == self.parallel.dp_replicate:
+    def on_mesh(self, degrees: Degrees) -> WorkerConfig:
+        """The same steps on another mesh: microbatches keep their size; where replicas are fewer, each takes more of
+        them. `parallel.microbatches` is then the most that one takes. With other replicas only, a rank's memory stays
+        what it was, too."""
+        if degrees == self.parallel.degrees:
             return self
-        rounds = self.data.global_batch // (self.parallel.dp_shard * self.samples)
-        parallel = dataclasses.replace(
-            self.parallel, dp_replicate=dp_replicate, microbatches=-(-rounds // dp_replicate)
-        )
+        rounds = self.data.global_batch // (degrees.dp_shard * self.samples)
+        parallel = ParallelConfig(**vars(degrees), microbatches=-(-rounds // degrees.dp_replicate))
         return dataclasses.replace(self, parallel=parallel, microbatch_samples=self.samples)
 
 
@@ -275,6 +298,9 @@ class Restore:
     slots: tuple[int, ...] = ()
     """For ``ram``: the slots that hold this rank's shard, as that generation numbered them. The node has the snapshot
     of one of them; empty: of the rank's own number."""
+    reshard: bool = False
+    """For ``ram``: that generation's mesh had other shards. Each rank offers what its node holds of the snapshots, and
+    takes what it needs from all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from storage.blocks import BadBlock
-from storage.checkpointer import Checkpointer
+from storage.checkpointer import Checkpointer, Sound
 from storage.durable import CheckpointFailed
 from storage.manifest import ManifestError
 from storage.redact import redacted
@@ -227,9 +227,9 @@ def start(assignment: Assignment, agent: Agent) -> Session:
 
     phase("restore")
     audit = StateAudit(state.tensors, config.audit, replica_group(mesh))
-    mark = audit.blank_mark() if assign.restore.source == "ram" else {}
+    mark = audit.blank_mark() if assign.restore.source == "ram" and not assign.restore.reshard else {}
     copy = replace(state, per_rank=state.per_rank | mark)
-    restore(checkpointer, copy, assign, agent)
+    restore(checkpointer, copy, assign, agent, sound=audit.check_copy if config.audit.at_rest else None)
     state.step = copy.step
     assert state.step == assign.restore.step, (state.step, assign.restore)
     set_completed_steps(optimizer, state.step)
@@ -284,7 +284,9 @@ def checkpointer_of(assign: Assign) -> Checkpointer:
     )
 
 
-def restore(checkpointer: Checkpointer, state: TrainState, assign: Assign, agent: Agent) -> None:
+def restore(
+    checkpointer: Checkpointer, state: TrainState, assign: Assign, agent: Agent, sound: Sound | None = None
+) -> None:
     """Fill `state` as assigned; what was damaged in shared memory is told, whether it could be mended or not.
 
     Raises:
@@ -297,7 +299,7 @@ def restore(checkpointer: Checkpointer, state: TrainState, assign: Assign, agent
     ]
     bad: list[BadBlock] = []
     try:
-        checkpointer.restore(state, assign.restore, holders, bad)
+        checkpointer.restore(state, assign.restore, holders, bad, sound)
     finally:
         for holder in holders:
             holder.close()

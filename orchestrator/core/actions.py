@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from storage.manifest import Certificate
+from trainer.contract import Degrees
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
     """Copy the snapshot of (from_slot on from_node) into slot's place on to_node before the generation opens.
 
-    Slots are numbered as in the generation that wrote the snapshot. Where that had another number of replicas, `slot`
-    is `from_slot`: see OpenGeneration.
+    Slots are numbered as in the generation that wrote the snapshot. Where that had another mesh, `slot` is `from_slot`:
+    see OpenGeneration.
     """
 
     slot: int
@@ -32,6 +33,8 @@ class OpenGeneration:
 
     Where `snapshot_dp_replicate` is not `dp_replicate`, the mesh has another size than the one that wrote the
     snapshots, and slots other numbers: a rank restores whatever its node holds of its shard (`placement.shard_of`).
+    Where shards are others, too (`Layout.has_shards_of`), all of that mesh's are in the nodes' memory once transfers
+    are made, and the ranks restore from them together.
     """
 
     generation: int
@@ -48,6 +51,10 @@ class OpenGeneration:
     """Replicas of this generation's mesh. The global batch is the same with fewer: each accumulates more."""
     snapshot_dp_replicate: int
     """Replicas of the mesh whose slots the snapshots are numbered by."""
+    fallback: Degrees | None = None
+    """The mesh, where it is one of `Layout.fallbacks`; None: the declared one with `dp_replicate` replicas."""
+    snapshot_fallback: Degrees | None = None
+    """As `fallback`, of the mesh whose slots the snapshots are numbered by."""
     buddies: tuple[int, ...] = ()
     """Place to the place whose node is sent a copy of each of its snapshots; empty: nobody is."""
     code: str = ""

@@ -50,7 +50,7 @@ def _slots(run: Held, place_first: int) -> range:
     return range(first, first + run.slots)
 
 
-def newest_in_ram(state: State, mesh: tuple[str, ...], replicas: int) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
+def newest_in_ram(state: State, mesh: tuple[str, ...], layout: Layout) -> tuple[Snapshot, tuple[Transfer, ...]] | None:
     """The newest snapshot that every slot of `mesh` can be given, with the copies that it takes; None without any."""
     if "ram" not in state.capabilities:
         return None
@@ -62,26 +62,28 @@ def newest_in_ram(state: State, mesh: tuple[str, ...], replicas: int) -> tuple[S
             continue
         if snapshot.step > state.total_steps:  # of the time before a resume that made the run shorter
             continue
-        transfers = _transfers(state, mesh, replicas, snapshot)
+        transfers = _transfers(state, mesh, layout, snapshot)
         if transfers is not None:
             return snapshot, transfers
     return None
 
 
-def _transfers(state: State, mesh: tuple[str, ...], replicas: int, snapshot: Snapshot) -> tuple[Transfer, ...] | None:
+def _transfers(state: State, mesh: tuple[str, ...], layout: Layout, snapshot: Snapshot) -> tuple[Transfer, ...] | None:
     """The copies that give every slot of `mesh` this snapshot; None when some slot's cannot be had."""
-    assert state.layout is not None
-    layout, writers = state.layout.with_replicas(replicas), state.layout_of(snapshot.generation)
+    writers = state.layout_of(snapshot.generation)
     sources = _Sources(state, writers, snapshot)
     if layout == writers:
         missing = _missing(state, layout, mesh, snapshot)
-    else:
+    elif layout.has_shards_of(writers):
         missing = sources.missing_shards(layout, mesh)
+    else:
+        missing = sources.missing_anywhere(mesh)
     if missing and "peer" not in state.capabilities:
         return None
+    numbered = layout if layout.has_shards_of(writers) else writers
     transfers = []
     for to_node, slot in missing:
-        source = sources.best(placement.shard_of(layout, slot), slot if layout == writers else None)
+        source = sources.best(placement.shard_of(numbered, slot), slot if layout == writers else None)
         if source is None:
             return None
         slot = slot if layout == writers else source[0]
@@ -109,20 +111,25 @@ Missing = list[tuple[str, int]]
 
 
 def _missing(state: State, layout: Layout, mesh: tuple[str, ...], snapshot: Snapshot) -> Missing:
-    """The slots whose node in `mesh` does not hold the snapshot, in order. For a mesh of the size of the writer's."""
+    """The slots whose node in `mesh` does not hold the snapshot, in order. For a mesh that is the writer's."""
     width, inventory = layout.slots_per_node, state.inventory
+    # OWN_PLACE is one of the last mesh: where that was another one, nodes have other places now.
+    before = {} if layout == state.mesh_layout else {node: place for place, node in enumerate(state.mesh)}
     missing: Missing = []
     holds = _Holds(snapshot)
     complete: dict[int, None] = {}  # identities of what holds all of its own place: thousands of nodes share one
     for index, node in enumerate(mesh):
         held = inventory.get(node, ())
-        if id(held) in complete:
-            continue
-        if len(held) == 1 and held[0].first in (OWN_PLACE, index * width) and held[0].slots == width and holds(held[0]):
-            if held[0].first == OWN_PLACE:
-                complete[id(held)] = None
-            continue
-        own = {slot for run in held if holds(run) for slot in _slots(run, index * width)}
+        place = before.get(node, index)
+        if place == index:
+            if id(held) in complete:
+                continue
+            known = held[0].first in (OWN_PLACE, index * width) if len(held) == 1 else False
+            if known and held[0].slots == width and holds(held[0]):
+                if held[0].first == OWN_PLACE:
+                    complete[id(held)] = None
+                continue
+        own = {slot for run in held if holds(run) for slot in _slots(run, place * width)}
         missing += [(node, slot) for slot in placement.slots_of(layout, index) if slot not in own]
     return missing
 
@@ -176,12 +183,29 @@ class _Sources:
         for slot, nodes in self._elsewhere.items():
             for node in nodes:
                 held.setdefault(node, set()).add(placement.shard_of(self._writers, slot))
-        return [
-            (node, slot)
-            for index, node in enumerate(mesh)
-            for slot in placement.slots_of(layout, index)
-            if placement.shard_of(layout, slot) not in held.get(node, ())
-        ]
+        missing: Missing = []
+        for index, node in enumerate(mesh):
+            here = held.setdefault(node, set())
+            for slot in placement.slots_of(layout, index):
+                shard = placement.shard_of(layout, slot)
+                if shard not in here:  # one copy serves all of its replicas on a node
+                    here.add(shard)
+                    missing.append((node, slot))
+        return missing
+
+    def missing_anywhere(self, mesh: tuple[str, ...]) -> Missing:
+        """For a mesh with other shards than the writer's, whose ranks share what their nodes hold: a slot of each shard
+        that no node of the mesh has. The nodes take turns in having them copied."""
+        self._elsewhere = self._elsewhere or self._everywhere()
+        members = set(mesh)
+        held = {
+            placement.shard_of(self._writers, slot)
+            for slot, nodes in self._elsewhere.items()
+            if not members.isdisjoint(nodes)
+        }
+        shards = range(self._writers.slots // self._writers.dp_replicate)
+        gone = [placement.slots_of_shard(self._writers, shard)[0] for shard in shards if shard not in held]
+        return [(mesh[number % len(mesh)], slot) for number, slot in enumerate(gone)]
 
     def _has(self, node: str, slot: int) -> bool:
         width = self._writers.slots_per_node

@@ -16,9 +16,11 @@ again, and when an agent comes back under a new name, the old one's NodeLost com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from storage.manifest import Certificate
+from trainer.contract import Degrees
 
 FOR_EVER_US = 2**62
 """Longer than any run."""
@@ -44,22 +46,45 @@ class Layout:
     shrinks_to: tuple[int, ...] = ()
     """Numbers of replicas below dp_replicate with which this body can train too, descending; empty: none. A replica
     must fill whole nodes: slots_per_node divides dp_shard x tp."""
+    fallbacks: tuple[Degrees, ...] = ()
+    """Other meshes with which this body can train, for when there are too few nodes for all of those: each fills whole
+    nodes, and fewer of them than the one before. State is resharded from one to the other."""
 
     @property
     def slots(self) -> int:
-        return self.pp * self.dp_replicate * self.dp_shard * self.tp
+        return self.degrees.world_size
+
+    @property
+    def degrees(self) -> Degrees:
+        return Degrees(pp=self.pp, dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp)
+
+    @property
+    def meshes(self) -> Iterator[Layout]:
+        """Of a declared layout: all meshes that the run can train with. Each has fewer nodes than the one before."""
+        yield from (self.with_replicas(n) for n in (self.dp_replicate, *self.shrinks_to))
+        yield from (self._of(fallback) for fallback in self.fallbacks)
 
     @property
     def smallest(self) -> Layout:
-        """The smallest mesh that it shrinks to."""
+        """Of a declared layout: the last of `meshes`."""
+        if self.fallbacks:
+            return self._of(self.fallbacks[-1])
         return self.with_replicas(min((self.dp_replicate, *self.shrinks_to)))
 
     def with_replicas(self, dp_replicate: int) -> Layout:
         """The same mesh with another number of replicas."""
-        if dp_replicate == self.dp_replicate:
-            return self
-        nodes = self.pp * dp_replicate * self.dp_shard * self.tp // self.slots_per_node
-        return replace(self, dp_replicate=dp_replicate, nodes=nodes)
+        return self if dp_replicate == self.dp_replicate else self._of(replace(self.degrees, dp_replicate=dp_replicate))
+
+    def sized(self, dp_replicate: int, fallback: Degrees | None) -> Layout:
+        """Of a declared layout: that of `fallback`, or, where there is none, with so many replicas."""
+        return self.with_replicas(dp_replicate) if fallback is None else self._of(fallback)
+
+    def _of(self, degrees: Degrees) -> Layout:
+        return replace(self, **vars(degrees), nodes=degrees.world_size // self.slots_per_node)
+
+    def has_shards_of(self, other: Layout) -> bool:
+        """Whether the state is cut alike in both: the meshes differ in their replicas at most."""
+        return (self.pp, self.dp_shard, self.tp) == (other.pp, other.dp_shard, other.tp)
 
     def is_same_mesh(self, other: Layout) -> bool:
         """Whether slots have the same numbers, shards and places in a node."""
@@ -126,7 +151,7 @@ class RunDeclared:
     - "probe": check a node with work whose result is known; "third": repeat an audited computation on a third node;
     - "verify": have a node read a checkpoint back, and publish what is thought of checkpoints.
 
-    Whether it can train with fewer replicas stands in `Layout.shrinks_to`.
+    Whether it can train on fewer nodes stands in `Layout.shrinks_to` and `Layout.fallbacks`.
     """
 
 
@@ -272,10 +297,8 @@ class NodeHalted:
 
 @dataclass(frozen=True, kw_only=True)
 class NodesHalted:
-    """Several nodes' answers in one, as a fan-in tells them: each holds the same for all slots of its place.
-
-    What they hold was written by generations with as many replicas as this one.
-    """
+    """Several nodes' answers in one, as a fan-in tells them: each holds the same for the slots of its place in this
+    generation, by their numbers in those that wrote it."""
 
     at: int
     nodes: tuple[str, ...]

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from orchestrator.core import election, health, placement, recovery
 from orchestrator.core.actions import Action, EndRun, HaltGeneration, OpenGeneration, SetTimer
+from orchestrator.core.events import Layout
 from orchestrator.core.goodput import Label
 from orchestrator.core.state import EXIT_STOPPED, Evidence, Incident, State
+from trainer.contract import Degrees
 
 
 def fault(s: State, evidence: Evidence) -> list[Action]:
@@ -113,7 +115,7 @@ def open_mesh(s: State, at: int, why: str, at_least: int | None = None) -> list[
         decision = recovery.decide(s)
         s.incident.reason = decision.reason
     else:
-        found = recovery.largest_mesh(s, s.usable(), at_most=s.declared_layout.dp_replicate)
+        found = recovery.largest_mesh(s, s.usable(), at_most=s.declared_layout.nodes)
         assert found is not None
         decision = recovery.first_decision(s, *found, why)
     if decision.rung == "fail":
@@ -122,7 +124,8 @@ def open_mesh(s: State, at: int, why: str, at_least: int | None = None) -> list[
 
 
 def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
-    assert decision.rung not in ("fail", "wait"), decision
+    layout = decision.layout
+    assert decision.rung not in ("fail", "wait") and layout is not None, decision
     staying = set(decision.mesh)
     for place, name in enumerate(s.mesh):
         if name not in staying:
@@ -138,8 +141,11 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
     s.generation += 1
     s.lineage[s.generation] = (_parent(s, decision), decision.step)
     s.mesh, s.job = decision.mesh, "starting"
-    if decision.replicas != s.replicas:
-        s.replicas = s.shapes[s.generation] = decision.replicas
+    if layout != s.mesh_layout:
+        s.replicas = s.shapes[s.generation] = layout.dp_replicate
+        s.fallback = _as_fallback(s, layout)
+        if s.fallback is not None:
+            s.fallbacks[s.generation] = s.fallback
     s.restored_step = decision.step
     if decision.step < s.floor:
         s.floor = s.reached = decision.step
@@ -147,10 +153,11 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
     s.recoveries_without_progress += not (first or recovery.is_planned(s.incident))
     s.ledger.mesh_label = "start_up" if first else "recovery"
     s.ledger.empty_label = "degraded_capacity"
-    s.ledger.idle_label = "idle_spare" if s.replicas == s.declared_layout.dp_replicate else "degraded_capacity"
+    s.ledger.idle_label = "idle_spare" if layout == s.declared_layout else "degraded_capacity"
     if s.incident is not None:
         s.incident.rungs.append(decision.rung)
         s.incident.ordered_at, s.incident.restored_step = at, decision.step
+    writers = s.layout_of(decision.snapshot_generation) if decision.source == "ram" else layout
     s.order = OpenGeneration(
         generation=s.generation,
         nodes=decision.mesh,
@@ -159,19 +166,20 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
         snapshot_generation=decision.snapshot_generation,
         transfers=decision.transfers,
         reason=decision.reason,
-        dp_replicate=decision.replicas,
-        snapshot_dp_replicate=_written_by(s, decision),
+        dp_replicate=layout.dp_replicate,
+        snapshot_dp_replicate=writers.dp_replicate,
+        fallback=s.fallback,
+        snapshot_fallback=_as_fallback(s, writers),
         buddies=_buddies(s),
         code=s.code,
     )
     return [s.order, SetTimer(timer=f"start/{s.generation}", at=at + s.declared_limits.start_deadline_us)]
 
 
-def _written_by(s: State, decision: recovery.Decision) -> int:
-    """Replicas of the mesh whose slots the snapshots are numbered by."""
-    if decision.source != "ram":
-        return decision.replicas
-    return s.layout_of(decision.snapshot_generation).dp_replicate
+def _as_fallback(s: State, layout: Layout) -> Degrees | None:
+    """The layout as one of those that the declared one falls back to, if it is."""
+    declared = s.declared_layout
+    return None if layout == declared.with_replicas(layout.dp_replicate) else layout.degrees
 
 
 def _parent(s: State, decision: recovery.Decision) -> int:

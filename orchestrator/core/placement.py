@@ -10,7 +10,7 @@ which place in that order:
 - who keeps a copy of a node's snapshots (its buddy) stands in another than that node.
 
 A *shard* is a slot without its replica: what all replicas of it hold alike. It is numbered the same in meshes of any
-number of replicas.
+number of replicas. In a mesh with other shards nobody's place is better than another's: all of the state moves.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def place(
 
 
 def _kept(layout: Layout, before: Layout, previous: Places) -> Places:
-    """Who stays where. Of a mesh of another size each keeps its shards, and its replica where there still is one."""
-    if not previous:
-        return [None] * layout.nodes
-    if before == layout:
+    """Who stays where. Of a mesh of another size each keeps its shards, and its replica where there still is one; of
+    one with other shards, or whose replicas share nodes, nobody has a place."""
+    if previous and before == layout:
         return previous
-    a_replica = layout.dp_shard * layout.tp // layout.slots_per_node
-    assert a_replica * layout.slots_per_node == layout.dp_shard * layout.tp, "a replica must fill whole nodes"
+    a_replica, shared = divmod(layout.dp_shard * layout.tp, layout.slots_per_node)
+    if not previous or shared or not layout.has_shards_of(before):
+        return [None] * layout.nodes
     places: Places = [None] * layout.nodes
     for stage in range(layout.pp):
         for part in range(a_replica):

@@ -1,8 +1,8 @@
 """Planned changes, for which a quiet moment is waited: the mesh trains, and no incident is open.
 
 Nodes that will be taken away are replaced as soon as others can take their places, and let go once a step is done
-without them. A mesh that has shrunk takes its replicas back, unless that costs more than the run's last steps gain by
-it: after a while, so that a rack which returns costs one change, and later each time that it did not come up.
+without them. A mesh that has shrunk becomes larger again, unless that costs more than the run's last steps gain by it:
+after a while, so that a rack which returns costs one change, and later each time that it did not come up.
 
 Another job begins where a step has ended: what is complete in memory then is that step, and no step is lost.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from orchestrator.core import health, interruption, recovery
 from orchestrator.core.actions import Action, ReleaseNode, SetTimer, UpdateJob
+from orchestrator.core.events import Layout
 from orchestrator.core.state import State
 
 GROW_DOUBLINGS = 6
@@ -33,7 +34,7 @@ def in_peace(s: State, at: int, at_boundary: bool) -> list[Action]:
         return actions + interruption.fault(s, recovery.seen(s, at, convict, None, "leave", corrupt))
     if s.update is not None and at_boundary:
         return actions + update(s, at)
-    if s.replicas < s.declared_layout.dp_replicate and not s.growing and _growth(s, at) is not None:
+    if len(s.mesh) < s.declared_layout.nodes and not s.growing and _growth(s, at) is not None:
         s.growing = True
         wait_us = s.declared_limits.grow_settle_us << min(s.grown_in_vain, GROW_DOUBLINGS)
         actions.append(SetTimer(timer=f"grow/{s.generation}", at=at + wait_us))
@@ -67,36 +68,35 @@ def loses_nothing(s: State) -> bool:
     return {"ram", "peer"} <= set(s.capabilities) or s.newest_checkpoint() == s.step
 
 
-def _growth(s: State, at: int) -> int | None:
-    """The number of replicas that the shrunk mesh should have now; None when that is no more than it has."""
-    full, nodes = s.declared_layout, s.n_usable - len(s.leaving)
-    sizes = (full.dp_replicate, *full.shrinks_to)
-    found = next((n for n in sizes if n > s.replicas and n * full.nodes <= nodes * full.dp_replicate), None)
-    return found if found is not None and _pays_off(s, at, found) else None
+def _growth(s: State, at: int) -> Layout | None:
+    """The mesh that the shrunk one should become now; None when there is no larger one for these nodes."""
+    nodes = s.n_usable - len(s.leaving)
+    found = next((mesh for mesh in s.declared_layout.meshes if mesh.nodes <= nodes), None)
+    return found if found is not None and found.nodes > len(s.mesh) and _pays_off(s, at, found.nodes) else None
 
 
-def _pays_off(s: State, at: int, replicas: int) -> bool:
-    """Whether the steps that are left will be done sooner by what more replicas gain than the change takes.
+def _pays_off(s: State, at: int, nodes: int) -> bool:
+    """Whether the steps that are left will be done sooner by what more nodes gain than the change takes.
 
-    It takes as long as the one that this generation began with, and a step's time falls as the number of replicas
-    rises. A generation that no incident has opened gives no measure of either: then they will.
+    It takes as long as the one that this generation began with, and a step's time falls as the number of nodes rises.
+    A generation that no incident has opened gives no measure of either: then they will.
     """
     last = s.incidents[-1] if s.incidents else None
     if last is None or last.generation + len(last.rungs) != s.generation:
         return True
     assert last.ready_at is not None and last.closed_at is not None, last
     left_us = (s.total_steps - s.step) * (at - last.ready_at) // max(1, s.step - s.restored_step)
-    return left_us * (replicas - s.replicas) // replicas > last.closed_at - last.detected_at
+    return left_us * (nodes - len(s.mesh)) // nodes > last.closed_at - last.detected_at
 
 
 def grow(s: State, at: int) -> list[Action]:
     """The wait is over: open a larger mesh, if its nodes are still there."""
     s.growing = False
-    replicas = _growth(s, at)
-    if replicas is None or s.stopping or not loses_nothing(s):
+    larger = _growth(s, at)
+    if larger is None or s.stopping or not loses_nothing(s):
         return []
     s.grown_in_vain += 1  # until it is ready
-    there = recovery.seen(s, at, "", None, "grow", f"nodes for {replicas} replicas are there")
+    there = recovery.seen(s, at, "", None, "grow", f"nodes for {recovery.size_of(s, larger)} are there")
     return interruption.fault(s, there)
 
 

@@ -9,8 +9,9 @@ memory holds. It reads, top to bottom, as the ladder does:
     replace   a worker died: fork it anew, state from the nodes' shared memory
     spare     a node died, is slow, corrupt or leaves: a spare takes its place, state from a replica's or its own copies
               in shared memory
-    shrink    no spare is left: the mesh goes on with fewer replicas, whose copies hold the state of every shard
-    grow      nodes are back: the mesh takes its replicas back, with state from the others' copies
+    shrink    no spare is left: the mesh goes on with fewer replicas, or as another one that the job allows, with state
+              from the copies that are left
+    grow      nodes are back: the mesh becomes larger again, with state from the copies of those that train
     durable   shared memory does not hold one complete step: the newest committed checkpoint, or the very beginning
 
 Where state was proven corrupt, what may hold it is passed over: that is the rewind of each rung.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 from orchestrator.core import election, placement
 from orchestrator.core.actions import Transfer
-from orchestrator.core.events import Snapshot
+from orchestrator.core.events import Layout, Snapshot
 from orchestrator.core.state import (
     DISTRUSTED,
     EXIT_CRASH_LOOP,
@@ -105,7 +106,8 @@ class Decision:
     step: int = 0
     snapshot_generation: int = 0
     transfers: tuple[Transfer, ...] = ()
-    replicas: int = 0
+    layout: Layout | None = None
+    """Of `mesh`."""
     exit_code: int = 0
 
 
@@ -243,27 +245,27 @@ def decide(state: State) -> Decision:
     usable = state.usable()
     if incident.spent and is_of_a_node(cause) and len(usable) > fewest_nodes(state):
         usable = tuple(node for node in usable if node != cause.node)  # a recovery failed on it
-    before = state.layout_of(incident.generation).dp_replicate
-    found = largest_mesh(state, usable, at_most=before if "grow" in incident.spent else layout.dp_replicate)
+    before = state.layout_of(incident.generation).nodes
+    found = largest_mesh(state, usable, at_most=before if "grow" in incident.spent else layout.nodes)
     if found is None:
         return Decision(rung="wait", reason=f"the mesh needs {fewest_nodes(state)} nodes, {len(usable)} are usable")
-    mesh, replicas = found
+    mesh, chosen = found
 
     what = _what(incident) + _fate(state, mesh)
-    rung = _rung(state, mesh, replicas)
+    rung = _rung(state, mesh, chosen)
     if "durable" in incident.spent or any(r in incident.spent for r in _RAM_RUNGS[_RAM_RUNGS.index(rung) :]):
         failed = f"rung {incident.spent[-1]} failed before its first step"
-        return durable_decision(state, mesh, replicas, f"{what}: {failed}")
-    elected = election.newest_in_ram(state, mesh, replicas)
+        return durable_decision(state, mesh, chosen, f"{what}: {failed}")
+    elected = election.newest_in_ram(state, mesh, chosen)
     clean = " and known to be clean" if any(e.kind in UNCLEAN for e in incident.evidence) else ""
     if elected is None or elected[0].step < (state.newest_checkpoint() or 0):
         why = f"{what}: shared memory holds no complete step that is newer{clean}"
-        return durable_decision(state, mesh, replicas, why)
+        return durable_decision(state, mesh, chosen, why)
     snapshot, transfers = elected
     copied = f", {len(transfers)} of its slots copied from elsewhere" if transfers else ""
-    size = "" if replicas == state.replicas else f"; {replicas} of {layout.dp_replicate} replicas"
+    size = "" if chosen == state.mesh_layout else f"; {_share(state, chosen)}"
     why = f"{what}: step {snapshot.step} is complete in shared memory{clean}{copied}{size}"
-    return _ram_decision(rung, mesh, replicas, elected, why)
+    return _ram_decision(rung, mesh, chosen, elected, why)
 
 
 def fewest_nodes(state: State) -> int:
@@ -272,8 +274,23 @@ def fewest_nodes(state: State) -> int:
     return state.layout.smallest.nodes
 
 
-def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tuple[str, ...], int] | None:
-    """The mesh with most replicas, up to `at_most`, that these nodes fill, and their number; None when none is filled.
+def size_of(state: State, layout: Layout) -> str:
+    """What the mesh becomes, in words: its replicas, where nothing else changes."""
+    if layout.has_shards_of(state.mesh_layout):
+        return f"{layout.dp_replicate} replicas"
+    return str(layout.degrees)
+
+
+def _share(state: State, layout: Layout) -> str:
+    """The same, beside what the whole mesh has."""
+    declared = state.declared_layout
+    if layout.has_shards_of(state.mesh_layout) and layout.has_shards_of(declared):
+        return f"{layout.dp_replicate} of {declared.dp_replicate} replicas"
+    return f"{'as' if layout.has_shards_of(state.mesh_layout) else 'resharded to'} {layout.degrees}"
+
+
+def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tuple[str, ...], Layout] | None:
+    """The largest mesh that these nodes fill, of `at_most` nodes, and how it is laid out; None when none is filled.
 
     Nodes that leave are kept where the mesh would be smaller without them than it is. Spares are taken by standing;
     racks decide between those of one.
@@ -283,17 +300,17 @@ def largest_mesh(state: State, usable: Sequence[str], at_most: int) -> tuple[tup
     staying = [name for name in usable if name not in state.leaving]
     previous = set(state.mesh)
     held = {node: election.slots_held(runs) for node, runs in state.inventory.items() if node not in previous}
-    for replicas in (layout.dp_replicate, *layout.shrinks_to):
-        if replicas > at_most or replicas * layout.nodes > len(usable) * layout.dp_replicate:
+    for wanted in layout.meshes:
+        if wanted.nodes > min(at_most, len(usable)):
             continue
-        wanted = layout.with_replicas(replicas)
-        for names in (staying, usable) if state.leaving and replicas <= state.replicas else (staying,):
+        keeps = state.leaving and wanted.nodes <= state.mesh_layout.nodes
+        for names in (staying, usable) if keeps else (staying,):
             best = _best(state, names, wanted.nodes)
             mesh = placement.place(
                 wanted, state.mesh_layout, state.mesh, best, held, lambda name: state.nodes[name].domain
             )
             if mesh is not None:
-                return mesh, replicas
+                return mesh, wanted
     return None
 
 
@@ -310,30 +327,30 @@ def _best(state: State, names: Sequence[str], n: int) -> Sequence[str]:
     return names[:end]
 
 
-def _rung(state: State, mesh: tuple[str, ...], replicas: int) -> str:
+def _rung(state: State, mesh: tuple[str, ...], layout: Layout) -> str:
     """What a mesh is, seen from the last one."""
-    if replicas != state.replicas:
-        return "shrink" if replicas < state.replicas else "grow"
+    if layout != state.mesh_layout:
+        return "shrink" if layout.nodes < state.mesh_layout.nodes else "grow"
     if mesh != state.mesh:
         return "spare"
     return "resume" if state.parked else "replace"
 
 
-def first_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str) -> Decision:
+def first_decision(state: State, mesh: tuple[str, ...], layout: Layout, why: str) -> Decision:
     """Where the first generation of a declared run starts.
 
     A resume after the loss of the whole cluster may find a step in shared memory that is no older than the newest
     checkpoint. A run that has none begins anew: that its data are still the same is known by its checkpoints only.
     """
-    elected, newest = election.newest_in_ram(state, mesh, replicas), state.newest_checkpoint()
+    elected, newest = election.newest_in_ram(state, mesh, layout), state.newest_checkpoint()
     if elected is None or newest is None or elected[0].step < newest:
-        return durable_decision(state, mesh, replicas, why)
+        return durable_decision(state, mesh, layout, why)
     why = f"{why}; the nodes' shared memory has kept step {elected[0].step} complete"
-    return _ram_decision("replace", mesh, replicas, elected, why)
+    return _ram_decision("replace", mesh, layout, elected, why)
 
 
 def _ram_decision(
-    rung: str, mesh: tuple[str, ...], replicas: int, elected: tuple[Snapshot, tuple[Transfer, ...]], why: str
+    rung: str, mesh: tuple[str, ...], layout: Layout, elected: tuple[Snapshot, tuple[Transfer, ...]], why: str
 ) -> Decision:
     snapshot, transfers = elected
     return Decision(
@@ -343,12 +360,12 @@ def _ram_decision(
         step=snapshot.step,
         snapshot_generation=snapshot.generation,
         transfers=transfers,
-        replicas=replicas,
+        layout=layout,
         reason=why,
     )
 
 
-def durable_decision(state: State, mesh: tuple[str, ...], replicas: int, why: str) -> Decision:
+def durable_decision(state: State, mesh: tuple[str, ...], layout: Layout, why: str) -> Decision:
     """Start from the newest committed checkpoint that nobody distrusts, else from the beginning.
 
     A run that has checkpoints never begins again by itself: when all are damaged, or those that are left hold corrupt
@@ -363,7 +380,7 @@ def durable_decision(state: State, mesh: tuple[str, ...], replicas: int, why: st
         why, source = f"{why}; no checkpoint is committed", "init"
     else:
         why, source = f"{why}; checkpoint {step}", "durable"
-    return Decision(rung="durable", mesh=mesh, replicas=replicas, source=source, step=step or 0, reason=why)
+    return Decision(rung="durable", mesh=mesh, layout=layout, source=source, step=step or 0, reason=why)
 
 
 def _telling(evidence: Evidence) -> tuple[int, int]:

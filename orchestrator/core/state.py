@@ -13,6 +13,7 @@ from orchestrator.core.actions import OpenGeneration
 from orchestrator.core.events import OPEN_END, IntervalChosen, Layout, Limits, Snapshot, UpdateRequested
 from orchestrator.core.goodput import Ledger
 from storage.manifest import Certificate
+from trainer.contract import Degrees
 
 NodeState = Literal["spare", "active", "quarantined", "probed", "lost"]
 
@@ -284,8 +285,12 @@ class State:
     """Nodes of the current generation in mesh order; between generations, of the last one."""
     replicas: int = 0
     """dp_replicate of that mesh; below the layout's while it is shrunk."""
+    fallback: Degrees | None = None
+    """That mesh, while it is one of the layout's fallbacks."""
     shapes: dict[int, int] = field(default_factory=dict)
     """Generation to the number of replicas from it on: snapshots are numbered by the slots of their generation."""
+    fallbacks: dict[int, Degrees] = field(default_factory=dict)
+    """Of those generations, the meshes of those that had a fallback."""
     lineage: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Generation to the one whose state it was opened with, and at which step; 0: new weights, or not known whose."""
     growing: bool = False
@@ -436,13 +441,12 @@ class State:
     @property
     def mesh_layout(self) -> Layout:
         """How the mesh is laid out; while it is shrunk, not as declared."""
-        return self.declared_layout.with_replicas(self.replicas)
+        return self.declared_layout.sized(self.replicas, self.fallback)
 
     def layout_of(self, generation: int) -> Layout:
         """How the mesh of `generation` was laid out, by which its snapshots' slots are numbered."""
-        return self.declared_layout.with_replicas(
-            self.shapes[max(first for first in self.shapes if first <= generation)]
-        )
+        first = max(first for first in self.shapes if first <= generation)
+        return self.declared_layout.sized(self.shapes[first], self.fallbacks.get(first))
 
     def is_made_of(self, generation: int, step: int, *, upto: tuple[int, int]) -> bool:
         """Whether the state of (generation, step) `upto` came of the computation of `step` in `generation`."""
@@ -485,8 +489,7 @@ class State:
         """
         assert sum(self.counts.values()) == len(self.nodes) and min(self.counts.values()) >= 0, self.counts
         if self.job in ("starting", "training"):
-            assert self.layout is not None
-            wanted = self.layout.nodes * self.replicas // self.layout.dp_replicate
+            wanted = self.mesh_layout.nodes
             assert self.counts["active"] == len(self.mesh) == wanted, (self.counts, len(self.mesh), wanted)
         if self.job != "ended":
             held = (self.ledger.mesh_nodes, self.ledger.spare_nodes)

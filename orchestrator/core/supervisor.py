@@ -96,7 +96,7 @@ class Supervisor:
         assert s.run in ("", event.run), (s.run, event.run)
         if s.layout is None or not s.layout.is_same_mesh(event.layout):
             s.first_generation = s.generation + 1
-            s.shapes, s.lineage, s.unclean, s.bad_snapshots = {}, {}, {}, {}
+            s.shapes, s.fallbacks, s.lineage, s.unclean, s.bad_snapshots = {}, {}, {}, {}, {}
         s.began_at = s.began_at if s.run else event.at
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
@@ -104,6 +104,7 @@ class Supervisor:
         s.interval, s.update, s.changes, s.code = None, None, {}, ""  # the document says what it is now
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.replicas = s.shapes[s.generation + 1] = event.layout.dp_replicate
+        s.fallback = None
         s.growing, s.grown_in_vain = False, 0
         s.counts = dict.fromkeys(NODE_STATES, 0)
         s.strikes, s.convicted, s.probation, s.leaving, s.drained = {}, {}, {}, {}, {}
@@ -272,7 +273,7 @@ class Supervisor:
             wrong = f"ready at step {event.step}, ordered was {s.restored_step}"
             return interruption.fault(s, recovery.seen(s, event.at, "", None, "start", wrong))
         s.job = "training"
-        if s.incident is not None and s.replicas > s.layout_of(s.incident.generation).dp_replicate:
+        if s.incident is not None and s.mesh_layout.nodes > s.layout_of(s.incident.generation).nodes:
             s.grown_in_vain = 0
         s.ledger.settle("other", then="recovery")
         s.ledger.train()

@@ -48,7 +48,7 @@ CAUSES = {
     "collective": "an exchange between ranks broke, and nothing else explains it",
     "leave": "a node was about to be taken away, and another took its place",
     "update": "somebody has asked for another job",
-    "grow": "nodes were back, and the mesh took its replicas back",
+    "grow": "nodes were back, and the mesh became larger again",
 }
 RUNGS = ("resume", "replace", "spare", "shrink", "grow", "durable")
 PHASES = ("teardown", "restart", "restore", "first_step")
@@ -130,6 +130,8 @@ def _time(s: Status, spec: JobSpec) -> Iterable[Family]:
     text = "Replicas (dp_replicate) of the mesh; fewer than the job's while it is shrunk."
     yield _gauge(run, "replicas", text, s.replicas)
     yield _gauge(run, "replicas_target", "Replicas of the whole mesh.", s.replicas_declared)
+    text = "1 while the mesh is one of recovery.fallback_meshes, else 0."
+    yield _gauge(run, "fallback_mesh", text, int(bool(s.fallback)))
     text = "Node-seconds by ledger label; with the step in flight they add up to wall-clock x places."
     seconds = {(label,): value for label, value in s.ledger_s.items()}
     yield _labelled(run, CounterMetricFamily, "node_seconds", text, ("label",), seconds)

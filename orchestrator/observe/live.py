@@ -83,7 +83,9 @@ def figures(status: Status) -> str:
         parts.append(f"{status.tokens_per_s:,.0f} tokens/s")
     if status.goodput is not None:
         parts.append(f"goodput {status.goodput:.1%}")
-    if status.replicas < status.replicas_declared:
+    if status.fallback:
+        parts.append(f"fallback mesh {status.fallback}")
+    elif status.replicas < status.replicas_declared:
         parts.append(f"{status.replicas} of {status.replicas_declared} replicas")
     if status.hold:
         parts.append("HOLD")

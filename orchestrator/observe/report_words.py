@@ -186,7 +186,7 @@ def what_happened(evidence: Evidence) -> str:
         case "leave":
             return f"node {node} was to be taken away: {detail}"
         case "grow":
-            return f"the mesh could take replicas back: {detail}"
+            return f"the mesh could become larger again: {detail}"
         case "update":
             return f"the job was changed: {detail}"
         case "exception":
@@ -273,6 +273,10 @@ def _moved(order: OpenGeneration, before: OpenGeneration) -> str:
     gone = [node for node in before.nodes if node not in order.nodes]
     new = [node for node in order.nodes if node not in before.nodes]
     replicas = count(order.dp_replicate, "replica")
+    if order.fallback != before.fallback:
+        was, now = (f"one of {each.fallback}" if each.fallback else "the declared one" for each in (before, order))
+        moves = [f"with {listed(new)}"] * bool(new) + [f"without {listed(gone)}"] * bool(gone)
+        return f"the mesh, until then {was}, became {now}, {' and '.join(moves)}, and "
     if order.dp_replicate > before.dp_replicate:
         return f"the mesh grew from {before.dp_replicate} to {replicas}, with {listed(new)}, and "
     if order.dp_replicate < before.dp_replicate:

@@ -113,6 +113,8 @@ class Status:
     """dp_replicate of the current mesh; 0 before the run is declared."""
     replicas_declared: int
     """Of the whole mesh."""
+    fallback: str
+    """Degrees of the current mesh, while it is one of recovery.fallback_meshes; else empty."""
     checkpoints: tuple[int, ...]
     """Those that can be restored from, ascending."""
     trust: tuple[CheckpointStatus, ...]
@@ -200,6 +202,7 @@ def status_of(
         mesh=state.mesh,
         replicas=state.replicas,
         replicas_declared=state.layout.dp_replicate if state.layout is not None else 0,
+        fallback=str(state.fallback or ""),
         nodes={name: node.state for name, node in state.nodes.items()},
         standings={
             name: standing

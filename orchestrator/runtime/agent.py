@@ -388,7 +388,7 @@ class Agent:
         self._refuse_ended(plan.generation)  # it may have been halted meanwhile
         # Slots that moved elsewhere leave snapshots behind: those of a history that was given up must not be elected.
         ram.drop_newer(self._ram_dir, self._run, self._ray_node, plan.restore.step)
-        if plan.snapshot_slots:
+        if plan.snapshot_slots or plan.restore.reshard:
             # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
             restored = (plan.restore.generation, plan.restore.step)
             await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)

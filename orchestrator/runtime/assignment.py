@@ -33,7 +33,7 @@ class NodeAssignment:
     holders: dict[int, tuple[contract.Holder, ...]] = field(default_factory=dict)
     """By rank."""
     snapshot_slots: dict[int, range] = field(default_factory=dict)
-    """By rank, see contract.Restore.slots; empty where the snapshots are of a mesh of the same size."""
+    """By rank, see contract.Restore.slots; empty where the snapshots are of the same mesh, or of other shards."""
     token: str = field(default="", repr=False)
 
     def check(self, slots: int) -> None:

@@ -40,6 +40,7 @@ from orchestrator.core.actions import (
     UpdateJob,
     VerifyCheckpoint,
 )
+from orchestrator.core.events import Layout
 from orchestrator.core.state import State
 from orchestrator.runtime import links, nodes
 from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
@@ -314,13 +315,13 @@ class Body:
             case OpenGeneration():
                 if self.fold is None or self.fold.generation != action.generation:
                     self._note_copied(action.step)
-                    self._layout = self._spec.layout.with_replicas(action.dp_replicate)
+                    self._layout = self._layout_of(action)
                     self.fold = MeshFold(
                         generation=action.generation,
                         nodes=action.nodes,
                         ranks=self._layout.slots,
                         done=action.step,
-                        stages=self._spec.parallel.pp,
+                        stages=self._layout.pp,
                         slow_before=self._slow_before.setdefault(self._layout.slots, {}),
                         loads=self._loads(),
                     )
@@ -403,9 +404,15 @@ class Body:
         """Microbatches that each replica of the mesh takes in a step."""
         if self._spec.is_script:
             return (1,)
-        replicas = self._layout.dp_replicate
-        config = self._spec.worker_config.with_replicas(replicas)
-        return tuple(len(config.microbatches_of(replica)) for replica in range(replicas))
+        config = self._spec.worker_config.on_mesh(self._layout.degrees)
+        return tuple(len(config.microbatches_of(replica)) for replica in range(self._layout.dp_replicate))
+
+    def _layout_of(self, action: OpenGeneration) -> Layout:
+        return self._spec.layout.sized(action.dp_replicate, action.fallback)
+
+    def _writers_of(self, action: OpenGeneration) -> Layout:
+        """The mesh whose slots the snapshots are numbered by."""
+        return self._spec.layout.sized(action.snapshot_dp_replicate, action.snapshot_fallback)
 
     def _note_filled(self, action: OpenGeneration) -> None:
         self._filled[action.generation] = action.nodes
@@ -438,8 +445,8 @@ class Body:
             self._post(ev.GenerationFailed(at=0, generation=action.generation, node="", error=error))
 
     def _plans(self, action: OpenGeneration, host: str, port: int) -> list[tuple[str, NodeAssignment]]:
-        layout = self._spec.layout.with_replicas(action.dp_replicate)
-        config = self._spec.worker_config.with_replicas(action.dp_replicate)
+        layout, writers = self._layout_of(action), self._writers_of(action)
+        config = self._spec.worker_config.on_mesh(layout.degrees)
         checkpoint = dataclasses.replace(config.checkpoint, interval_steps=self._save_every_steps)
         config = dataclasses.replace(config, checkpoint=checkpoint, data_digest=self._data_digest)
         restore = contract.Restore(
@@ -447,8 +454,9 @@ class Body:
             step=action.step,
             generation=action.snapshot_generation,
             commit=commit_name(action.step) if action.source == "durable" else "",
+            reshard=action.source == "ram" and not layout.has_shards_of(writers),
         )
-        renumbered = action.source == "ram" and action.dp_replicate != action.snapshot_dp_replicate
+        renumbered = action.source == "ram" and layout != writers and not restore.reshard
         return [
             (
                 node,
@@ -479,9 +487,8 @@ class Body:
 
     def _snapshot_slots(self, action: OpenGeneration, rank: int) -> range:
         """The slots that held the rank's shard, as numbered by the generation that wrote the snapshots."""
-        layout = self._spec.layout.with_replicas(action.dp_replicate)
-        writers = self._spec.layout.with_replicas(action.snapshot_dp_replicate)
-        return placement.slots_of_shard(writers, placement.shard_of(layout, rank))
+        shard = placement.shard_of(self._layout_of(action), rank)
+        return placement.slots_of_shard(self._writers_of(action), shard)
 
     def _address(self, node: str) -> str:
         info = self._agent(node).info
@@ -492,21 +499,34 @@ class Body:
         """By rank of this place: who else may hold what it restores from shared memory."""
         if action.source != "ram":
             return {}
-        same = action.dp_replicate == action.snapshot_dp_replicate
+        layout, writers, node = self._layout_of(action), self._writers_of(action), action.nodes[index]
+        ranks = placement.slots_of(layout, index)
+        if not layout.has_shards_of(writers):
+            here = self._offered_by(action, node)
+            return dict.fromkeys(ranks, tuple(h for slot in here for h in self._holders(action, slot, {node})))
+        same = layout == writers
         return {
-            rank: self._holders(action, rank if same else self._snapshot_slots(action, rank)[0], {action.nodes[index]})
-            for rank in placement.slots_of(self._spec.layout, index)
+            rank: self._holders(action, rank if same else self._snapshot_slots(action, rank)[0], {node})
+            for rank in ranks
         }
+
+    def _offered_by(self, action: OpenGeneration, node: str) -> list[int]:
+        """The slots whose snapshots a node can be supposed to hold, as the generation that wrote them numbered them."""
+        filled = self._filled.get(action.snapshot_generation, ())
+        own = placement.slots_of(self._spec.layout, filled.index(node)) if node in filled else ()
+        kept = (slot for slot, keeper in self._keepers.items() if keeper == node)
+        fetched = (transfer.slot for transfer in action.transfers if transfer.to_node == node)
+        return sorted({*own, *kept, *fetched})
 
     def _holders(self, action: OpenGeneration, slot: int, without: Collection[str]) -> tuple[contract.Holder, ...]:
         """Who else may hold the snapshot of `slot`, but for nodes `without` it: one of its replicas' nodes, and who
         kept copies of it until now. They are asked only for what is damaged, and may not have it.
 
-        Slots are numbered as by the generation that wrote the snapshot; where this one has another number of replicas,
-        the nodes are that one's, too, as far as it is known.
+        Slots are numbered as by the generation that wrote the snapshot; where this one has another mesh, the nodes are
+        that one's, too, as far as it is known.
         """
-        layout = self._spec.layout.with_replicas(action.snapshot_dp_replicate)
-        renumbered = action.snapshot_dp_replicate != action.dp_replicate
+        layout = self._writers_of(action)
+        renumbered = layout != self._layout_of(action)
         nodes = self._filled.get(action.snapshot_generation, ()) if renumbered else action.nodes
         copies = placement.slots_of_shard(layout, placement.shard_of(layout, slot))
         at = ((copy, nodes[copy // layout.slots_per_node]) for copy in (copies if nodes else ()))
@@ -613,14 +633,14 @@ class Body:
         if state.interval is not None:
             self._save_every_steps = state.interval.every_steps
         if state.order is not None:
-            self._layout = self._spec.layout.with_replicas(state.order.dp_replicate)
+            self._layout = self._layout_of(state.order)
             self._note_filled(state.order)
             self.fold = MeshFold(
                 generation=state.generation,
                 nodes=state.order.nodes,
                 ranks=self._layout.slots,
                 done=state.step,
-                stages=self._spec.parallel.pp,
+                stages=self._layout.pp,
                 slow_before=self._slow_before.setdefault(self._layout.slots, {}),
                 loads=self._loads(),
                 unclean=state.generation in state.unclean,

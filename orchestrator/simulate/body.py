@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
@@ -24,6 +25,7 @@ from orchestrator.simulate import harm
 from orchestrator.simulate.chance import Chance
 from orchestrator.simulate.harm import DAY_US, Strike
 from orchestrator.simulate.profile import Failures, Profile
+from trainer.contract import Degrees
 
 ENDLESS_STEPS = 10**12
 """Without another number, a simulated run ends by the calendar."""
@@ -56,13 +58,18 @@ class Scenario:
     total_steps: int = ENDLESS_STEPS
     """The simulation ends with them, or with its days."""
     microbatches: int = 1
-    """Of a replica in a step of the whole mesh; fewer replicas take more each, and longer."""
+    """Of a replica in a step of the whole mesh; smaller meshes take longer for all."""
     rack_machines: int = 0
     """Neighbouring machines that are a failure domain; 0: nobody knows racks."""
 
-    def microbatches_each(self, replicas: int) -> int:
-        """Of so many replicas in a step; the global batch stays what it is."""
-        return -(-self.layout.dp_replicate * self.microbatches // replicas)
+    def slowdown(self, mesh: Layout) -> Fraction:
+        """How many times as long a step of this mesh takes as one of the whole mesh. The global batch stays what it is:
+        fewer replicas take more microbatches each; a mesh with other shards has as much less of everything as it has
+        fewer nodes."""
+        if not mesh.has_shards_of(self.layout):
+            return Fraction(self.layout.nodes, mesh.nodes)
+        each = -(-self.layout.dp_replicate * self.microbatches // mesh.dp_replicate)
+        return Fraction(each, self.microbatches)
 
 
 @dataclass
@@ -174,7 +181,7 @@ class Simulation:
         self._entries = self._names = 0
         self._arrivals: dict[str, int] = {}
         """Sender to when the last message of it arrives, where messages take time."""
-        self._layouts = {scenario.layout.dp_replicate: scenario.layout}
+        self._layouts = {scenario.layout.degrees: scenario.layout}
         self._ended_generation = 0
         """Halted, so that an order to open it comes too late."""
         self._parked = False
@@ -367,16 +374,16 @@ class Simulation:
 
     # --- the mesh -----------------------------------------------------------------------------------------------------
 
-    def _layout(self, replicas: int) -> Layout:
-        if replicas not in self._layouts:
-            self._layouts[replicas] = self.scenario.layout.with_replicas(replicas)
-        return self._layouts[replicas]
+    def _layout(self, dp_replicate: int, fallback: Degrees | None) -> Layout:
+        """One object for each mesh."""
+        found = self.scenario.layout.sized(dp_replicate, fallback)
+        return self._layouts.setdefault(found.degrees, found)
 
     def _open(self, order: ac.OpenGeneration) -> None:
         newest = max(self._ended_generation, self.running.order.generation if self.running else 0)
         if order.generation <= newest:
             return  # it has been halted before the order came
-        costs, layout = self.scenario.profile.costs, self._layout(order.dp_replicate)
+        costs, layout = self.scenario.profile.costs, self._layout(order.dp_replicate, order.fallback)
         places = {name: place for place, name in enumerate(order.nodes)}
         self.running = Running(
             order=order,
@@ -403,7 +410,8 @@ class Simulation:
             source = self.nodes.get(transfer.from_node)
             assert source is None or wanted in source.snapshots()[transfer.from_slot], transfer
             fetched.setdefault(transfer.to_node, []).append(transfer.slot)
-        renumbered = order.dp_replicate != order.snapshot_dp_replicate
+        renumbered = _is_renumbered(order)
+        resharded = not layout.has_shards_of(self._layout(order.snapshot_dp_replicate, order.snapshot_fallback))
         for place, name in enumerate(order.nodes):
             node = self.nodes.get(name)
             if node is None:
@@ -412,8 +420,9 @@ class Simulation:
             if stays and name not in fetched and not renumbered:
                 continue
             if name in fetched:
+                here = node.slots_held() if resharded and wanted in node.held else ()
                 node.held = (*node.held, wanted) if stays and not renumbered else (wanted,)
-                node.slots = tuple(fetched[name]) if renumbered else None
+                node.slots = (*here, *fetched[name]) if renumbered else None
             elif renumbered and order.source == "ram":
                 node.slots = node.slots_held()
             else:
@@ -466,8 +475,8 @@ class Simulation:
 
     def _unhindered_us(self, running: Running) -> int:
         s = self.scenario
-        by_mesh = s.step_us * s.microbatches_each(running.layout.dp_replicate) // s.microbatches
-        return s.paces_us.get(running.order.generation, by_mesh)
+        by_mesh = s.step_us * s.slowdown(running.layout)
+        return s.paces_us.get(running.order.generation, int(by_mesh))
 
     def change_pace(self) -> None:
         """A node has become slower; the step under way is as slow as the next ones."""
@@ -660,6 +669,12 @@ class Simulation:
             for step in (newest - interval, newest)
             if step > order.step
         )
-        if len(own) == 1 and order.source == "ram" and order.dp_replicate == order.snapshot_dp_replicate:
+        if len(own) == 1 and order.source == "ram" and not _is_renumbered(order):
             return (Snapshot(generation=order.snapshot_generation, step=order.step), *own)
         return own
+
+
+def _is_renumbered(order: ac.OpenGeneration) -> bool:
+    """Whether the snapshots to restore from are of another mesh."""
+    written_by = (order.snapshot_dp_replicate, order.snapshot_fallback)
+    return written_by != (order.dp_replicate, order.fallback)

@@ -172,7 +172,7 @@ def spares_wanted(made: Scenario) -> int:
 def filled(made: Scenario) -> float:
     """How fast the mesh is on average, for all numbers of machines that may be away: 1 when a spare is there for each.
 
-    One that does not shrink stands still else; one that does goes on with fewer replicas.
+    One that does not shrink stands still else; one that does goes on with fewer replicas, or as a fallback mesh.
     """
     layout, share = made.layout, _away(made)
     n, speed, left = layout.nodes + layout.spares, 0.0, 1.0
@@ -186,10 +186,9 @@ def filled(made: Scenario) -> float:
 
 def _speed(made: Scenario, missing: int) -> float:
     layout = made.layout
-    replicas = (layout.nodes - missing) * layout.dp_replicate // layout.nodes
-    if replicas not in (layout.dp_replicate, *layout.shrinks_to):
-        return 0.0
-    return made.microbatches / made.microbatches_each(replicas)
+    left = layout.nodes - missing
+    mesh = next((mesh for mesh in layout.meshes if mesh.nodes <= left), None)
+    return 0.0 if mesh is None else float(1 / made.slowdown(mesh))
 
 
 def _away(made: Scenario) -> float:

@@ -120,7 +120,8 @@ class Profile(_Table):
     buddies: bool = False
     """Whether each snapshot is copied to one other node as soon as it is taken: what a mesh without replicas needs."""
     shrinks: bool = False
-    """Whether the mesh can go on with fewer replicas, which then accumulate more microbatches each."""
+    """Whether the run can go on with fewer nodes: with fewer replicas, which then accumulate more microbatches each, or
+    in one of the job's fallback meshes."""
     probes: float | None = Field(default=None, ge=0, le=1)
     """Of quarantined nodes, the share that passes a probe and comes back; left out: none is probed."""
     read_back: ReadBack | None = None

@@ -58,7 +58,7 @@ def of_spec(spec: JobSpec, profile: Profile, failures: Failures, days: float, se
     if short:
         raise SpecError("\n".join(short))
     return Scenario(
-        layout=spec.layout if profile.shrinks else replace(spec.layout, shrinks_to=()),
+        layout=spec.layout if profile.shrinks else replace(spec.layout, shrinks_to=(), fallbacks=()),
         limits=spec.limits,
         step_us=max(1, round(step_s(spec, profile) * 1_000_000)),
         checkpoint_interval_steps=spec.checkpoint.interval_steps,

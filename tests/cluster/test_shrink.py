@@ -1,5 +1,7 @@
 """A mesh goes on with fewer replicas when a node is gone and no spare is left, and takes them back when one comes.
 
+Where the job allows another mesh on fewer nodes, it becomes that one, and itself again.
+
 The oracle is a run that nobody touches: each step has the same samples, and losses that differ by rounding only.
 """
 
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from conftest import CPUS, Cluster
 from herd import LOSS_TOLERANCE, await_nothing_left, job, replace_dead_nodes, spec_of, train
 
@@ -31,12 +34,12 @@ pytestmark = pytest.mark.timeout(300)
 RECORD = """
 import hashlib, json, time
 step, rows = session.state.step + 1, session.stage.rows
-if session.stage.is_first:
+if session.stage.is_first and session.stage.mesh.get_local_rank("tp") == 0:
     samples = {row: session.dataset.batch(step, range(row, row + 1))[0] for row in rows}
     fed = {row: hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for row, tokens in samples.items()}
     with open(FED, "a") as file:
         file.write(json.dumps([session.generation, step, fed]) + "\\n")
-shrunk = session.config.parallel.dp_replicate < REPLICAS
+shrunk = session.config.parallel.world_size < RANKS
 time.sleep(2.0 if shrunk else 0.3 if session.generation == 1 and 5 < step < 30 else 0.0)
 """
 
@@ -44,13 +47,16 @@ time.sleep(2.0 if shrunk else 0.3 if session.generation == 1 and 5 < step < 30 e
 STEPS = 60
 
 
-def recorded(cluster: Cluster, folder: Path, name: str, **parallel: int) -> JobSpec:
-    """A job on four nodes of one slot each."""
-    script = f"FED, REPLICAS = {str(folder / f'{name}.fed')!r}, {parallel.get('dp_replicate', 2)}\n{RECORD}"
+def recorded(cluster: Cluster, folder: Path, name: str, slots: int = 1, fallback: str = "", **parallel: int) -> JobSpec:
+    """A job of four ranks, on nodes of so many slots each."""
+    script = f"FED, RANKS = {str(folder / f'{name}.fed')!r}, 4\n{RECORD}"
     (cluster.faults / f"{name}.py").write_text(script)
     sections: dict[str, Any] = {"parallel": parallel, "recovery": {"grow_settle_s": 1}}
     sections["run"] = {"steps": STEPS, "validation_interval_steps": 15}
-    return spec_of(job(name, folder, cluster={"slots_per_node": 1}, **sections))
+    if fallback:
+        sections["recovery"]["fallback_meshes"] = [dict.fromkeys([fallback], 2)]
+        sections["checkpoint"] = {"interval_steps": STEPS}
+    return spec_of(job(name, folder, cluster={"slots_per_node": slots}, **sections))
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,46 @@ def test_an_uneven_mesh_outlives_its_controller_and_grows_back(
         replace_dead_nodes(cluster.ray, CPUS)
     check_story(status, told, replicas=4)
     assert status.epoch == 2
+    check_like(untouched, spec, tmp_path)
+    await_nothing_left(tmp_path / "ram")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fallback", ["tp", "pp"])
+def test_a_mesh_becomes_another_on_the_node_that_is_left_and_itself_again(
+    cluster: Cluster, untouched: Untouched, tmp_path: Path, fallback: str
+) -> None:
+    """Pipeline 2 x tensor parallel 2 on two nodes; what is left has both stages, or all of each matrix. The state comes
+    from memory, since there is no checkpoint. The controller dies meanwhile."""
+    spec = recorded(cluster, tmp_path, f"reshards-{fallback}", 2, fallback, pp=2, dp_replicate=1, tp=2)
+    others = ray.util.placement_group([{"CPU": CPUS}] * 2, strategy="STRICT_SPREAD")  # no other node is there
+    ray.get(others.ready(), timeout=60)
+    done: dict[str, Any] = {}
+
+    def look(status: Status) -> None:
+        if not settled(status) or status.step < 8:
+            return
+        if "killed" not in done:
+            done["killed"] = status.mesh[0]
+            kill(spec, status, status.mesh[0])
+        elif len(status.mesh) == 1 and "controller" not in done:
+            assert status.fallback == f"{fallback} 2"
+            done["controller"] = status.step
+            os.kill(status.controller_pid, signal.SIGKILL)
+        elif status.epoch == 2 and status.step > done["controller"] + 1 and "mended" not in done:
+            done["mended"] = status.step
+            ray.util.remove_placement_group(others)
+
+    try:
+        status, told = train(spec, look)
+    finally:
+        ray.util.remove_placement_group(others)
+        replace_dead_nodes(cluster.ray, CPUS)
+    assert status.exit_code == 0, told
+    assert [(i.cause, i.rung) for i in status.incidents] == [("node", "shrink"), ("grow", "grow")], told
+    assert [i.steps_lost <= 1 for i in status.incidents] == [True, True], told
+    assert (status.fallback, len(status.mesh), status.epoch) == ("", 2, 2)
+    assert status.ledger_us["degraded_capacity"] > 0
     check_like(untouched, spec, tmp_path)
     await_nothing_left(tmp_path / "ram")
 

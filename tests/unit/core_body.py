@@ -121,7 +121,7 @@ class Body:
         name, action = self.outbox.pop(index)
         match action:
             case ac.OpenGeneration():
-                self.shapes[action.generation] = self.layout.with_replicas(action.dp_replicate)
+                self.shapes[action.generation] = self.layout.sized(action.dp_replicate, action.fallback)
                 if self.running is None or self.running.order.generation < action.generation:
                     self.running = Running(order=action, step=action.step, told=action.step)
                 self._start_node(self.nodes[name], action)
@@ -181,20 +181,33 @@ class Body:
         if refused:
             self.end_worker(node, next(iter(node.slots)), "state", "digest mismatch")
         elif order.source == "ram":
-            assert len(self.restored(node, order)) == len(node.slots), (wanted, node)
+            assert self.restored(node, order).keys() == node.slots.keys(), (wanted, node)
         elif order.source == "durable":
             assert order.step in self.store, order
 
-    def restored(self, node: SimNode, order: ac.OpenGeneration) -> dict[int, int]:
+    def restored(self, node: SimNode, order: ac.OpenGeneration) -> dict[int, list[int]]:
         """The slots of `node` to those whose snapshots they restore, by the numbers of the mesh that wrote them."""
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
+        mesh = self.shapes[order.generation]
+        writers = self.layout.sized(order.snapshot_dp_replicate, order.snapshot_fallback)
+        if not mesh.has_shards_of(writers):
+            return self._resharded(node, order, writers, wanted)
         held = {slot for slot, snapshots in node.ram.items() if wanted in snapshots}
-        if order.snapshot_dp_replicate == order.dp_replicate:
-            return {slot: slot for slot in node.slots if slot in held}
-        mesh, writers = self.shapes[order.generation], self.layout.with_replicas(order.snapshot_dp_replicate)
+        if mesh == writers:
+            return {slot: [slot] for slot in node.slots if slot in held}
         shards = {placement.shard_of(writers, slot): slot for slot in held}
         found = {slot: shards.get(placement.shard_of(mesh, slot)) for slot in node.slots}
-        return {slot: source for slot, source in found.items() if source is not None}
+        return {slot: [source] for slot, source in found.items() if source is not None}
+
+    def _resharded(
+        self, node: SimNode, order: ac.OpenGeneration, writers: Layout, wanted: Snapshot
+    ) -> dict[int, list[int]]:
+        """Each rank takes some of all shards: one slot of each that a node of the mesh holds, or is to be sent."""
+        held = {t.slot for t in order.transfers}
+        held |= {slot for name in order.nodes for slot, kept in self.nodes[name].ram.items() if wanted in kept}
+        shards = {placement.shard_of(writers, slot): slot for slot in sorted(held, reverse=True)}
+        whole = len(shards) == writers.slots // writers.dp_replicate
+        return {slot: list(shards.values()) for slot in node.slots} if whole else {}
 
     def _halt_node(self, node: SimNode, order: ac.HaltGeneration) -> None:
         if not node.alive or node.mute or node.generation > order.generation:
@@ -205,9 +218,8 @@ class Body:
         running = self.running is not None and self.running.order.generation == order.generation
         mesh = self.running.order.nodes if self.running is not None and running else ()
         place = placement.slots_of(self.mesh, mesh.index(node.name)) if node.name in mesh else range(0)
-        replicas = {self.shapes[s.generation].dp_replicate for snapshots in held.values() for s in snapshots}
         alike = held and set(held) == set(place) and len(set(held.values())) == 1
-        if alike and replicas == {self.mesh.dp_replicate} and self.tape.below(2):
+        if alike and self.tape.below(2):
             halted = ev.NodesHalted(
                 at=0, nodes=(node.name,), generation=order.generation, snapshots=held[place[0]], parked=parked
             )

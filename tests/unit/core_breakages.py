@@ -64,12 +64,12 @@ def a_node_fills_two_places(patch: Patch) -> None:
 def the_newest_snapshot_is_passed_over(patch: Patch) -> None:
     newest = election.newest_in_ram
 
-    def broken(state: State, mesh: tuple[str, ...], replicas: int) -> Any:
-        found = newest(state, mesh, replicas)
+    def broken(state: State, mesh: tuple[str, ...], layout: ev.Layout) -> Any:
+        found = newest(state, mesh, layout)
         if found is None:
             return None
         older = replace(state, bad_snapshots={**state.bad_snapshots, found[0].name: "passed over"})
-        return newest(older, mesh, replicas) or found
+        return newest(older, mesh, layout) or found
 
     patch.setattr(election, "newest_in_ram", broken)
 
@@ -227,11 +227,19 @@ def nodes_that_leave_get_slots(patch: Patch) -> None:
 
 def a_shrunk_mesh_stays_small(patch: Patch) -> None:
     largest = recovery.largest_mesh
-    patch.setattr(recovery, "largest_mesh", lambda state, usable, at_most: largest(state, usable, state.replicas))
+    patch.setattr(recovery, "largest_mesh", lambda state, usable, at_most: largest(state, usable, len(state.mesh)))
 
 
 def slots_of_another_size_are_mixed_up(patch: Patch) -> None:
     patch.setattr(State, "layout_of", lambda self, generation: self.mesh_layout)
+
+
+def shards_of_another_mesh_are_mixed_up(patch: Patch) -> None:
+    patch.setattr(ev.Layout, "has_shards_of", lambda self, other: True)
+
+
+def a_mesh_with_other_shards_is_taken_for_the_declared_one(patch: Patch) -> None:
+    patch.setattr(interruption, "_as_fallback", lambda state, layout: None)
 
 
 def workers_that_have_ended_are_resumed(patch: Patch) -> None:
@@ -425,6 +433,8 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     nodes_that_leave_get_slots,
     a_shrunk_mesh_stays_small,
     slots_of_another_size_are_mixed_up,
+    shards_of_another_mesh_are_mixed_up,
+    a_mesh_with_other_shards_is_taken_for_the_declared_one,
     workers_that_have_ended_are_resumed,
     hangs_are_not_heard,
     faults_are_ordered_again,

@@ -62,8 +62,10 @@ class Corruption:
             return False
         wanted = Snapshot(generation=order.snapshot_generation, step=order.step)
         restored = body.restored(node, order)
-        changed = {slot for slot, source in restored.items() if (source, wanted) in self.changed}
-        diverged = {slot for slot, source in restored.items() if (source, wanted) in self.diverged}
+        changed = {slot for slot, held in restored.items() if any((source, wanted) in self.changed for source in held)}
+        diverged = {
+            slot for slot, held in restored.items() if any((source, wanted) in self.diverged for source in held)
+        }
         known = any(wanted.generation == generation and wanted.step >= step for generation, step in self.told)
         assert not known, "state that was proven corrupt is restored"
         if body.mesh.dp_replicate > 1:  # else there is no replica that could tell

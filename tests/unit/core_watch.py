@@ -27,6 +27,9 @@ LIMITS = Limits(
     grow_settle_us=10_000_000,
 )
 
+Want = tuple[tuple[str, ...], list[int], list[int]]
+"""Nodes, the slots of which a snapshot at one of them serves as it stands, and those that serve after a copy."""
+
 
 class Watch:
     """Sees each event with the answer to it. Raises AssertionError when a rule is broken."""
@@ -278,7 +281,8 @@ class Watch:
         self._asked = {number: asked for number, asked in self._asked.items() if asked.judge != node}
 
     def _mesh(self, generation: int) -> ev.Layout:
-        return self._layout.with_replicas(self._opened[generation].dp_replicate)
+        order = self._opened[generation]
+        return self._layout.sized(order.dp_replicate, order.fallback)
 
     def _usable(self, snapshots: dict[int, tuple[Snapshot, ...]]) -> dict[int, tuple[Snapshot, ...]]:
         return {k: tuple(s for s in held if s.generation >= self._first_of_mesh) for k, held in snapshots.items()}
@@ -368,10 +372,8 @@ class Watch:
         self._opened[order.generation] = order
         writer = self.books.committed.get(order.step, 0) if order.source == "durable" else order.snapshot_generation
         self._parents[order.generation] = (writer, order.step)
-        assert order.dp_replicate in (self._layout.dp_replicate, *self._layout.shrinks_to), (
-            "a mesh that nobody can train"
-        )
         mesh = self._mesh(order.generation)
+        assert mesh in list(self._layout.meshes), "a mesh that nobody can train"
         assert len(order.nodes) == len(set(order.nodes)) == mesh.nodes, "a slot is filled twice, or not at all"
         self._check_named(supervisor, order.nodes)
         alone = self._replicas_share_a_domain(supervisor, order, mesh)
@@ -390,7 +392,9 @@ class Watch:
         if order.source == "ram":
             chosen = Snapshot(generation=order.snapshot_generation, step=order.step)
             assert not self._holds_corruption(chosen), "state that was proven corrupt is restored"
-            assert order.snapshot_dp_replicate == self._opened[chosen.generation].dp_replicate
+            writers = self._opened[chosen.generation]
+            assert order.snapshot_dp_replicate == writers.dp_replicate, "snapshots are numbered by another mesh"
+            assert order.snapshot_fallback == writers.fallback, "snapshots are numbered by another mesh"
             assert chosen == self._newest_in_ram(order), "not the newest snapshot that every slot can get"
             self._check_transfers(order, chosen)
             assert order.step >= newest, "a committed checkpoint is newer"
@@ -421,8 +425,8 @@ class Watch:
         states = {name: node.state for name, node in supervisor.state.nodes.items()}
         usable = {name for name, state in states.items() if state in ("active", "spare")} - self._leaving
         usable -= {name for name in self._convicted if states.get(name) == "spare"}
-        larger = [n for n in (self._layout.dp_replicate, *self._layout.shrinks_to) if n > order.dp_replicate]
-        assert all(self._layout.with_replicas(n).nodes > len(usable) for n in larger), "a mesh that could be larger"
+        larger = [other.nodes for other in self._layout.meshes if other.nodes > mesh.nodes]
+        assert all(nodes > len(usable) for nodes in larger), "a mesh that could be larger"
         if self._leaving & set(order.nodes):
             assert len(usable) < mesh.nodes, "a node that leaves has a slot though others could fill it"
 
@@ -444,39 +448,49 @@ class Watch:
         held = {name: slots for name, slots in self._inventory.items() if name not in self._lost}
         known = {s for slots in held.values() for snapshots in slots.values() for s in snapshots} - self._refused
         known = {s for s in known if not self._holds_corruption(s) and s.step <= self._steps}
-        slots = range(self._mesh(order.generation).slots)
-        good = [s for s in known if all(self._can_have(held, order, slot, s) for slot in slots)]
+        good = [s for s in known if all(self._can_have(held, want, s) for want in self._wants(order, s))]
         return max(good, key=lambda s: (s.step, s.generation), default=None)
 
-    def _alike(self, order: ac.OpenGeneration, slot: int, snapshot: Snapshot) -> tuple[list[int], list[int]]:
-        """The slots whose snapshot a slot can restore as it stands, and after a copy, as their writer numbered them."""
+    def _wants(self, order: ac.OpenGeneration, snapshot: Snapshot) -> list[Want]:
+        """What must be there to restore a snapshot: something for each slot at its node, or, where the snapshot's mesh
+        cut the state otherwise, of each of that mesh's shards at any node."""
         mesh, writers = self._mesh(order.generation), self._mesh(snapshot.generation)
-        copies = list(placement.slots_of_shard(writers, placement.shard_of(mesh, slot)))
-        return ([slot] if mesh == writers else copies), copies
 
-    def _can_have(
-        self, held: dict[str, dict[int, tuple[Snapshot, ...]]], order: ac.OpenGeneration, slot: int, snapshot: Snapshot
-    ) -> bool:
-        own, copies = self._alike(order, slot, snapshot)
-        here = held.get(order.nodes[slot // self._layout.slots_per_node], {})
-        if any(snapshot in here.get(s, ()) for s in own):
+        def copies(shard: int) -> list[int]:
+            return list(placement.slots_of_shard(writers, shard))
+
+        if not mesh.has_shards_of(writers):
+            shards = range(writers.slots // writers.dp_replicate)
+            return [(order.nodes, copies(shard), copies(shard)) for shard in shards]
+        wants: list[Want] = []
+        for slot in range(mesh.slots):
+            alike = copies(placement.shard_of(mesh, slot))
+            node = order.nodes[slot // mesh.slots_per_node]
+            wants.append(((node,), [slot] if mesh == writers else alike, alike))
+        return wants
+
+    def _can_have(self, held: dict[str, dict[int, tuple[Snapshot, ...]]], want: Want, snapshot: Snapshot) -> bool:
+        nodes, own, copies = want
+        if any(snapshot in held.get(node, {}).get(s, ()) for node in nodes for s in own):
             return True
         return "peer" in self._capabilities and any(snapshot in held[n].get(s, ()) for n in held for s in copies)
 
     def _check_transfers(self, order: ac.OpenGeneration, chosen: Snapshot) -> None:
         copied = {(t.to_node, t.slot): t for t in order.transfers}
+        assert len(copied) == len(order.transfers), "a copy is made twice"
         assert not copied or "peer" in self._capabilities
-        for slot in range(self._mesh(order.generation).slots):
-            node = order.nodes[slot // self._layout.slots_per_node]
-            own, copies = self._alike(order, slot, chosen)
-            transfer = next((copied.pop((node, s)) for s in own if (node, s) in copied), None)
-            if transfer is None:
-                here = self._inventory.get(node, {})
-                assert any(chosen in here.get(s, ()) for s in own), f"slot {slot} has no such snapshot"
+        used: set[tuple[str, int]] = set()
+        for nodes, own, copies in self._wants(order, chosen):
+            place = next(((node, s) for node in nodes for s in own if (node, s) in copied), None)
+            if place is None:
+                here = [self._inventory.get(node, {}) for node in nodes]
+                assert any(chosen in held.get(s, ()) for held in here for s in own), f"nobody has slots {own}"
             else:
+                used.add(place)
+                transfer = copied[place]
                 assert transfer.from_slot in copies, transfer
                 assert chosen in self._inventory[transfer.from_node][transfer.from_slot], transfer
-        assert not copied, "a copy for a slot that is not there"
+        assert used == copied.keys(), "a copy that nobody needs"
 
     def _check_verdict(self, supervisor: Supervisor, event: ev.Event, end: ac.EndRun) -> None:
         """Each exit code only for what it says."""

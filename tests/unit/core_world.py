@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.core import actions as ac
 from orchestrator.core.events import Layout, Snapshot
+from trainer.contract import Degrees
 
 
 def layout(
@@ -17,6 +18,7 @@ def layout(
     slots_per_node: int,
     spares: int,
     shrinks_to: tuple[int, ...] = (),
+    fallbacks: tuple[Degrees, ...] = (),
 ) -> Layout:
     slots = pp * dp_replicate * dp_shard * tp
     return Layout(
@@ -28,17 +30,18 @@ def layout(
         nodes=slots // slots_per_node,
         spares=spares,
         shrinks_to=shrinks_to,
+        fallbacks=fallbacks,
     )
 
 
 LAYOUTS = (
     layout(1, 2, 1, 1, 1, 1),
     layout(1, 1, 1, 1, 1, 0),
-    layout(1, 1, 2, 2, 2, 2),
+    layout(1, 1, 2, 2, 2, 2, fallbacks=(Degrees(tp=2),)),
     layout(2, 2, 1, 1, 2, 1),
     layout(1, 2, 2, 1, 1, 0),
     layout(1, 3, 1, 1, 1, 0, shrinks_to=(2, 1)),
-    layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,)),
+    layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,), fallbacks=(Degrees(dp_replicate=2),)),
 )
 CAPABILITIES = (
     ("ram", "peer", "verify"),

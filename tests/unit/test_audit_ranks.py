@@ -25,7 +25,8 @@ from rank_sessions import (
 )
 
 from storage.manifest import ManifestError
-from storage.snapshots import RamTier
+from storage.ram import ram_copy, snapshot_path
+from storage.snapshots import RamTier, tensors_of
 from storage.state import TrainState
 from trainer import contract
 from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, judge
@@ -316,9 +317,15 @@ def test_a_snapshot_that_was_made_of_changed_state_is_refused(tmp_path: Path, fl
     reader = StateAudit(restored, config, None)
     mark = reader.blank_mark()
     tier.restore(1, TrainState(0, restored, mark))
+    path = snapshot_path(str(tmp_path), "run", "node", 0, 1)
+    assert path is not None
+    others = StateAudit({"model/b": torch.zeros(2)}, config, None)  # a rank of a mesh that cuts the state otherwise
     if flipped and at_rest:
         with pytest.raises(ManifestError, match="exp_avg/a"):
             reader.record_restored(mark)
+        with pytest.raises(ManifestError, match="exp_avg/a changed at rest"):
+            others.check_copy(tensors_of(ram_copy(path)))
     else:
         reader.record_restored(mark)
         assert reader.check() is None
+        others.check_copy(tensors_of(ram_copy(path)))

@@ -11,6 +11,7 @@ from test_body_nodes import body_of
 
 from orchestrator.core import events as ev
 from orchestrator.core.actions import OpenGeneration, Transfer
+from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle
@@ -18,6 +19,7 @@ from orchestrator.runtime.reports import MeshFold, NodeStep
 from orchestrator.spec import parse
 from storage.manifest import ManifestError
 from storage.wires import PeerError
+from trainer.contract import Degrees, ParallelConfig
 
 MESH = ("a", "b", "c", "s")
 
@@ -172,6 +174,46 @@ def test_a_smaller_mesh_has_its_own_numbers_and_restores_by_the_old_ones(
     parallel = plans[0].config.parallel
     assert (parallel.dp_replicate, parallel.world_size, parallel.microbatches) == (1, 2, 4)
     assert plans[0].config.samples == calls.opened["s"].config.samples == 2
+
+
+def test_a_mesh_with_other_shards_has_each_node_offer_what_it_holds(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four stages on a b c s, and a goes on alone: with its own snapshots, what it kept of c's, and copies from b."""
+    document = {
+        "run": {"name": "r", "url": str(tmp_path)},
+        "model": {"preset": "tiny"},
+        "data": {"global_batch": 8},
+        "parallel": {"pp": 4, "microbatches": 4},
+        "recovery": {"fallback_meshes": [{}]},
+    }
+    body = body_of(tmp_path, [])
+    body._spec = parse(document)
+    calls = Calls(body, monkeypatch)
+    copies = tuple(Transfer(slot=slot, to_node="a", from_slot=slot, from_node="b") for slot in (1, 3))
+    declared = {"dp_replicate": 1, "snapshot_dp_replicate": 1}
+
+    async def work() -> None:
+        for opening in (
+            order("init", generation=2, step=0, buddies=(2, 3, 0, 1), **declared),
+            order(transfers=copies, generation=3, nodes=("a",), fallback=Degrees(), **declared),
+        ):
+            body.perform(opening)
+            await body._opening
+            body.agents.pop("s", None)
+
+    asyncio.run(work())
+    assert (body.fold.ranks, body.fold.stages, body.fold.loads, body._layout.degrees) == (1, 1, (4,), Degrees())
+    before, plan = calls.opened["c"], calls.opened["a"]
+    assert not before.restore.reshard and plan.restore.reshard
+    assert (plan.ranks, plan.world_size, plan.snapshot_slots) == ((0,), 1, {})
+    assert (plan.config.parallel, plan.config.samples) == (ParallelConfig(microbatches=4), before.config.samples)
+    assert [(h.node, h.slot) for h in plan.holders[0]] == [("c", 0), ("b", 1), ("c", 2), ("b", 3)]
+    state = State(nodes={}, generation=3, order=order(nodes=("a",), fallback=Degrees(), **declared))
+    again = body_of(tmp_path, [])
+    again._spec = body._spec
+    asyncio.run(again.adopt(state))
+    assert (again.fold.ranks, again.fold.stages, again._layout) == (1, 1, body._layout)
 
 
 def test_a_copy_in_another_meshs_numbers_names_holders_by_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,9 @@ def test_spec_check_says_what_will_run(job, tmp_path):
     assert result.stdout == (f"{tmp_path}/job.toml: ok. 4 slots on 4 nodes of 1, 2 spares, 7 steps to {tmp_path}/run\n")
     shrinks = shepherd("spec", "check", job("[parallel]", "dp_replicate = 4", "pp = 2", "microbatches = 2"))
     assert "8 slots on 8 nodes of 1, 0 spares, at least 2 nodes when some are lost, 1000 steps" in shrinks.stdout
+    fallback = ("--set", "recovery.fallback_meshes=[{pp = 2}, {}]")
+    reshards = shepherd("spec", "check", job("[parallel]", "pp = 4", "microbatches = 4"), *fallback)
+    assert "4 slots on 4 nodes of 1, 0 spares, at least 1 nodes when some are lost, 1000 steps" in reshards.stdout
 
 
 def test_spec_show_prints_the_whole_document_which_is_the_same_job(job):

@@ -22,6 +22,7 @@ from orchestrator.core import actions as ac
 from orchestrator.core import events as ev
 from orchestrator.core.supervisor import Supervisor
 from storage.manifest import Certificate
+from trainer.contract import Degrees
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TRACES = sorted(GOLDEN.glob("*.trace"))
@@ -45,6 +46,10 @@ def _run(at: int, words: list[str]) -> ev.RunDeclared:
             nodes=nodes,
             spares=int(options.pop("spares", "0")),
             shrinks_to=tuple(int(n) for n in options.pop("shrinks", "").split(",") if n),
+            fallbacks=tuple(
+                Degrees(**dict(zip(("pp", "dp_replicate", "dp_shard", "tp"), map(int, mesh.split("x")), strict=True)))
+                for mesh in filter(None, options.pop("fallbacks", "").split(","))
+            ),
         ),
         limits=ev.Limits(
             halt_deadline_us=10 * SECOND,
@@ -292,7 +297,9 @@ def _told(action: ac.Action, now: int) -> str:
             state = {"init": "from the beginning", "durable": f"checkpoint {action.step}"}.get(
                 action.source, f"shared memory, step {action.step} of g{action.snapshot_generation}"
             )
-            if action.snapshot_dp_replicate != action.dp_replicate:
+            if action.snapshot_fallback != action.fallback:
+                state += f", of {action.snapshot_fallback or 'the declared mesh'}"
+            elif action.snapshot_dp_replicate != action.dp_replicate:
                 state += f", of a mesh with {action.snapshot_dp_replicate} x dp_replicate"
             copies = "".join(
                 f"\n    copy {t.from_node}:{t.from_slot} to {t.to_node}:{t.slot}" for t in action.transfers

@@ -20,6 +20,8 @@ def test_the_view_of_a_log_prints_news_at_once_and_progress_now_and_then(capsys,
         now[0] += live.PLAIN_INTERVAL_S + 1
         show(replace(PICTURE, step=43, hold="disk full", wall_clock_s=3725.5, replicas=2), [])
         now[0] += live.PLAIN_INTERVAL_S + 1
+        show(replace(PICTURE, step=44, replicas=2, fallback="pp 2 x tp 2"), [])
+        now[0] += live.PLAIN_INTERVAL_S + 1
         show(replace(PICTURE, job="halting"), ["rank 3 on n2 was killed by signal 9"])
     assert capsys.readouterr().out.splitlines() == [
         "run llama: 1000 steps, state in /runs/llama",
@@ -27,6 +29,7 @@ def test_the_view_of_a_log_prints_news_at_once_and_progress_now_and_then(capsys,
         "[  3:20.0] [bold]not markup[/]",
         "[  3:20.0] step 41/100 loss 3.2500  1,234 tokens/s  goodput 75.0%",
         "[ 62:05.5] step 43/100 loss 3.2500  1,234 tokens/s  goodput 75.0%  2 of 3 replicas  HOLD",
+        "[  3:20.0] step 44/100 loss 3.2500  1,234 tokens/s  goodput 75.0%  fallback mesh pp 2 x tp 2",
         "[  3:20.0] rank 3 on n2 was killed by signal 9",
     ]
 

@@ -9,8 +9,10 @@ import torch
 
 from orchestrator.need import need_of, size
 from orchestrator.spec import JobSpec, parse
+from storage.ram import COPY_FILES, FILES_WITH_COPIES
 from storage.snapshots import RamTier
 from storage.state import TrainState
+from trainer.contract import Degrees
 from trainer.llama import Llama, load_preset, parameter_count
 from trainer.parallel import stage_layers
 
@@ -79,6 +81,22 @@ def test_copies_are_counted_where_some_are_made():
     }
     whole = {"one node": 3, "replicas": 3, "stages": 6, "shards": 6}
     assert files == whole | {"replicas of stages": 6}, "one that is left of two is copied"
+
+
+def test_a_smaller_mesh_needs_more_of_a_node():
+    """One node takes what two have held, beside the last snapshots of both."""
+    whole = spec(slots=2, pp=2, tp=2, microbatches=2)
+    alone = need_of(spec(slots=2, tp=2))
+    recovery = whole.recovery.model_copy(update={"fallback_meshes": (Degrees(tp=2),)})
+    both = need_of(whole.model_copy(update={"recovery": recovery}))
+    assert both.node_parameters == alone.node_parameters > need_of(whole).node_parameters
+    assert (both.part_bytes, both.checkpoint_bytes) == (alone.part_bytes, alone.checkpoint_bytes)
+    files = FILES_WITH_COPIES + COPY_FILES + 1
+    assert both.ram_bytes == files * alone.part_bytes
+    assert both.memory_bytes - both.ram_bytes == alone.memory_bytes - alone.ram_bytes
+    assert both.files == need_of(whole).files
+    assert any(line.startswith("fallback tp 2: model: ") for line in both.arithmetic)
+    assert f"= {size(both.memory_bytes)} on a node" in both.arithmetic[-1]
 
 
 def test_a_snapshot_has_room_for_what_the_tier_allocates(tmp_path):

@@ -24,7 +24,7 @@ from rank_sessions import (
 from torch.distributed.tensor import DTensor
 
 from trainer import contract, optim
-from trainer.contract import ParallelConfig, WorkerConfig
+from trainer.contract import Degrees, ParallelConfig, WorkerConfig
 from trainer.llama import Llama, initialise
 from trainer.loop import NonFiniteError, train, train_step
 from trainer.parallel import build_mesh, check_layout, stage_layers
@@ -82,27 +82,29 @@ def test_follows_a_single_process_step_for_step(parallel: ParallelConfig) -> Non
 
 
 @pytest.mark.parametrize(
-    ("declared", "replicas"),
+    ("declared", "mesh"),
     [
-        (ParallelConfig(dp_replicate=4), 3),
-        (ParallelConfig(pp=2, dp_replicate=4, microbatches=2), 3),
-        (ParallelConfig(dp_replicate=2, dp_shard=2, microbatches=2), 1),
+        (ParallelConfig(dp_replicate=4), Degrees(dp_replicate=3)),
+        (ParallelConfig(pp=2, dp_replicate=4, microbatches=2), Degrees(pp=2, dp_replicate=3)),
+        (ParallelConfig(dp_replicate=2, dp_shard=2, microbatches=2), Degrees(dp_shard=2)),
+        (ParallelConfig(pp=2, dp_shard=2, tp=2, microbatches=2), Degrees(dp_replicate=3)),
     ],
-    ids=["uneven", "uneven pipelines", "sharded"],
+    ids=["uneven", "uneven pipelines", "sharded", "other shards"],
 )
-def test_a_shrunk_mesh_follows_a_single_process_step_for_step(declared: ParallelConfig, replicas: int) -> None:
+def test_a_shrunk_mesh_follows_a_single_process_step_for_step(declared: ParallelConfig, mesh: Degrees) -> None:
     """Also where some replicas take a microbatch more than others. Microbatches keep their size."""
     whole = config_of(declared)
-    results = on_ranks(train_and_record_rows, whole.with_replicas(replicas))
+    results = on_ranks(train_and_record_rows, whole.on_mesh(mesh))
     expected = single(4)
     for kind in (contract.StepDone, contract.Validated):
         losses = [message.loss for message in of_type(results[0][0], kind)]
         assert losses == pytest.approx([message.loss for message in of_type(expected, kind)], rel=1e-5, abs=0), kind
-    rows = [row for _, own, _ in results[:: declared.tp] for row in own]
-    assert sorted(rows) == sorted(list(range(8)) * declared.pp), "each sample once, whatever the mesh"
+    rows = [row for _, own, _ in results[:: mesh.tp] for row in own]
+    assert sorted(rows) == sorted(list(range(8)) * mesh.pp), "each sample once, whatever the mesh"
     samples = 8 // (declared.dp * declared.microbatches)
     assert all(len(own) == count * samples for _, own, count in results)
-    assert max(count for *_, count in results) == -(-declared.dp_replicate * declared.microbatches // replicas)
+    rounds = declared.dp * declared.microbatches // mesh.dp_shard
+    assert max(count for *_, count in results) == -(-rounds // mesh.dp_replicate)
 
 
 def train_and_record_rows(config: WorkerConfig) -> tuple[list[Any], list[int], int]:

@@ -331,3 +331,15 @@ def test_a_mesh_that_shrinks_and_grows_is_told_by_its_replicas() -> None:
     grows = next(i for i, record in enumerate(records) if isinstance(record.event, ev.TimerFired))
     assert "2 replicas were there last" in page_of(records[:grows]).text("facts")
     assert "there last" not in page.text("facts")
+
+
+def test_a_mesh_that_becomes_another_is_told_by_its_degrees() -> None:
+    records = trace("shrink_reshards")
+    page = page_of(records)
+    other, back = (text for _, text in page.find("article", under="incidents"))
+    became = "the mesh, until then the declared one, became one of tp 2, without b, and new workers restored step 39"
+    assert became in other
+    assert "the mesh, until then one of tp 2, became the declared one, with c, and new workers restored step 50" in back
+    grows = next(i for i, record in enumerate(records) if isinstance(record.event, ev.TimerFired))
+    assert "it was last one of tp 2" in page_of(records[:grows]).text("facts")
+    assert "last one of" not in page.text("facts")

@@ -11,6 +11,7 @@ from core_watch import LIMITS, Watch
 from core_world import layout
 from test_simulate import PATIENCE, watched
 
+from orchestrator.core.actions import Action, OpenGeneration
 from orchestrator.core.state import VERIFICATIONS, State
 from orchestrator.simulate.body import Scenario, Simulation
 from orchestrator.simulate.harm import DAY_US
@@ -24,10 +25,11 @@ from orchestrator.simulate.profile import (
     load_failures,
     load_profile,
 )
+from trainer.contract import Degrees
 
 STEP_US = 2_000_000
 MESHES = (
-    layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,)),
+    layout(2, 2, 2, 1, 2, 1, shrinks_to=(1,), fallbacks=(Degrees(dp_replicate=2),)),
     layout(1, 3, 2, 2, 2, 2, shrinks_to=(2, 1)),
     layout(1, 4, 1, 1, 1, 1, shrinks_to=(3, 2, 1)),
 )
@@ -203,6 +205,24 @@ def test_a_smaller_mesh_takes_more_microbatches_each() -> None:
     stall = made.profile.costs.snapshot_stall.us
     paces = {replicas: {us - stall for us in found} for replicas, found in seen.items()}
     assert paces[4] == {STEP_US} and paces[3] == {STEP_US * 6 // 4} and paces[2] == {STEP_US * 2}
+
+
+def test_a_mesh_with_other_shards_is_as_slow_as_its_nodes_are_few() -> None:
+    """Of two nodes one is left; the state comes from its memory, and from what it kept of its buddy's."""
+    mesh = layout(2, 1, 2, 1, 2, 0, fallbacks=(Degrees(dp_shard=2),))
+    made = replace(made_of(1, cause("node", repair_s=3600), an_hour=1, days=2), layout=mesh)
+    assert (made.slowdown(mesh), made.slowdown(mesh.smallest)) == (1, 2)
+    orders: list[OpenGeneration] = []
+    state = Simulation(made, record=lambda event, actions: orders.extend(_opened(actions))).run()
+    moved = {(order.source, order.fallback is not None, order.snapshot_fallback is not None) for order in orders}
+    assert {("ram", True, False), ("ram", False, True)} <= moved
+    rungs = Counter(rung for incident in state.incidents for rung in incident.rungs)
+    assert rungs["shrink"] > 5 and rungs["grow"] > 5, rungs
+    assert state.ledger.totals["degraded_capacity"] > 0
+
+
+def _opened(actions: list[Action]) -> list[OpenGeneration]:
+    return [action for action in actions if isinstance(action, OpenGeneration)]
 
 
 def test_an_outage_of_the_store_costs_saves_and_no_steps() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orchestrator import spec as specs
 from orchestrator.core import placement
 from orchestrator.spec import JobSpec, SpecError, load, parse
-from trainer.contract import ModelConfig, WorkerConfig, build, encode
+from trainer.contract import Degrees, ModelConfig, WorkerConfig, build, encode
 
 PRESETS = sorted(path.stem for path in specs.PRESETS.glob("*.toml"))
 assert len(PRESETS) >= 12
@@ -307,9 +307,34 @@ def test_a_mesh_shrinks_as_far_as_it_may_where_a_replica_fills_whole_nodes(
 def test_a_shrunk_mesh_has_the_same_batch_in_the_same_microbatches():
     job = document(parallel={"dp_replicate": 4, "dp_shard": 2, "microbatches": 3}, data={"global_batch": 96})
     whole = parse(job).worker_config
-    assert whole.with_replicas(4) == whole
+    assert whole.on_mesh(whole.parallel.degrees) is whole
     for replicas, most in ((3, 4), (2, 6), (1, 12)):
-        config = whole.with_replicas(replicas)
+        config = whole.on_mesh(Degrees(dp_replicate=replicas, dp_shard=2))
         assert (config.samples, config.parallel.microbatches, config.parallel.dp_replicate) == (4, most, replicas)
         assert config.data == whole.data
-        assert config.with_replicas(2) == whole.with_replicas(2), "whatever it was made from"
+        two = Degrees(dp_replicate=2, dp_shard=2)
+        assert config.on_mesh(two) == whole.on_mesh(two), "whatever it was made from"
+
+
+def test_meshes_to_fall_back_to_come_after_those_with_fewer_replicas_and_keep_the_batch():
+    job = document(
+        parallel={"pp": 2, "dp_replicate": 3, "dp_shard": 2, "microbatches": 2},
+        data={"global_batch": 24},
+        cluster={"slots_per_node": 2},
+        recovery={"min_replicas": 2, "fallback_meshes": [{"dp_replicate": 3, "dp_shard": 2}, {"pp": 2}]},
+    )
+    spec = parse(job)
+    layout = spec.layout
+    assert [(str(mesh.degrees), mesh.nodes) for mesh in layout.meshes] == [
+        ("pp 2 x dp_replicate 3 x dp_shard 2", 6),
+        ("pp 2 x dp_replicate 2 x dp_shard 2", 4),
+        ("dp_replicate 3 x dp_shard 2", 3),
+        ("pp 2", 1),
+    ]
+    assert layout.smallest == list(layout.meshes)[-1] == layout.sized(1, Degrees(pp=2))
+    assert parse(spec.document()) == spec
+    for mesh in layout.meshes:
+        config = spec.worker_config.on_mesh(mesh.degrees)
+        each = [len(config.microbatches_of(replica)) for replica in range(mesh.dp_replicate)]
+        assert config.samples == 2 and sum(each) * mesh.dp_shard * config.samples == 24
+        assert max(each) == config.parallel.microbatches >= mesh.pp

@@ -96,7 +96,7 @@ INTEGER, NUMBER, TRUTH, TEXT = "a valid integer", "a valid number", "a valid boo
         ("audit", "finite", "no", TRUTH),
         ("cluster", "device", "tpu", "'cpu' or 'cuda'"),
         ("cluster", "slots_per_node", 0, "greater than or equal to 1"),
-        ("cluster", "slots_per_node", 2, "must divide the mesh's slots = 1; valid: 1"),
+        ("cluster", "slots_per_node", 2, "must divide parallel's slots = 1; valid: 1"),
         ("cluster", "spares", -1, "greater than or equal to 0"),
         ("cluster", "cpus_per_slot", 0, "greater than 0"),
         ("cluster", "cpus_per_slot", "1", NUMBER),
@@ -125,6 +125,13 @@ def test_a_value_that_cannot_run_is_refused_in_one_line_that_says_what_can(secti
     assert len(lines) == 1 or field in ("tp", "pp"), lines  # these are bound by several others, each with its line
 
 
+def fallbacks(*meshes: Any) -> dict[str, Any]:
+    """Of a job on four nodes of two slots, of which two are a replica; it does not go on with one."""
+    parallel = {"pp": 2, "dp_replicate": 2, "tp": 2, "microbatches": 4}
+    recovery = {"min_replicas": 2, "fallback_meshes": list(meshes)}
+    return {"parallel": parallel, "recovery": recovery, "cluster": {"slots_per_node": 2}}
+
+
 @pytest.mark.parametrize(
     ("sections", "valid"),
     [
@@ -133,6 +140,47 @@ def test_a_value_that_cannot_run_is_refused_in_one_line_that_says_what_can(secti
             "parallel.dp_replicate x dp_shard x microbatches = 3: must divide data.global_batch = 8; valid: 1, 2, 4, 8",
         ),
         ({"parallel": {"pp": 2}}, "parallel.microbatches = 1: 1F1B needs at least parallel.pp = 2"),
+        (fallbacks({"pp": 2, "tp": 0}), "recovery.fallback_meshes[0].tp = 0: must be at least 1"),
+        (
+            fallbacks({"pp": 2, "ep": 2}),
+            "recovery.fallback_meshes[0].ep: there is no such field; valid here: pp, dp_replicate, dp_shard, tp",
+        ),
+        (
+            fallbacks("pp"),
+            "recovery.fallback_meshes[0] = 'pp': must be a table, as {pp = 2, tp = 2}, of pp, dp_replicate, dp_shard, "
+            "tp",
+        ),
+        (
+            fallbacks({"pp": 3}),
+            "cluster.slots_per_node = 2: must divide recovery.fallback_meshes[0]'s slots = 3; valid: 1, 3",
+        ),
+        (
+            fallbacks({"tp": 4}),
+            "recovery.fallback_meshes[0].tp = 4: must divide cluster.slots_per_node = 2; valid: 1, 2",
+        ),
+        (
+            fallbacks({"dp_shard": 6}),
+            "recovery.fallback_meshes[0].dp_shard = 6: must divide the microbatches of a step = 8; valid: 1, 2, 4, 8",
+        ),
+        (
+            fallbacks({"pp": 6}),
+            "recovery.fallback_meshes[0].pp = 6: each stage needs a layer; at most model.n_layers = 4",
+        ),
+        (
+            fallbacks({"pp": 3, "dp_replicate": 4}),
+            "recovery.fallback_meshes[0].pp = 3: 1F1B needs at least as many microbatches, and each replica takes 2 of "
+            "1 samples in a step; give it fewer replicas, or parallel.microbatches a larger value",
+        ),
+        (
+            fallbacks({"pp": 4}, {"tp": 2}, {"dp_shard": 2}),
+            "recovery.fallback_meshes[2]: dp_shard 2 takes 1 nodes; it must take fewer than the 1 of the mesh before "
+            "it, or it would never be used",
+        ),
+        (
+            fallbacks({"dp_replicate": 8}),
+            "recovery.fallback_meshes[0]: dp_replicate 8 takes 4 nodes; it must take fewer than the 4 of the mesh "
+            "before it, or it would never be used",
+        ),
         (
             {"model": {"dim": 24, "n_heads": 8}},
             "model.dim / model.n_heads = 3: RoPE turns pairs, so it must be even",
