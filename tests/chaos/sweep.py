@@ -364,8 +364,10 @@ def _tell_orders(outcome: Outcome, result: Result, reference: Result, told: list
 # --- the sweep ---
 
 
-def sweep(folder: Path, seeds: range, console: Console, journals: Path | None) -> tuple[list[Outcome], list[str]]:
-    """Every seed, each printed as it ends; the outcomes, and what has grown over the sweep."""
+def sweep(
+    folder: Path, seeds: range, console: Console, journals: Path | None, results: Path | None
+) -> tuple[list[Outcome], list[str]]:
+    """Every seed, each printed and kept as it ends; the outcomes, and what has grown over the sweep."""
     outcomes: list[Outcome] = []
     with rig(folder) as on:
         references = {mesh: untouched(on, mesh) for mesh in dict.fromkeys(plan(seed)[0] for seed in seeds)}
@@ -374,6 +376,8 @@ def sweep(folder: Path, seeds: range, console: Console, journals: Path | None) -
             outcome = run_seed(on, seed, references[plan(seed)[0]], journals)
             outcomes.append(outcome)
             console.print(_line(outcome), markup=False)
+            if results is not None:
+                keep(outcome, results)
         after, grown = await_no_growth(on, before)
         console.print(_census_table(before, after))
     return outcomes, grown
@@ -429,14 +433,16 @@ def _census_table(before: Census, after: Census) -> Table:
     return shown
 
 
-def keep(outcomes: list[Outcome], path: Path) -> list[Outcome]:
-    """Add outcomes to those of a file, in the place of earlier ones of the same seeds; all of them, by seed."""
+def kept(path: Path) -> list[Outcome]:
+    """The outcomes that stand in a file, by seed; none where there is no file."""
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    new = {o.seed for o in outcomes}
-    all_of_them = [Outcome(**row) for row in rows if row["seed"] not in new] + outcomes
-    all_of_them.sort(key=lambda o: o.seed)
-    path.write_text("[\n" + ",\n".join(json.dumps(asdict(o)) for o in all_of_them) + "\n]\n")
-    return all_of_them
+    return [Outcome(**row) for row in rows]
+
+
+def keep(outcome: Outcome, path: Path) -> None:
+    """Add an outcome to those of a file, in the place of an earlier one of its seed."""
+    outcomes = sorted([outcome, *(o for o in kept(path) if o.seed != outcome.seed)], key=lambda o: o.seed)
+    path.write_text("[\n" + ",\n".join(json.dumps(asdict(o)) for o in outcomes) + "\n]\n")
 
 
 def main() -> int:
@@ -445,16 +451,16 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder of the runs; made anew")
     parser.add_argument("--journals", type=Path, help="keep the journals in this folder, for benchmarks/predicted.py")
-    parser.add_argument("--json", type=Path, help="add the outcomes to this file, and sum up all that stand there")
+    parser.add_argument("--json", type=Path, help="add each outcome to this file, and sum up all that stand there")
     given = parser.parse_args()
     shutil.rmtree(given.out, ignore_errors=True)
     console = Console(width=170, highlight=False, soft_wrap=True)
     seeds = range(given.first, given.first + given.seeds)
-    outcomes, grown = sweep(given.out.absolute(), seeds, console, given.journals)
+    outcomes, grown = sweep(given.out.absolute(), seeds, console, given.journals, given.json)
     console.print(table(outcomes))
     for line in grown:
         console.print(f"grown: {line}", style="red", markup=False)
-    console.print(summary(keep(outcomes, given.json) if given.json else outcomes), markup=False)
+    console.print(summary(kept(given.json) if given.json else outcomes), markup=False)
     return 1 if grown or any(o.wrong for o in outcomes) else 0
 
 
