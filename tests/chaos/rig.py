@@ -135,9 +135,10 @@ class Result:
 
     @property
     def resized(self) -> bool:
-        """Whether some generation had fewer replicas than others: then sums were made in another order."""
-        opened = (a["dp_replicate"] for r in self.records for a in r.actions if a["type"] == OpenGeneration.__name__)
-        return len(set(opened)) > 1
+        """Whether some generation had another mesh than the first: then sums were made in another order."""
+        opened = [a for r in self.records for a in r.actions if a["type"] == OpenGeneration.__name__]
+        meshes = [(a["dp_replicate"], a["fallback"]) for a in opened]
+        return any(mesh != meshes[0] for mesh in meshes)
 
     @property
     def validated(self) -> dict[int, float]:
