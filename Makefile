@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed tools
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Shepherd needs Python 3.11: make PYTHON=python3.11"'
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "constraints.txt is for Python 3.11: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,s3]'

@@ -362,7 +362,7 @@ def _prepare_buffers(schedule: Schedule1F1B, *, gradients: bool) -> None:
 
 
 def has_warm_up(schedule: Schedule1F1B) -> bool:
-    """Whether the ranks of a pipeline agree on shapes before its first batch, as they do from torch 2.13 on."""
+    """Whether the ranks of a pipeline agree on shapes before its first batch, as they do from torch 2.12 on."""
     return hasattr(schedule, "_warmup_p2p")
 
 
