@@ -14,13 +14,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,s3]'
 	@touch $@
 
-# The tests want Prometheus with its promtool, and Redis, which pip does not have; the demo uses Prometheus when it is there.
+# The tests want Prometheus with its promtool, Redis and iptables, which pip does not have; the demo uses Prometheus when
+# it is there.
 tools:
 	@command -v prometheus >/dev/null && command -v promtool >/dev/null && command -v redis-server >/dev/null \
+	&& command -v iptables >/dev/null \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus redis-server; } \
-	|| echo "prometheus, promtool or redis-server is missing: make test needs them" \
-	        "(Debian: sudo apt-get install prometheus redis-server)"
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus redis-server iproute2 iptables; } \
+	|| echo "prometheus, promtool, redis-server or iptables is missing: make test needs them" \
+	        "(Debian: sudo apt-get install prometheus redis-server iproute2 iptables)"
 
 # Two runs on a local Ray cluster, one of them under fire, and their comparison.
 demo: setup
