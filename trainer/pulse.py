@@ -7,6 +7,7 @@ of the interpreter, falls silent. Both are findings for the agent's watch.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -86,7 +87,7 @@ def standing(thread: int, idle: bool = False) -> tuple[bool, str]:
     The innermost frame decides: a pipeline schedule and FSDP's hooks belong to torch.distributed, too, and whole layers
     are computed under them.
     """
-    frames = sys._current_frames()
+    frames = _frames()
     stack = _outwards(frames.get(thread))
     if stack and stack[0][0].co_filename.startswith(_AUTOGRAD):
         # On an accelerator the backward pass runs in autograd's own threads, which `threading` does not know.
@@ -100,6 +101,23 @@ def standing(thread: int, idle: bool = False) -> tuple[bool, str]:
     where = " > ".join(f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in told)
     code = stack[0][0]
     return _is_exchange(code) or (idle and code.co_filename.startswith(_AUTOGRAD)), where
+
+
+def _frames() -> dict[int, FrameType]:
+    """The innermost frame of each thread.
+
+    Python before 3.12 holds a lock while it collects them, and may collect garbage meanwhile. A finalizer that lets
+    other threads run would then stop the whole process, if one of them ends: that needs the lock, too (gh-106883).
+    """
+    if sys.version_info >= (3, 12):
+        return sys._current_frames()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def exchanges_begun() -> dict[str, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import linecache
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -119,8 +122,9 @@ def test_a_pulse_says_who_where_and_how_far() -> None:
         came.set()
 
     def work() -> None:
-        pulse.start(4, 7, lambda: 21, emit)
+        ended = pulse.start(4, 7, lambda: 21, emit)
         assert came.wait(DEADLINE_S)
+        ended.set()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -137,3 +141,32 @@ def test_a_thread_that_has_ended_stands_nowhere() -> None:
     thread.join(DEADLINE_S)
     assert thread.ident is not None
     assert pulse.standing(thread.ident) == (False, "")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="collects garbage between instructions only")
+def test_no_finalizer_runs_while_the_interpreter_collects_frames() -> None:
+    """It holds a lock then that a thread needs to end."""
+    at: list[str] = []
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            frame = sys._getframe(1)
+            at.append(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+
+    thread, thresholds = threading.get_ident(), gc.get_threshold()
+    try:
+        for allocations in range(20):  # so many later garbage is collected
+            gc.collect()
+            gc.disable()
+            Garbage()
+            gc.set_threshold(gc.get_count()[0] + allocations)
+            gc.enable()
+            pulse.standing(thread)
+            assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert any("_outwards" in line or "stack" in line for line in at), "nothing was collected in here"
+    assert not [line for line in at if "_current_frames" in line]
