@@ -102,7 +102,8 @@ def _on_fallback(spec: JobSpec, mesh: Degrees) -> JobSpec:
 
 def _need_on_mesh(spec: JobSpec) -> Need:
     """As if there were no fallbacks."""
-    layout, p, cuda = spec.layout, spec.parallel, spec.cluster.device == "cuda"
+    layout = dataclasses.replace(spec.layout, fallbacks=())
+    p, cuda = spec.parallel, spec.cluster.device == "cuda"
     of_stage = [sum(_local_sizes(spec, stage)) for stage in range(p.pp)]
     slots_per_stage = p.world_size // p.pp
     node_parameters = max(
@@ -116,7 +117,7 @@ def _need_on_mesh(spec: JobSpec) -> Need:
     snapshot_bytes += slots * (SNAPSHOT_OVERHEAD_BYTES + tensors * TENSOR_OVERHEAD_BYTES)
     # Racks are not known here: where all replicas stand in one, copies are made all the same.
     # A mesh that has shrunk to one replica makes copies, too.
-    smallest = layout.with_replicas(min((layout.dp_replicate, *layout.shrinks_to)))
+    smallest = layout.smallest
     names = [str(place) for place in range(smallest.nodes)]
     copies = spec.checkpoint.copies == "auto" and smallest.nodes > 1
     copies = copies and not replicas_apart(smallest, names, lambda name: "")

@@ -71,6 +71,10 @@ class Layout:
             return self._of(self.fallbacks[-1])
         return self.with_replicas(min((self.dp_replicate, *self.shrinks_to)))
 
+    def largest_on(self, nodes: int) -> Layout | None:
+        """Of a declared layout: the largest of `meshes` that so many nodes fill; None when none is filled."""
+        return next((mesh for mesh in self.meshes if mesh.nodes <= nodes), None)
+
     def with_replicas(self, dp_replicate: int) -> Layout:
         """The same mesh with another number of replicas."""
         return self if dp_replicate == self.dp_replicate else self._of(replace(self.degrees, dp_replicate=dp_replicate))

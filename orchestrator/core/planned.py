@@ -70,8 +70,7 @@ def loses_nothing(s: State) -> bool:
 
 def _growth(s: State, at: int) -> Layout | None:
     """The mesh that the shrunk one should become now; None when there is no larger one for these nodes."""
-    nodes = s.n_usable - len(s.leaving)
-    found = next((mesh for mesh in s.declared_layout.meshes if mesh.nodes <= nodes), None)
+    found = s.declared_layout.largest_on(s.n_usable - len(s.leaving))
     return found if found is not None and found.nodes > len(s.mesh) and _pays_off(s, at, found.nodes) else None
 
 

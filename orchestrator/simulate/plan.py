@@ -186,8 +186,7 @@ def filled(made: Scenario) -> float:
 
 def _speed(made: Scenario, missing: int) -> float:
     layout = made.layout
-    left = layout.nodes - missing
-    mesh = next((mesh for mesh in layout.meshes if mesh.nodes <= left), None)
+    mesh = layout.largest_on(layout.nodes - missing)
     return 0.0 if mesh is None else float(1 / made.slowdown(mesh))
 
 
