@@ -13,6 +13,7 @@ import errno
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +50,20 @@ def address(view: memoryview) -> int:
 
 
 class Buffers:
-    """Memory to pass data through, of `n_bytes` each, made when first needed and then reused."""
+    """Memory to pass data through, of `n_bytes` each, made when first needed and then reused, the longest idle first.
 
-    def __init__(self, n_bytes: int = UNIT_BYTES) -> None:
-        self._n_bytes = n_bytes
+    A disk fills memory that lies in some core's cache at half its rate: so `n_idle` others are used before it again.
+    """
+
+    def __init__(self, n_bytes: int = UNIT_BYTES, n_idle: int = 0) -> None:
+        self._n_bytes, self._n_idle = n_bytes, n_idle
         self._lock = threading.Lock()
-        self._idle: list[memoryview] = []
+        self._idle: deque[memoryview] = deque()
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[memoryview]:
         with self._lock:
-            buffer = self._idle.pop() if self._idle else memory(self._n_bytes)
+            buffer = self._idle.popleft() if len(self._idle) > self._n_idle else memory(self._n_bytes)
         try:
             yield buffer
         finally:

@@ -46,7 +46,7 @@ from storage.threads import in_threads
 from storage.urls import portable_errors
 
 # Segments read at once: while some are checked, others are on their way. Requests that wait for the network are more.
-FAR_THREADS, NEAR_THREADS = 8, 3
+FAR_THREADS, NEAR_THREADS = 8, 4
 
 Held = Sequence[tuple[Copy, Chunk]]
 """A chunk's copies within this rank's reach, the nearest first."""
@@ -94,7 +94,7 @@ def load_copies(
         named = named_tensors(state, rank_of(group) if same_world else None)
         dcp_load(dict(named), storage_reader=reader, planner=LoadPlanner(), process_group=group)
     # DCP's plan is every rank's; from here on, an error on one is met by all at the next agreement.
-    load = _Load(places, held, reader, FAR_THREADS if far else NEAR_THREADS, group)
+    load = _Load(places, held, reader, far, group)
     try:
         error: Exception | None = None
         try:
@@ -206,11 +206,11 @@ class _Load:
         places: Sequence[Place],
         held: Sequence[Held],
         reader: PlanReader,
-        threads: int,
+        far: bool,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.bad: list[BadBlock] = []
-        self._threads = threads
+        self._threads, self._n_idle = (FAR_THREADS, 0) if far else (NEAR_THREADS, NEAR_THREADS)
         self._places, self._held, self._group = places, held, group
         self._orders, self._targets = reader.orders, reader.targets
         self._wants = wants_by_chunk(reader.wants)
@@ -230,7 +230,7 @@ class _Load:
         kept = direct.memory(sum(segment.n_bytes for segment in sent))
         for segment in sent:
             self._kept[segment], kept = kept[: segment.n_bytes], kept[segment.n_bytes :]
-        buffers = direct.Buffers(max((segment.n_bytes for segment in self._orders.reads), default=0))
+        buffers = direct.Buffers(max((segment.n_bytes for segment in self._orders.reads), default=0), self._n_idle)
 
         def work(segment: Segment) -> list[BadBlock]:
             with contextlib.ExitStack() as stack:
