@@ -276,7 +276,9 @@ class StateAudit:
 
     def _compare(self, group: distributed.ProcessGroup, now: Tensor, changed: Finding | None) -> Finding | None:
         combined = host_fingerprint(now)
-        votes = self._gather(group, torch.cat([combined, torch.tensor([changed is not None])]))
+        vote = torch.cat([combined, torch.tensor([changed is not None])])
+        votes = self._gather(group, vote)
+        assert torch.equal(votes[distributed.get_rank(group)], vote), "an exchange was not carried out"
         digests = [None if vote[2] else _hex(vote[:2]) for vote in votes]
         kind = judge(digests, distributed.get_rank(group))
         if len({digest for digest in digests if digest is not None}) > 1:

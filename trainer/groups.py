@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
+import math
 import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import distributed
@@ -28,6 +31,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 ABORT_DEADLINE_S = 30.0
 """A worker that takes so long to park was given up before."""
 _aborting = threading.Lock()
+_TOGETHER = inspect.unwrap(distributed.batch_isend_irecv).__code__
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -98,10 +102,21 @@ def connect_device_groups(mesh: DeviceMesh) -> None:
     second generation on: ProcessGroupNCCL::split takes the process's first group for the default one
     (pytorch/pytorch#192109).
     """
-    token = torch.zeros((), device=mesh.device_type)
-    for group in (None, *(mesh.get_group(name) for name in mesh.mesh_dim_names or ())):
+    token = torch.ones((), dtype=torch.int64, device=mesh.device_type)
+    groups = (None, *(mesh.get_group(name) for name in mesh.mesh_dim_names or ()))
+    for group in groups:
         distributed.all_reduce(token, group=group)
-    token.item()
+    members = math.prod(distributed.get_world_size(group) for group in groups)
+    assert token.item() == members, "NCCL takes this thread's exchanges and does not carry them out"
+
+
+def leave_a_group_open(errors: Iterable[BaseException]) -> bool:
+    """Whether one of them broke off what this thread had begun to send and receive together, as pipeline stages do.
+
+    torch then never ends the group of calls that it has begun with NCCL, and NCCL counts them by thread: what this one
+    asks for later is put off until an end that never comes, in the communicators of later generations, too.
+    """
+    return any(frame.f_code is _TOGETHER for error in errors for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def abort_device_groups(over: threading.Event) -> None:

@@ -295,18 +295,21 @@ def forward_backward(stage: Stage, inputs_BT: Tensor | None, targets_BT: Tensor 
     Returns:
         This rank's share of the global mean loss, float32 scalar on its device; zero where `reports_loss` is false.
     """
-    if stage.schedule is None:
-        assert inputs_BT is not None and targets_BT is not None
-        shares = _accumulate(stage, inputs_BT, targets_BT)
-    else:
-        shares = []
-        _prepare_buffers(stage.schedule, gradients=True)
-        stage.schedule.step(
-            *((inputs_BT,) if stage.is_first else ()),
-            target=targets_BT if stage.is_last else None,
-            losses=shares if stage.is_last else None,
-            return_outputs=False,
-        )
+    # In this thread, not in autograd's own for the device: DTensor keeps what names the groups of a mesh by thread, and
+    # `groups.forget_meshes` can clear this one's only.
+    with torch.autograd.set_multithreading_enabled(False):
+        if stage.schedule is None:
+            assert inputs_BT is not None and targets_BT is not None
+            shares = _accumulate(stage, inputs_BT, targets_BT)
+        else:
+            shares = []
+            _prepare_buffers(stage.schedule, gradients=True)
+            stage.schedule.step(
+                *((inputs_BT,) if stage.is_first else ()),
+                target=targets_BT if stage.is_last else None,
+                losses=shares if stage.is_last else None,
+                return_outputs=False,
+            )
     _reduce_partial_gradients(stage.module)
     return _sum_of_shares(stage, shares)
 

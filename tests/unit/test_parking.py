@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rank_sessions import DEVICE, config_of
 from test_worker import DEADLINE_S, INIT, Process, assign, numbers, run_to_the_end, spawn, workers
 from torch import distributed
+from torch.distributed import distributed_c10d
 
 from storage import ram
 from trainer import contract
 from trainer.contract import ParallelConfig, Restore, send
-from trainer.groups import GroupConnections
+from trainer.groups import GroupConnections, leave_a_group_open
 
 # TP and replicas: DTensor's caches and groups of several dimensions stand between a parked worker and its next mesh.
 STEPS = 16
@@ -173,6 +175,24 @@ def test_a_worker_parks_out_of_a_rendezvous_that_never_ends(folder: Path) -> Non
     for member in group:
         member.process.kill()
     del store
+
+
+def test_what_is_broken_off_between_begin_and_end_is_known_by_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a peer is gone")
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "isend", fails)
+        monkeypatch.setattr(distributed_c10d, "isend", fails)
+        with pytest.raises(RuntimeError, match="peer") as together:
+            distributed.batch_isend_irecv([distributed.P2POp(fails, torch.zeros(()), 0)])
+        with pytest.raises(RuntimeError, match="peer") as alone:
+            distributed.isend(torch.zeros(()), 0)
+    finally:
+        distributed.destroy_process_group()
+    assert leave_a_group_open([ValueError("no traceback"), together.value])
+    assert not leave_a_group_open([alone.value])
 
 
 def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
