@@ -114,7 +114,9 @@ class Run:
         self.folder = folder
         corpus = folder / "corpus"
         corpus.mkdir()
-        (corpus / "text.txt").write_text(" ".join(f"Sheep {n % 31} follows sheep {(n + 1) % 31}." for n in range(5000)))
+        for document in range(100):  # some of them make up the validation split
+            text = " ".join(f"Sheep {n % 31} follows sheep {(n + document) % 31}." for n in range(100))
+            (corpus / f"{document:02}.txt").write_text(text)
         self.spec = parse(
             {
                 "run": {
@@ -290,8 +292,8 @@ def main() -> None:
             found = measure(cluster, run, arguments)
             clean = train_cleanly(run, arguments.clean_minutes) if arguments.clean_minutes else None
             driver.stop(run.controller, run.token, by="the benchmark", graceful=False)
-            ray.shutdown()
         finally:
+            ray.shutdown()  # a driver that misses its cluster ends the process before it has told what went wrong
             cluster.close()
     rows = {}
     for name, seconds in found.items():
