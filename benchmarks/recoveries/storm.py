@@ -24,6 +24,8 @@ KINDS = ("worker", "node", "controller")
 
 @dataclass
 class Storm:
+    nodes: int
+    """That the mesh needs; a spare comes on top."""
     minutes: float
     calm_step_s: float
     first: int
@@ -67,7 +69,7 @@ def storm(run: Running, minutes: float, seed: int) -> Storm:
         watch.close()
     share = (last - first) * calm_step_s / took_s
     ledger = {label: seconds - before[label] for label, seconds in run.ledger().items()}
-    return Storm(took_s / 60, calm_step_s, first, last, share, kills, restarts, ledger)
+    return Storm(run.job.nodes, took_s / 60, calm_step_s, first, last, share, kills, restarts, ledger)
 
 
 def _follow(run: Running, watch: Watch, end: float) -> int:

@@ -96,12 +96,14 @@ def show(console: Console, outcomes: Mapping[str, Shown], verdicts: Sequence[Ver
             console.print(f"  takes no further part: {outcome.failed}", markup=False)
 
 
-def goodput(ledger: Mapping[str, float]) -> dict[str, str]:
-    """Productive node-seconds over all of them, and over all but those of idle spares."""
+def goodput(storm: Mapping[str, Any]) -> dict[str, str]:
+    """Productive node-seconds: over those of the nodes that the mesh needs, over all, and over all but idle spares'."""
+    ledger = storm.get("ledger")
     if not ledger:
         return {}
     every = sum(ledger.values())
     shares = {
+        "goodput of the mesh's nodes": ledger["productive"] / (60 * storm["minutes"] * storm["nodes"]),
         "goodput by the ledger": ledger["productive"] / every,
         "goodput without idle spares": ledger["productive"] / (every - ledger["idle_spare"]),
     }
@@ -122,7 +124,7 @@ def show_storms(console: Console, found: Mapping[str, Mapping[str, Any]]) -> Non
         table.add_row(name, *map(str, row), f"{storm['share']:.1%}", str(storm["restarts"]))
     console.print(table)
     for name, storm in found.items():
-        told = {**goodput(storm.get("ledger", {})), **storm.get("holds", {})}
+        told = {**goodput(storm), **storm.get("holds", {})}
         if seconds := told.get("untouched_s"):
             told["untouched run's time for the same steps"] = f"{seconds / (60 * storm['minutes']):.1%}"
         console.print(f"{name}: {storm.get('failed', told)}", markup=False)
