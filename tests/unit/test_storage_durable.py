@@ -350,7 +350,7 @@ def test_nobody_goes_on_with_a_state_into_which_a_load_failed(tmp_path):
 
 
 def test_a_load_takes_no_more_memory_for_a_larger_state(tmp_path, monkeypatch):
-    """Beside the state itself: a segment for each thread."""
+    """Beside the state itself: for each thread a segment that is read, and one that rests."""
     state = TrainState(5, {f"w{i}": torch.randn(1 << 21) for i in range(8)}, {})
     commit, taken = save(str(tmp_path), state), list[int]()
     actual = direct.memory
@@ -358,9 +358,8 @@ def test_a_load_takes_no_more_memory_for_a_larger_state(tmp_path, monkeypatch):
     restored = blank(state)
     load(str(tmp_path), commit, restored)
     assert same(restored, state)
-    assert (
-        sum(taken) <= NEAR_THREADS * NEAR_BLOCKS * BLOCK_BYTES < sum(tensor.nbytes for tensor in state.tensors.values())
-    )
+    most_bytes = 2 * NEAR_THREADS * NEAR_BLOCKS * BLOCK_BYTES
+    assert sum(taken) <= most_bytes < sum(tensor.nbytes for tensor in state.tensors.values())
 
 
 @pytest.mark.parametrize(
