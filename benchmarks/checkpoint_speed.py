@@ -33,7 +33,7 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -277,6 +277,13 @@ def s3(plan: Plan) -> list[Section]:
     return sections
 
 
+def plain_clients(group: Ranks, do: str, clients: Sequence[str], url: str) -> dict[str, Callable[[], float]]:
+    def one(client: str) -> Callable[[], float]:
+        return lambda: group.seconds(do, client=client, url=url)
+
+    return {client: one(client) for client in clients}
+
+
 def s3_write(plan: Plan, server: str, url: str, env: dict[str, str]) -> Section:
     section = Section(f"s3 write, {server}", "both ranks; bound by the server")
     steps = iter(range(1, 10**6))
@@ -294,10 +301,7 @@ def s3_write(plan: Plan, server: str, url: str, env: dict[str, str]) -> Section:
                 group.ask("ours.delete", url=run_url, step=before)
             return spent
 
-        plain = {
-            client: (lambda client=client: group.seconds("s3_clients.write", client=client, url=shards))
-            for client in WRITERS
-        }
+        plain = plain_clients(group, "s3_clients.write", WRITERS, shards)
         group.ask("s3_clients.make_bucket", url=url)
         ours()
         for each in plain.values():
@@ -321,10 +325,7 @@ def s3_read(plan: Plan, server: str, url: str, env: dict[str, str], size_bytes: 
         def ours() -> float:
             return group.seconds("ours.load", url=run_url, step=1)
 
-        plain = {
-            client: (lambda client=client: group.seconds("s3_clients.read", client=client, url=shards))
-            for client in READERS
-        }
+        plain = plain_clients(group, "s3_clients.read", READERS, shards)
         in_turns(section, plan.rounds, {"ours": ours, **plain})
         ours()
         assert group.ask("ours.content") == saved, "what was loaded is not what was saved"

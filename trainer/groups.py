@@ -101,6 +101,8 @@ def connect_device_groups(mesh: DeviceMesh) -> None:
     the default group to its device would do the same, but groups that are split from it then end the process from the
     second generation on: ProcessGroupNCCL::split takes the process's first group for the default one
     (pytorch/pytorch#192109).
+
+    A thread whose exchanges NCCL does not carry out (see `leave_a_group_open`) fails here.
     """
     token = torch.ones((), dtype=torch.int64, device=mesh.device_type)
     groups = (None, *(mesh.get_group(name) for name in mesh.mesh_dim_names or ()))

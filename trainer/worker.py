@@ -154,11 +154,10 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
             kind = "collective"  # groups that another thread has aborted are missed in many words
         if not (assignment.parking.is_set() and kind in BROKEN_BY_PARKING):
             tell_failure(agent, assign, step(), error, kind)
-        parks = kind in PARKED_AFTER or assignment.parking.is_set()
+        if kind not in PARKED_AFTER and not assignment.parking.is_set():
+            os._exit(EXIT_FAILED)
         if assign.config.device == "cuda" and leave_a_group_open(_chain(error)):
             sys.stderr.write("exchanges were broken off between their begin and their end: this worker cannot park\n")
-            parks = False
-        if not parks:
             os._exit(EXIT_FAILED)
     # Past the except clause, which drops the error: its traceback holds all that the groups were made with.
     pulse_ended.set()
