@@ -153,12 +153,12 @@ class RecoverySection(_Section):
         "a script the default is 1800.",
     )
     rank_silence_s: float = Field(
-        default=5,
+        default=4.5,
         ge=3,
         description="A rank silent for so long hangs, and is replaced. Workers give a sign of life each second.",
     )
     stall_floor_s: float = Field(
-        default=5,
+        default=4.5,
         ge=3,
         description="Patience with a mesh that makes no step; 3 times the slowest recent step, if that is more. For a "
         "script the default is 60.",

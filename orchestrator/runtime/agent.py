@@ -33,7 +33,7 @@ from orchestrator.runtime import bandwidth, copies, fanin, links
 from orchestrator.runtime import code as codes
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
-from orchestrator.runtime.hangs import TICK_US, FirstSteps, NodeWatch, is_momentary, suspects
+from orchestrator.runtime.hangs import LOOK_US, FirstSteps, NodeWatch, is_momentary, suspects
 from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
@@ -650,7 +650,7 @@ class Agent:
     async def _watch_ranks(self) -> None:
         """Look for ranks that hang. What is found is told as long as it is true, and never when it is true no more."""
         while True:
-            await asyncio.sleep(TICK_US / 1_000_000)
+            await asyncio.sleep((LOOK_US if self._watch is None else self._watch.pause_us) / 1_000_000)
             try:
                 found = self._watch.tick(_now_us(), self._workers.look) if self._watch is not None else []
             except Exception:  # the watch must outlive whatever a look at a process may raise

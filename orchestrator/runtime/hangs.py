@@ -24,11 +24,17 @@ from dataclasses import dataclass, field
 
 from trainer import contract
 
-TICK_US = 1_000_000
-"""Between two looks of a watch; pulses come as often."""
-ATTENTION_US = 2 * TICK_US
-"""The most that one tick adds to a watch's clock. What an agent has missed longer it has not seen."""
-STALE_US = 5_000_000
+PULSE_US = 1_000_000
+"""Between two pulses of a rank (trainer/pulse.py): so much later it may be seen to wait than it does."""
+LOOK_US = 200_000
+"""Between two looks of a watch: it adds to what a finding takes, twice where all nodes have to confirm it."""
+REPEAT_US = 1_000_000
+"""Between two looks where a finding stands: thousands of nodes may tell the same."""
+EAGER_LOOKS = 8
+"""So many looks tell a finding until it counts as one that stands."""
+ATTENTION_US = 2_000_000
+"""The most that one look adds to a watch's clock. What an agent has missed longer it has not seen."""
+STALE_US = 4_500_000
 """A rank whose last pulse is older than this cannot be said to wait still."""
 SETTLED_US = 3_000_000
 """A rank that has waited in one place for less may be on its way between two exchanges: it does not count as waiting
@@ -41,7 +47,7 @@ PACE_STEPS = 32
 rare and slower, and so many validation batches."""
 WAIT_SHARE = 0.75
 """Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
-READ_AHEAD_US = 2 * TICK_US
+READ_AHEAD_US = 2_000_000
 """Flight recorders are read so long before a stall is told, and at most so often: an answer takes a tenth of it."""
 WORLD_SUM = " _sum_over_ranks"
 """The function of the training loop in which all ranks meet, as it stands in a rank's telling frames."""
@@ -194,6 +200,8 @@ class NodeWatch:
         self._ticked_at = now_us
         self._over = False
         self._stalled = False
+        self._telling_looks = 0
+        """How many looks in a row have found something."""
         self._first_before_us = first_us
         self.first_us = 0
         """How long the first step has taken, from the end of the start on; 0 while none is done."""
@@ -245,13 +253,20 @@ class NodeWatch:
         self._over |= not in_good_order
 
     def tick(self, now_us: int, look: Callable[[int], Sighting | None]) -> list[Silent | Stalled]:
-        """What is to be told now; call it each TICK_US. `look` sees a rank's process; None when it has ended."""
+        """What is to be told now; call it again after `pause_us`. `look` sees a rank's process; None: it has ended."""
         was_away = now_us - self._ticked_at > ATTENTION_US
         self._clock += self._attended(now_us)
         self._ticked_at = now_us
         if self._over or not self._ranks:
             return []
-        return [*self._silent(look), *self._standstill(look, was_away)]
+        found = [*self._silent(look), *self._standstill(look, was_away)]
+        self._telling_looks = self._telling_looks + 1 if any(map(is_momentary, found)) else 0
+        return found
+
+    @property
+    def pause_us(self) -> int:
+        """Until the next look."""
+        return LOOK_US if self._telling_looks < EAGER_LOOKS else REPEAT_US
 
     def unread_recorders(self) -> list[int]:
         """Ranks whose flight recorders are to be read now: the node is at a standstill that will soon be told."""
@@ -431,7 +446,7 @@ def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
         told, others = _told_of(s, gaps)
         return _named(nodes[s.rank], s, detail + told, _recorded([s, *others], nodes))
 
-    if any(s.waited_us > stalled[nodes[s.rank]].patience_us for s in everyone):
+    if any(s.waited_us >= max(SETTLED_US, stalled[nodes[s.rank]].patience_us - PULSE_US) for s in everyone):
         free = [s for s in everyone if s.waited_us < SETTLED_US]
         waiting = len(everyone) - len(free)
         if free:

@@ -119,7 +119,7 @@ class World:
         if self.now < agent.still_until:
             return
         if self.now >= agent.tick_at:  # first: an agent that wakes may look before it reads
-            agent.tick_at = self.now + hangs.TICK_US
+            agent.tick_at = self.now + agent.watch.pause_us
             for report in agent.watch.tick(self.now, lambda rank: self.look(agent, rank)):
                 self.verdicts += [(self.now, verdict) for verdict in self.mesh.feed(name, report)]
         late = [entry for entry in agent.inbox if entry[0] > self.now]
@@ -306,6 +306,35 @@ def test_patience_follows_the_slowest_of_the_recent_steps_and_never_passes_the_c
     (report,) = node.seconds(1)
     assert isinstance(report, Stalled)
     assert report.patience_us == 90 * S
+
+
+@pytest.mark.parametrize("floor_s", [3, 4, 20])
+def test_who_is_waited_for_is_named_once_patience_is_over_however_late_a_pulse_shows_the_wait(floor_s: int) -> None:
+    node = Node(0, 1, patience=replace(PATIENCE, stall_floor_us=floor_s * S))
+    node.phase("compute")
+    node.steps(S)
+    node.seconds(1)  # rank 1 waits from here on, at the latest
+    node.waiting = {1}
+    mesh, found = MeshWatch(("a",)), []
+    while not found:
+        for report in node.seconds(1):
+            found += mesh.feed("a", report)
+        assert node.now <= (max(floor_s, 4) + 1) * S, "a rank that seems to wait for less than 3 s may be in between"
+    assert [hung.slot for hung in found] == [0]
+
+
+def test_looks_are_frequent_until_a_finding_stands() -> None:
+    node = Node(0, 1)
+    node.phase("compute")
+    node.steps(S)
+    assert (node.seconds(20), node.watch.pause_us) == ([], hangs.LOOK_US)
+    node.seconds(hangs.EAGER_LOOKS - 1)
+    assert node.watch.pause_us == hangs.LOOK_US
+    node.seconds(1)
+    assert node.watch.pause_us == hangs.REPEAT_US
+    node.steps(S)
+    node.seconds(1)
+    assert node.watch.pause_us == hangs.LOOK_US
 
 
 def test_a_first_step_is_given_time_by_those_of_generations_before() -> None:
