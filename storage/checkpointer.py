@@ -91,9 +91,10 @@ class Checkpointer:
         copies: bool = False,
         local_dir: str = "",
         keep: int = 3,
+        before: threading.Thread | None = None,
     ) -> None:
         """With `copies`, snapshots are copied to other nodes. `local_dir` of this node keeps its parts of the `keep`
-        newest checkpoints, too; empty: it does not."""
+        newest checkpoints, too; empty: it does not. `before`: see `hanging`."""
         assert 0 <= rank < world_size, (rank, world_size)
         self._url, self._run, self._rank = url, run, rank
         self._epoch, self._generation = epoch, generation
@@ -104,6 +105,7 @@ class Checkpointer:
         self._planned = Planned()
         self._local = LocalTier.of(local_dir, run, url, keep)
         self._saving = threading.Thread()
+        self._before = before or threading.Thread()
         self._writer: Writer | None = None
         """Of the newest save that has got as far as the store."""
         self._told = threading.Event()
@@ -142,8 +144,13 @@ class Checkpointer:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way, or one that has failed still hangs in the store."""
-        return self._saving.is_alive()
+        """Whether a save is under way, or one that has failed still hangs in the store: memory holds one copy."""
+        return self._saving.is_alive() or self._before.is_alive()
+
+    @property
+    def hanging(self) -> threading.Thread:
+        """Alive as long as the store has a save in its hands: once this is closed, what the next one has `before`."""
+        return self._before if self._before.is_alive() else self._saving
 
     def begin_save(
         self, state: TrainState, unchanged: Unchanged | None, done: Callable[[RankPart | Exception], None]
@@ -180,19 +187,7 @@ class Checkpointer:
                 failure = error
             writer = self._writer = self._make_writer(copy.step)
             try:
-                result: RankPart | Exception = save_part(
-                    writer,
-                    copy,
-                    self._rank,
-                    check=check,
-                    failure=failure,
-                    group=self._group,
-                    planned=self._planned,
-                )
-            except Exception as error:
-                result = error
-            try:
-                done(result)
+                done(self._save_part_or_error(writer, copy, check, failure))
             finally:
                 self._told.set()
             writer.linger()
@@ -200,6 +195,17 @@ class Checkpointer:
         self._told.clear()
         self._saving = threading.Thread(target=save, name="save", daemon=True)
         self._saving.start()
+
+    def _save_part_or_error(
+        self, writer: Writer, state: TrainState, check: Callable[[], None], failure: Exception | None
+    ) -> RankPart | Exception:
+        """In a frame of its own: when it is told, nothing holds the process group any more."""
+        try:
+            return save_part(
+                writer, state, self._rank, check=check, failure=failure, group=self._group, planned=self._planned
+            )
+        except Exception as error:
+            return error
 
     def await_reads(self) -> None:
         """Before the live tensors change: let the copies that were begun read them first."""
@@ -243,14 +249,15 @@ class Checkpointer:
         """Let the snapshot that is being taken be completed, and abandon the save; whether both have ended in time.
 
         Afterwards nothing here is used any more. A save that waits for other ranks ends when its process group breaks.
+        One that waits for the store ends as well, and its request is left to itself, see `hanging`; once, so that a
+        store which never answers does not keep a process from saving for good.
         """
         deadline = time.monotonic() + deadline_s
         self._abandoned.set()
         closed = self._ram.close(deadline_s)
-        if self._saving.is_alive():
-            self._saving.join(max(0.0, deadline - time.monotonic()))
+        told = self._told.wait(max(0.0, deadline - time.monotonic()))
         self._group = None
-        return closed and not self._saving.is_alive()
+        return closed and told and not self._before.is_alive()
 
     def _make_writer(self, step: int) -> Writer:
         return Writer(

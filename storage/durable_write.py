@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 
 DISCARD_DEADLINE_S = 60.0
 """To remove a part that nobody will commit; what is left then, `commits.prune` finds."""
+ABANDONED_S = 0.5
+"""For a store that is at work when a save is abandoned, before it is left to itself: seconds count for who abandons."""
+LOOK_S = 0.05
+"""Between two looks whether that has come."""
 
 
 class Writer(StorageWriter):
@@ -63,7 +68,7 @@ class Writer(StorageWriter):
         Args:
             buffers: of writers that write one after another, so that only the first allocates.
             local: where the part is to stay on this node's disk, too.
-            abandoned: once it is set, what is being written fails soon.
+            abandoned: once it is set, what is being written fails within a second, whatever the store does.
         """
         self.part: RankPart | None = None
         self._buffers = buffers or direct.Buffers()
@@ -82,7 +87,7 @@ class Writer(StorageWriter):
 
     @property
     def hangs(self) -> bool:
-        """Whether a store that did not answer in time still has not: till then it uses state, files and their names."""
+        """Whether a store that was not waited for still has not answered: till then it uses state, files and names."""
         return self._at_work.is_alive()
 
     def linger(self) -> None:
@@ -152,7 +157,7 @@ class Writer(StorageWriter):
         """Do `work` in a thread of its own, which cannot be ended when the store hangs.
 
         Raises:
-            StoreError: it was not done by the deadline; it may still be going on (see `linger`).
+            StoreError: it was not done by the deadline, or is wanted no more; it may still be going on (see `linger`).
         """
         errors: list[BaseException] = []
 
@@ -164,14 +169,29 @@ class Writer(StorageWriter):
 
         self._at_work = threading.Thread(target=run, name="store", daemon=True)
         self._at_work.start()
-        self._at_work.join(deadline_s)
+        deadline = time.monotonic() + deadline_s
+        while self._at_work.is_alive() and time.monotonic() < deadline and not self._abandoned.is_set():
+            self._at_work.join(LOOK_S)
+        if self._abandoned.is_set():
+            self._at_work.join(ABANDONED_S)
         if self._at_work.is_alive():
             self._given_up = True
+            if self._abandoned.is_set():
+                raise StoreError(f"the save was abandoned while {self._url} was at work")
             raise StoreError(f"{self._url} has not answered for {deadline_s:g} s")
         if errors:
             raise errors[0]
 
     def _write(self, content: _Content) -> None:
+        try:
+            self._write_to_store(content)
+        finally:
+            if self._given_up:
+                self._remove()
+        if not self._given_up:
+            self.part = content.part()
+
+    def _write_to_store(self, content: _Content) -> None:
         store, kept = locate(self._url), self._keep_local(content)
         path = store.path(content.data)
         if store.local:
@@ -185,10 +205,6 @@ class Writer(StorageWriter):
         else:
             self._began = True
             self._upload(store, content, kept)
-        if self._given_up:
-            self._remove()
-        else:
-            self.part = content.part()
 
     def _remove(self) -> None:
         names = (data_name(**self._identity), index_name(**self._identity))
@@ -220,7 +236,8 @@ class Writer(StorageWriter):
     def _upload(self, store: Store, content: _Content, kept: Path | None) -> None:
         if s3.is_s3(store.fs):
             content.look_at_all()
-            s3.upload(store.fs, store.path(content.data), content.pieces, content.size, content.look_at_all)
+            looks = (content.check_wanted, content.look_at_all)
+            s3.upload(store.fs, store.path(content.data), content.pieces, content.size, *looks)
         elif kept is not None:
             upload(store, str(kept), content.data)
         else:
@@ -270,13 +287,17 @@ class _Content:
             ManifestError: it has changed.
             StoreError: nobody wants it any more.
         """
-        if self._abandoned.is_set():
-            raise StoreError("the save was abandoned")
+        self.check_wanted()
         first, digests, blocks = begin // BLOCK_BYTES, block_digests(memory), self._blocks[number]
         last = first + len(digests)
         if any(known and known != new for known, new in zip(blocks[first:last], digests, strict=True)):
             raise ManifestError(f"{self._items[number].index.fqn}: changed in memory while it was written")
         blocks[first:last] = digests
+
+    def check_wanted(self) -> None:
+        """Raises StoreError when nobody wants it any more."""
+        if self._abandoned.is_set():
+            raise StoreError("the save was abandoned")
 
     def look_at_all(self) -> None:
         in_threads(lambda number: self.look(number, 0, self.pieces[number][1]), range(len(self.pieces)), direct.THREADS)

@@ -43,16 +43,25 @@ def exists(fs: Any, path: str) -> bool:
     return True
 
 
-def upload(fs: Any, path: str, pieces: Sequence[tuple[int, memoryview]], size: int, check: Callable[[], None]) -> None:
+def upload(
+    fs: Any,
+    path: str,
+    pieces: Sequence[tuple[int, memoryview]],
+    size: int,
+    go_on: Callable[[], None],
+    check: Callable[[], None],
+) -> None:
     """Create an object of `size` bytes from pieces and zeros: complete, or not at all.
 
     Args:
         pieces: each one's place in the object and content, in order.
+        go_on: called before each request, from several threads; when it raises, there will be no object.
         check: called when all was sent; when it raises, there will be no object.
     """
     part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
     if size <= part_bytes:
         content = _gathered(pieces, 0, size)
+        go_on()
         check()
         fs.pipe_file(path, content)
         return
@@ -61,6 +70,7 @@ def upload(fs: Any, path: str, pieces: Sequence[tuple[int, memoryview]], size: i
     place["UploadId"] = fs.call_s3("create_multipart_upload", **place)["UploadId"]
 
     def send(start: int) -> dict[str, Any]:
+        go_on()
         content, number = _gathered(pieces, start, min(start + part_bytes, size)), start // part_bytes + 1
         answer = fs.call_s3("upload_part", **place, PartNumber=number, Body=content)
         return {"PartNumber": number, "ETag": answer["ETag"]}

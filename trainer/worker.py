@@ -11,11 +11,12 @@ import argparse
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Literal
@@ -77,7 +78,7 @@ COLLECTIVE_MESSAGES = (
     "Socket Timeout",
     "ProcessGroup",
 )
-# A worker that parks lets the snapshot and the save under way come to their ends. Its agent is less patient.
+# A worker that parks lets the snapshot under way come to its end. Its agent is less patient.
 CLOSE_DEADLINE_S = 60.0
 
 # Of a worker's last words: the message begins with what is wrong, and a traceback ends with where; 100 lines of it. Ten
@@ -110,6 +111,7 @@ def main(sock: socket.socket) -> int:
     """
     agent = Agent(sock)
     place: tuple[object, ...] = ()
+    saving = threading.Thread()
     while True:
         work = agent.next_work()
         if isinstance(work, Prepare):
@@ -121,16 +123,30 @@ def main(sock: socket.socket) -> int:
         before, place = place, (assign.rank, assign.config.parallel)
         if before not in ((), place):
             forget_meshes()
-        reached = serve(work, agent)
-        if reached is None:
+        left = serve(work, agent, saving)
+        if left is None:
             return EXIT_FINISHED
-        agent.emit(Parked(generation=assign.generation, rank=assign.rank, step=reached))
+        agent.emit(Parked(generation=assign.generation, rank=assign.rank, step=left.step))
+        saving = left.saving
 
 
-def serve(assignment: Assignment, agent: Agent) -> int | None:
-    """Serve one assignment; the steps that its state had when it was left, or None when the run is over.
+@dataclass(frozen=True)
+class Left:
+    """How an assignment was left."""
+
+    step: int
+    """How many its state had completed."""
+    saving: threading.Thread
+    """See `Checkpointer.hanging`."""
+
+
+def serve(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Left | None:
+    """Serve one assignment, until it is left, or None, because the run is over.
 
     A failure that is not another rank's ends the process.
+
+    Args:
+        saving: as the assignment before was left.
     """
     assign = assignment.order
     session: Session | None = None
@@ -140,7 +156,7 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
 
     pulse_ended = pulse.start(assign.generation, assign.rank, step, agent.emit)
     try:
-        session = start(assignment, agent)
+        session = start(assignment, agent, saving)
         assignment.on_copied = session.copies.ended
         assignment.on_inject = partial(harm.obey, victim=_victim(assign, step, agent, session))
         train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
@@ -164,7 +180,7 @@ def serve(assignment: Assignment, agent: Agent) -> int | None:
     reached, checkpointer = step(), session.checkpointer if session is not None else None
     assignment.on_copied = assignment.on_inject = session = None
     _let_go(assignment, checkpointer)
-    return reached
+    return Left(reached, saving if checkpointer is None else checkpointer.hanging)
 
 
 def _victim(assign: Assign, step: Callable[[], int], agent: Agent, session: Session) -> harm.Victim:
@@ -184,7 +200,9 @@ def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
         abort_device_groups(assignment.over)  # to destroy a group whose exchange never ends would never end
     assignment.connections.cut()  # peers that wait for this rank fail at once
     if checkpointer is not None and not checkpointer.close(CLOSE_DEADLINE_S):
-        sys.stderr.write(f"a save has not ended in {CLOSE_DEADLINE_S:g} s: this worker cannot park\n")
+        sys.stderr.write(
+            "a snapshot has not ended, or the store still holds an earlier save: this worker cannot park\n"
+        )
         os._exit(EXIT_FAILED)
     mesh, assignment.mesh = assignment.mesh, None
     destroy_groups(mesh)
@@ -193,7 +211,7 @@ def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
     sys.stderr.flush()
 
 
-def start(assignment: Assignment, agent: Agent) -> Session:
+def start(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Session:
     """Join the generation and bring this rank to the assigned state, timing each part.
 
     Raises:
@@ -231,7 +249,7 @@ def start(assignment: Assignment, agent: Agent) -> Session:
         stage = build_stage(config, mesh, initial=assign.restore.source == "init")
         optimizer = build_optimizer(stage.module, config.optimizer)
         state = train_state(stage.module, optimizer, step=0)
-        checkpointer = checkpointer_of(assign)
+        checkpointer = checkpointer_of(assign, saving)
         build_us = clock.lap_us()
 
     phase("restore")
@@ -275,8 +293,8 @@ def start(assignment: Assignment, agent: Agent) -> Session:
     )
 
 
-def checkpointer_of(assign: Assign) -> Checkpointer:
-    """Storage of the assigned rank. Made by all ranks together."""
+def checkpointer_of(assign: Assign, saving: threading.Thread | None = None) -> Checkpointer:
+    """Storage of the assigned rank, after an assignment that was left with `saving`. Made by all ranks together."""
     config = assign.config
     return Checkpointer(
         url=config.url,
@@ -290,6 +308,7 @@ def checkpointer_of(assign: Assign) -> Checkpointer:
         copies=assign.copies,
         local_dir=config.checkpoint.local_dir,
         keep=config.checkpoint.keep,
+        before=saving,
     )
 
 

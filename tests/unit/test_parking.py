@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 
 from storage import ram
+from storage.durable_write import Writer
 from trainer import contract
-from trainer.contract import ParallelConfig, Restore, send
+from trainer.contract import ParallelConfig, Restore, WorkerConfig, send
 from trainer.groups import GroupConnections, leave_a_group_open
 
 # TP and replicas: DTensor's caches and groups of several dimensions stand between a parked worker and its next mesh.
@@ -57,13 +61,15 @@ def newest_common(folder: Path) -> Restore:
     return Restore(source="ram", step=step, generation=generation)
 
 
-def go_on(group: Sequence[Process], folder: Path, generation: int, restore: Restore) -> Any:
+def go_on(
+    group: Sequence[Process], folder: Path, generation: int, restore: Restore, config: WorkerConfig = SQUARE
+) -> Any:
     """The next generation in the processes of `group`, whose order is that of the ranks. Returns its store."""
     store = distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S)
     )
     for rank, member in enumerate(group):
-        assign(member, rank, SQUARE, folder, restore, store.port, generation)
+        assign(member, rank, config, folder, restore, store.port, generation)
     return store
 
 
@@ -159,6 +165,47 @@ def test_warm_workers_take_the_place_that_they_were_made_for_or_another(
     finally:
         for member in group:
             member.process.kill()
+
+
+def hold_up_saves(folder: Path) -> None:
+    """In this process the store hangs until `folder` has a file `open`; who has come to it leaves a file there."""
+    write_files = Writer._write_files
+
+    def held_up(writer: Writer, path: Path, *rest: Any) -> None:
+        Path(folder, f"step-{writer.step}-{os.getpid()}").touch()
+        until(lambda: Path(folder, "open").exists(), "the store answers")
+        write_files(writer, path, *rest)
+
+    Writer._write_files = held_up  # type: ignore[method-assign]
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
+        time.sleep(0.01)
+
+
+def test_a_store_that_hangs_keeps_nobody_from_parking_and_nothing_is_saved_until_it_answers(
+    folder: Path, untouched: dict[int, tuple[float, float]]
+) -> None:
+    config = replace(SQUARE, checkpoint=contract.CheckpointConfig(interval_steps=2))
+    store_folder = folder / "store"
+    store_folder.mkdir()
+    with workers(config, folder, INIT, prepare=partial(hold_up_saves, store_folder)) as group:
+        until(lambda: len(list(store_folder.iterdir())) == len(RANKS), "every rank's save of step 2 hangs")
+        order_to_park(group, 1)
+        words = [word for member in group for word in member.of_type(contract.SaveFailed)]
+        assert [word.step for word in words] == [2] * len(RANKS)
+        held = newest_common(folder)
+        store = go_on(group, folder, 2, held, config)
+        group[0].read_until(step_is(held.step + 4))
+        assert {path.name.split("-")[1] for path in store_folder.iterdir()} == {"2"}, "memory holds one copy"
+        Path(store_folder, "open").touch()
+        assert finish(group) == untouched
+        del store
+        assert {part.step for part in group[0].of_type(contract.ShardWritten)} >= {STEPS}
+    assert not list((folder / "run").rglob("step-*-g1/*")), "what came too late is removed"
 
 
 def test_a_worker_parks_out_of_a_rendezvous_that_never_ends(folder: Path) -> None:

@@ -29,7 +29,7 @@ LAYOUTS = [(1, 2, 2), (2, 1, 2), (2, 2, 1)]
 IDENTITY = {"step": 9, "epoch": 1, "generation": 1}
 
 
-def checkpointer(url: str, rank: int = 0, world_size: int = 1) -> Checkpointer:
+def checkpointer(url: str, rank: int = 0, world_size: int = 1, before: threading.Thread | None = None) -> Checkpointer:
     return Checkpointer(
         url=url,
         run="r",
@@ -39,6 +39,7 @@ def checkpointer(url: str, rank: int = 0, world_size: int = 1) -> Checkpointer:
         generation=1,
         ram_dir=f"{url}/ram",
         node="n",
+        before=before,
     )
 
 
@@ -120,12 +121,18 @@ def test_a_checkpointer_that_is_closed_abandons_its_save_and_completes_its_snaps
     saver.snapshot(state)
     saver.begin_save(state, None, ended)
     assert gate.reached.wait(WAIT_S)
-    assert not saver.close(0.1), "it is still in the store's hands"
-    gate.open.set()
-    assert saver.close(WAIT_S)
+    assert saver.close(WAIT_S), "the store is not waited for"
     assert "abandoned" in str(ended.result())
-    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
     assert saver.newest_snapshot == state.step
+    following = checkpointer(url, before=saver.hanging)
+    assert following.busy, "the store still has the copy"
+    assert not following.close(WAIT_S), "nor for ever is the process to stand in the way of saves"
+    gate.open.set()
+    saver.hanging.join(WAIT_S)
+    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    following = checkpointer(url, before=saver.hanging)
+    assert not following.busy
+    assert following.close(WAIT_S)
 
 
 def test_buffers_are_made_once_and_hold_the_newest_state(tmp_path):

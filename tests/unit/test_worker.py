@@ -66,7 +66,7 @@ class Process:
         return [message for message in self.messages if isinstance(message, kind)]
 
 
-def serve(sock: socket.socket, config: WorkerConfig, poisoned: bool) -> None:
+def serve(sock: socket.socket, config: WorkerConfig, poisoned: bool, prepare: Callable[[], None]) -> None:
     def open_dataset(*_: Any) -> SeededTokens:
         if poisoned:
             raise FileNotFoundError("no tokens here")
@@ -75,12 +75,18 @@ def serve(sock: socket.socket, config: WorkerConfig, poisoned: bool) -> None:
     worker.open_dataset = open_dataset  # type: ignore[assignment]
     if config.device == "cuda":
         share_one_gpu()
+    prepare()
     os._exit(worker.main(sock))
 
 
-def spawn(config: WorkerConfig, poisoned: bool = False) -> Process:
+def nothing() -> None:
+    pass
+
+
+def spawn(config: WorkerConfig, poisoned: bool = False, prepare: Callable[[], None] = nothing) -> Process:
+    """`prepare` is called in the worker's process before it serves."""
     ours, theirs = socket.socketpair()
-    process = CONTEXT.Process(target=serve, args=(theirs, config, poisoned), daemon=True)
+    process = CONTEXT.Process(target=serve, args=(theirs, config, poisoned, prepare), daemon=True)
     process.start()
     theirs.close()
     return Process(process, ours)
@@ -114,7 +120,14 @@ def assign(
 
 @contextlib.contextmanager
 def workers(
-    config: WorkerConfig, folder: Path, restore: Restore, *, generation: int = 1, poisoned: bool = False, **changes: Any
+    config: WorkerConfig,
+    folder: Path,
+    restore: Restore,
+    *,
+    generation: int = 1,
+    poisoned: bool = False,
+    prepare: Callable[[], None] = nothing,
+    **changes: Any,
 ) -> Iterator[list[Process]]:
     """The workers of a generation, each with its assignment."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -126,7 +139,7 @@ def workers(
     group: list[Process] = []
     try:
         for rank in range(world_size):
-            group.append(spawn(config, poisoned))
+            group.append(spawn(config, poisoned, prepare))
             assign(group[rank], rank, config, folder, restore, store.port, generation, **changes)
         yield group
     finally:
