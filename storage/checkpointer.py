@@ -35,6 +35,10 @@ GROUP_TIMEOUT_S = 2 * WRITE_DEADLINE_S
 # Longest that a save takes to end one way or the other: planning and writing wait for the group twice each.
 SAVE_DEADLINE_S = 4 * GROUP_TIMEOUT_S
 
+# Longest from a save's being abandoned to its end: half a second for the store, the rest for a busy machine. One that
+# gloo has forgotten in an exchange (trainer/link.py) never ends.
+ABANDONED_END_S = 1.5
+
 # Waits between tries to read a checkpoint: a store that restarts or is overloaded by so many ranks is back in seconds.
 LOAD_RETRIES_S = (2.0, 5.0, 10.0, 20.0)
 
@@ -255,7 +259,7 @@ class Checkpointer:
         deadline = time.monotonic() + deadline_s
         self._abandoned.set()
         closed = self._ram.close(deadline_s)
-        told = self._told.wait(max(0.0, deadline - time.monotonic()))
+        told = self._told.wait(min(ABANDONED_END_S, max(0.0, deadline - time.monotonic())))
         self._group = None
         return closed and told and not self._before.is_alive()
 

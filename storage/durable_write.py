@@ -186,7 +186,7 @@ class Writer(StorageWriter):
         try:
             self._write_to_store(content)
         finally:
-            if self._given_up:
+            if self._given_up and self._began:
                 self._remove()
         if not self._given_up:
             self.part = content.part()

@@ -593,6 +593,8 @@ class GroupRecord:
     """The oldest that it has begun and that is not complete; 0: none."""
     kind: str = ""
     """Of that: its name and, where all members must bring equally much, how much."""
+    waited_us: int = 0
+    """For how long it, or an older message that is not complete, has been under way when this was told; 0: none is."""
 
 
 @dataclass(frozen=True, kw_only=True)

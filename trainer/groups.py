@@ -59,16 +59,20 @@ class GroupConnections:
                 self._own |= set(_sockets()) - self._before
                 self._before = None
 
-    def cut(self) -> None:
-        """Shut down those that there are now. From any thread.
+    def cut(self, both_ways: bool = False) -> int:
+        """Shut down those that there are now; how many there are. From any thread.
 
         Listening sockets stay: gloo ends the process when it cannot accept.
+
+        Args:
+            both_ways: not for reading alone. gloo ends a connection that has nothing more to read. But when it is about
+                to send what a peer has just asked for, and cannot write any more, it forgets who waits for that.
         """
+        how = socket.SHUT_RDWR if both_ways else socket.SHUT_RD
         with self._lock:
             found = _sockets()
             own = self._own if self._before is None else self._own | (set(found) - self._before)
-            for inode in own & set(found):
-                _shut(found[inode], inode)
+            return sum(_shut(found[inode], inode, how) for inode in own & set(found))
 
 
 def _sockets() -> dict[int, int]:
@@ -81,17 +85,19 @@ def _sockets() -> dict[int, int]:
     return found
 
 
-def _shut(fd: int, inode: int) -> None:
-    """Shut down a TCP connection, if the descriptor still is this socket's and it does not listen."""
+def _shut(fd: int, inode: int, how: int) -> bool:
+    """Shut down a TCP connection, if the descriptor still is this socket's and it does not listen; whether it was."""
     with contextlib.suppress(OSError):
         copy = os.dup(fd)
         if os.fstat(copy).st_ino != inode:
             os.close(copy)
-            return
+            return False
         with socket.socket(fileno=copy) as held:
             tcp = held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM
             if tcp and not held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                held.shutdown(socket.SHUT_RDWR)
+                held.shutdown(how)
+                return True
+    return False
 
 
 def connect_device_groups(mesh: DeviceMesh) -> None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainer import recorder
+from trainer import pulse, recorder
 from trainer.contract import (
     EXIT_AGENT_GONE,
+    EXIT_FAILED,
     Assign,
     Copied,
     Inject,
@@ -42,6 +44,10 @@ RECV_BYTES = 64 * 1024
 AGENT_SEND_TIMEOUT_S = 60.0
 # Between two cuts of a parking worker's connections: it may open another just after the first, as in a rendezvous.
 CUT_INTERVAL_S = 0.05
+# After the first cut, for which one way is enough, if whoever waits attends to its connections.
+BOTH_WAYS_AFTER_S = 0.5
+# Longest that an exchange may wait whose connections are all gone. To tell is a matter of milliseconds.
+FORGOTTEN_S = 0.75
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Assignment:
     order: Assign
     stop: threading.Event = field(default_factory=threading.Event)
     parking: threading.Event = field(default_factory=threading.Event)
+    unwound: threading.Event = field(default_factory=threading.Event)
+    """Set once the training thread is out of its loop."""
     over: threading.Event = field(default_factory=threading.Event)
     """Set once the process groups are gone: nothing is left to cut."""
     connections: GroupConnections = field(default_factory=GroupConnections)
@@ -73,15 +81,34 @@ class Assignment:
         if self.parking.is_set():
             return
         self.parking.set()
-        ways: list[Callable[[], None]] = [self.connections.cut]
+        ways = [self._cut]
         if self.order.config.device == "cuda":
-            ways.append(partial(abort_device_groups, self.over))
+            ways.append(self._abort)
         for way in ways:
-            threading.Thread(target=self._until_over, args=(way,), name="park", daemon=True).start()
+            threading.Thread(target=way, name="park", daemon=True).start()
 
-    def _until_over(self, leave: Callable[[], None]) -> None:
+    def _abort(self) -> None:
         while not self.over.is_set():
-            leave()
+            abort_device_groups(self.over)
+            self.over.wait(CUT_INTERVAL_S)
+
+    def _cut(self) -> None:
+        """Cut until the groups are gone. A process whose training thread can't be reached so is ended.
+
+        gloo can lose track of an exchange when a peer dies in the middle of it: it has ended all connections, and the
+        exchange waits on. The agent would find out by the deadline, and so later.
+        """
+        training = threading.main_thread().ident
+        assert training is not None
+        began = forgotten_since = time.monotonic()
+        while not self.over.is_set():
+            now = time.monotonic()
+            left = self.connections.cut(both_ways=now - began > BOTH_WAYS_AFTER_S)
+            if left or self.unwound.is_set() or not pulse.standing(training)[0]:
+                forgotten_since = now
+            if now - forgotten_since > FORGOTTEN_S:
+                sys.stderr.write("an exchange waits on without any connection: this worker cannot park\n")
+                os._exit(EXIT_FAILED)
             self.over.wait(CUT_INTERVAL_S)
 
 

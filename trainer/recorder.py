@@ -3,7 +3,7 @@
 The recorder is a ring of the process's last collectives (2,000; TORCH_FR_BUFFER_SIZE), one for gloo and one for NCCL.
 Only its JSON form is read. It is no public interface of torch: where it is missing or looks otherwise, nothing is told.
 
-Two things that it does not tell: gloo records no point-to-point messages; and its JSON names no members of a group.
+Two things that it does not tell: gloo records no messages between two ranks; and its JSON names no members of a group.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -66,11 +67,14 @@ def read(after: dict[str, int]) -> tuple[dict[str, GroupRecord], str]:
 
 
 def _summary(reader: Callable[..., bytes], after: int) -> tuple[dict[str, GroupRecord], list[str]]:
-    return summarized(reader(True, False), after)
+    return summarized(reader(True, False), after, time.time_ns())
 
 
-def summarized(dump: bytes, after: int) -> tuple[dict[str, GroupRecord], list[str]]:
+def summarized(dump: bytes, after: int, now_ns: int) -> tuple[dict[str, GroupRecord], list[str]]:
     """The groups with numbers over `after` of one recorder's JSON text, and its newest entries, each as JSON.
+
+    Args:
+        now_ns: of the wall clock, by which torch dates its entries.
 
     Raises:
         KeyError, TypeError, ValueError: the text has not the form that is known.
@@ -78,17 +82,18 @@ def summarized(dump: bytes, after: int) -> tuple[dict[str, GroupRecord], list[st
     entries = [entry for entry in json.loads(dump).get("entries", ()) if entry["pg_id"] > after]
     by_group: dict[str, list[dict[str, Any]]] = {}
     for entry in reversed(entries):
-        if not entry["is_p2p"]:
-            transport, _, _ = entry["profiling_name"].partition(":")
-            by_group.setdefault(f"{transport} {entry['process_group'][0]}", []).append(entry)
+        transport, _, _ = entry["profiling_name"].partition(":")
+        by_group.setdefault(f"{transport} {entry['process_group'][0]}", []).append(entry)
     groups = {}
     for key, newest_first in list(by_group.items())[:GROUPS_MAX]:
-        pending = [entry for entry in newest_first if not (entry["retired"] or entry["state"] == "completed")]
+        under_way = [entry for entry in newest_first if not (entry["retired"] or entry["state"] == "completed")]
+        pending = [entry for entry in under_way if not entry["is_p2p"]]
         groups[key] = GroupRecord(
             about=_words(newest_first[0]["process_group"][1]),
-            begun=max(entry["collective_seq_id"] for entry in newest_first),
+            begun=max((entry["collective_seq_id"] for entry in newest_first if not entry["is_p2p"]), default=0),
             waits=pending[-1]["collective_seq_id"] if pending else 0,
             kind=_kind(pending[-1]) if pending else "",
+            waited_us=max(1, (now_ns - under_way[-1]["time_created_ns"]) // 1000) if under_way else 0,
         )
     return groups, [json.dumps(entry, separators=(",", ":")) for entry in entries[-ENTRIES_MAX:]]
 

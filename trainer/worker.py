@@ -176,6 +176,7 @@ def serve(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Lef
             sys.stderr.write("exchanges were broken off between their begin and their end: this worker cannot park\n")
             os._exit(EXIT_FAILED)
     # Past the except clause, which drops the error: its traceback holds all that the groups were made with.
+    assignment.unwound.set()
     pulse_ended.set()
     reached, checkpointer = step(), session.checkpointer if session is not None else None
     assignment.on_copied = assignment.on_inject = session = None

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trainer import contract
 
@@ -102,6 +102,8 @@ class Standing:
     """How many it has begun in this generation, by process group."""
     groups: dict[str, contract.GroupRecord] = field(default_factory=dict)
     """What its flight recorder tells, by transport and process group; empty: nothing was read of it."""
+    recorded_us: int = 0
+    """How long, by that, it has been waiting for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ class _Rank:
     """When its start was over."""
     groups: dict[str, contract.GroupRecord] = field(default_factory=dict)
     """What its flight recorder has told, as long as it has begun no other exchange."""
+    recorded_at: int = 0
     asked_at: int | None = None
     """When its recorder was last to be read in this standstill."""
 
@@ -181,6 +184,12 @@ class _Rank:
 
     def waited_us(self, clock: int) -> int:
         return 0 if self.waits_since is None or self.silent_us(clock) > STALE_US else clock - self.waits_since
+
+    def recorded_us(self, clock: int) -> int:
+        then_us = max((record.waited_us for record in self.groups.values()), default=0)
+        if then_us == 0 or self.silent_us(clock) > STALE_US:
+            return 0
+        return min(then_us + clock - self.recorded_at, clock - self.progress_at)
 
 
 class NodeWatch:
@@ -225,7 +234,7 @@ class NodeWatch:
                     rank.groups = {}
                 rank.step, rank.where, rank.exchanges = message.step, message.where, message.exchanges
             case contract.Recorded():
-                rank.groups = message.groups
+                rank.groups, rank.recorded_at = message.groups, clock
             case contract.Phase():
                 if rank.phase == "validate":  # told with each batch
                     self._learn("validate", rank.step, clock - rank.progress_at)
@@ -365,6 +374,7 @@ class NodeWatch:
             status="" if seen is None else seen.status,
             exchanges=rank.exchanges,
             groups=rank.groups,
+            recorded_us=rank.recorded_us(self._clock),
         )
 
 
@@ -440,6 +450,9 @@ def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
     nodes = {s.rank: node for node, report in stalled.items() for s in report.ranks}
     everyone = sorted((s for report in stalled.values() for s in report.ranks), key=_behind)
     long_us = max(report.stalled_us for report in stalled.values())
+    if all(s.waited_us < SETTLED_US for s in everyone):
+        # On an accelerator a script waits wherever it reads a value, which says nothing.
+        everyone = [replace(s, waited_us=s.recorded_us) for s in everyone]
     gaps = _gaps(everyone)
 
     def named(s: Standing, detail: str) -> Hung:

@@ -706,6 +706,35 @@ def test_what_the_others_wait_in_is_told_of_the_rank_that_does_not_wait() -> Non
     assert hung.detail.endswith(f"; 3 others wait in {IN_WORLD}, and of its own part nothing is known")
 
 
+def test_where_no_pulse_shows_a_wait_the_flight_records_do() -> None:
+    """Scripts on an accelerator wait where they read a loss."""
+    ranks = [replace(recorded(rank, 9 - (rank == 1), 5, "w"), waited_us=0, recorded_us=30 * S) for rank in range(4)]
+    ranks[1] = replace(ranks[1], recorded_us=0)
+    (hung,) = MeshWatch(("a",)).feed("a", stalled(*ranks))
+    assert (hung.slot, hung.recorded) == (1, (("a", 1), ("a", 0)))
+    assert hung.detail.startswith("rank 1 does not wait for anybody while 3 others do")
+    assert hung.detail.endswith(f"; it has not begun {IN_WORLD}, in which 3 others wait")
+    soon = [replace(rank, recorded_us=min(rank.recorded_us, 5 * S)) for rank in ranks]
+    assert MeshWatch(("a",)).feed("a", stalled(*soon)) == [], "nobody has waited for long"
+    shown = [replace(ranks[0], waited_us=30 * S), *ranks[1:]]
+    hung, *_ = MeshWatch(("a",)).feed("a", stalled(*shown))
+    assert hung.slot == 1 and "nor do 2 more" in hung.detail, "where a pulse shows one, the others' count"
+
+
+def test_a_recorded_wait_goes_on_while_its_rank_lives_and_is_no_longer_than_the_standstill() -> None:
+    node = Node(0, 1)
+    node.phase("compute")
+    node.steps(S)
+    node.seconds(10)
+    for rank, waited_us in ((0, 4 * S), (1, 90 * S)):
+        node.hear_recorded(rank, {WORLD: contract.GroupRecord(about="world", begun=9, waits=9, waited_us=waited_us)})
+    *_, report = node.seconds(11)
+    assert [standing.recorded_us for standing in report.ranks] == [15 * S, 21 * S]
+    node.quiet = {1}
+    *_, report = node.seconds(6)
+    assert [standing.recorded_us for standing in report.ranks] == [21 * S, 0]
+
+
 def test_without_flight_recorders_nothing_is_said_of_them() -> None:
     others = [unread(recorded(rank, 9, 5, "w")) for rank in (0, 1, 2)]
     (hung,) = MeshWatch(("a",)).feed("a", stalled(*others, standing(3, 0)))

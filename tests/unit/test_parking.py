@@ -250,8 +250,12 @@ def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
         late_listener = socket.create_server(("127.0.0.1", 0))
         own, peer = socket.create_connection(late_listener.getsockname()), late_listener.accept()[0]
         pair = socket.socketpair()
-        connections.cut()  # also while groups are made
+        assert connections.cut() == 2, "also while groups are made"
         assert own.recv(1) == peer.recv(1) == b""
+        own.sendall(b"x")  # what is on its way may go
+        assert connections.cut(both_ways=True) == 2
+        with pytest.raises(BrokenPipeError):
+            own.sendall(b"x")
     later = socket.create_connection(late_listener.getsockname())
     with connections.opening():
         second = socket.create_connection(late_listener.getsockname())

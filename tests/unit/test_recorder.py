@@ -104,6 +104,7 @@ def test_a_worker_tells_what_it_has_begun_and_what_it_waits_in(tmp_path: Path) -
         groups = {record.about: record for record in told.groups.values()}
         in_trio = (2, 2, "all_reduce of 8 elements") if rank != 1 else (1, 0, "")
         assert (groups["the trio"].begun, groups["the trio"].waits, groups["the trio"].kind) == in_trio
+        assert (0 < groups["the trio"].waited_us < DEADLINE_S * 1_000_000) == (rank != 1)
         # A message between two counts for none of the group's collectives.
         assert {about: record.begun for about, record in groups.items() if about != "the trio"} == (
             {"the pair": 1} if rank < 2 else {}
@@ -150,6 +151,7 @@ def dump(*entries: dict[str, Any]) -> bytes:
 def test_the_recorder_of_nccl_is_read_alike() -> None:
     shard = {"process_group": ["5", "mesh_dp_shard"], "pg_id": 4, "profiling_name": "nccl:_all_gather_base"}
     pending = {"retired": False, "state": "scheduled"}
+    stage = {"is_p2p": True, "profiling_name": "nccl:recv 0<-1", "p2p_seq_id": 6} | pending
     groups, entries = recorder.summarized(
         dump(
             {"pg_id": 2, "collective_seq_id": 90},  # of a generation before
@@ -158,17 +160,22 @@ def test_the_recorder_of_nccl_is_read_alike() -> None:
             shard | {"collective_seq_id": 7},
             shard | {"collective_seq_id": 8} | pending | {"state": "started"},
             shard | {"collective_seq_id": 9} | pending,
-            {"is_p2p": True, "profiling_name": "nccl:recv 0<-1", "p2p_seq_id": 6} | pending,
-            {"collective_seq_id": 3} | pending,
+            stage | {"process_group": ["0", "default_pg"], "time_created_ns": 2_000_000},
+            {"collective_seq_id": 3, "time_created_ns": 3_000_000} | pending,
+            stage | {"process_group": ["6", "mesh_pp"], "time_created_ns": 4_000_000},
+            {"process_group": ["7", "mesh_tp"]},
         ),
         after=2,
+        now_ns=9_000_000,
     )
     assert groups == {
-        "nccl 0": GroupRecord(about="default_pg", begun=3, waits=3, kind="all_reduce of 8 elements"),
-        "nccl 5": GroupRecord(about="mesh_dp_shard", begun=9, waits=8, kind="_all_gather_base"),
+        "nccl 0": GroupRecord(about="default_pg", begun=3, waits=3, kind="all_reduce of 8 elements", waited_us=7_000),
+        "nccl 5": GroupRecord(about="mesh_dp_shard", begun=9, waits=8, kind="_all_gather_base", waited_us=8_999),
+        "nccl 6": GroupRecord(about="mesh_pp", begun=0, waited_us=5_000),
+        "nccl 7": GroupRecord(about="mesh_tp", begun=1),
     }
-    assert [json.loads(entry)["record_id"] for entry in entries] == [1, 2, 3, 4, 5, 6, 7]
-    assert recorder.summarized(dump(), after=2) == ({}, [])
+    assert [json.loads(entry)["record_id"] for entry in entries] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert recorder.summarized(dump(), after=2, now_ns=9_000_000) == ({}, [])
 
 
 def reading(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 
 import boto3
 import pytest
@@ -13,7 +14,8 @@ from s3_server import s3_bucket
 
 from storage import s3
 from storage.commits import prune, verify
-from storage.durable import CheckpointFailed, write_part
+from storage.durable import CheckpointFailed, save_part, write_part
+from storage.durable_write import Writer
 from storage.manifest import Commit, generation_dir
 from storage.state import TrainState
 from storage.urls import list_names, scratch_folder
@@ -85,6 +87,29 @@ def test_an_upload_that_fails_leaves_no_object_and_no_parts(url, monkeypatch, fa
         write_part(url, state, step=41, epoch=1, generation=1, rank=0)
     monkeypatch.undo()
     assert list_names(url, generation_dir(41, 1, 1)) == []
+    assert uploads(url, "open") == "[]"
+
+
+def test_an_upload_that_is_abandoned_sends_no_further_part(url, monkeypatch):
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "CONCURRENCY", 1)
+    state, abandoned, sent = make_state(42), threading.Event(), []
+    state.tensors["large"] = torch.zeros(5_000_000)
+    actual = s3fs.S3FileSystem._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        if method == "upload_part":
+            sent.append(kwargs["PartNumber"])
+            abandoned.set()
+        return await actual(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", sync_wrapper(counted))
+    writer = Writer(url, step=42, epoch=1, generation=1, rank=0, abandoned=abandoned)
+    with pytest.raises(CheckpointFailed, match="abandoned"):
+        save_part(writer, state, 0)
+    writer.linger()
+    assert sent == [1]
+    assert list_names(url, generation_dir(42, 1, 1)) == []
     assert uploads(url, "open") == "[]"
 
 
