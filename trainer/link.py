@@ -93,18 +93,18 @@ class Assignment:
             self.over.wait(CUT_INTERVAL_S)
 
     def _cut(self) -> None:
-        """Cut until the groups are gone. A process whose training thread can't be reached so is ended.
+        """Cut until the groups are gone. On the CPU, a process whose training thread can't be reached so is ended.
 
         gloo can lose track of an exchange when a peer dies in the middle of it: it has ended all connections, and the
         exchange waits on. The agent would find out by the deadline, and so later.
         """
-        training = threading.main_thread().ident
+        training, device = threading.main_thread().ident, self.order.config.device
         assert training is not None
         began = forgotten_since = time.monotonic()
         while not self.over.is_set():
             now = time.monotonic()
             left = self.connections.cut(both_ways=now - began > BOTH_WAYS_AFTER_S)
-            if left or self.unwound.is_set() or not pulse.standing(training)[0]:
+            if left or device != "cpu" or self.unwound.is_set() or not pulse.standing(training)[0]:
                 forgotten_since = now
             if now - forgotten_since > FORGOTTEN_S:
                 sys.stderr.write("an exchange waits on without any connection: this worker cannot park\n")

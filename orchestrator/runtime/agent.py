@@ -62,6 +62,9 @@ logger = logging.getLogger(__name__)
 HEAD_LOST_S = 10.0
 """When this node's raylet is gone, and the controller was not heard for so long before, the whole cluster has lost its
 head. A raylet gives a lost head a minute by default, and is missed by a controller that lives within seconds."""
+SPARE_AFTER_S = 10.0
+"""Without a worker of the mesh, before a node gets ready as a spare: longer than what stands between two generations of
+a node that is wanted."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 ABANDONED_S = 300.0
@@ -220,6 +223,7 @@ class Agent:
             asyncio.create_task(reporter.run()),
             asyncio.create_task(self._watch_parent()),
             asyncio.create_task(self._watch_ranks()),
+            asyncio.create_task(self._stay_ready()),
         ]
         if self._spec.is_script:
             self._check_script()
@@ -602,6 +606,17 @@ class Agent:
         """Now there is time to fill up what the recovery has taken, and what dead nodes have left is of no use."""
         self._loop.run_in_executor(None, self._workers.replenish)
         self._loop.run_in_executor(None, ram_owners.sweep, self._ram_dir, self._run, self._ray_node)
+
+    async def _stay_ready(self) -> None:
+        """A node that has had no part in the mesh for a while is a spare, and gets ready to take any."""
+        busy_at = time.monotonic()
+        while True:
+            await asyncio.sleep(SPARE_AFTER_S / 4)
+            if self._workers.pids():
+                busy_at = time.monotonic()
+            elif self._address and time.monotonic() - busy_at > SPARE_AFTER_S:
+                await asyncio.to_thread(self._workers.prepare_all, self._spec.worker_config)
+                busy_at = time.monotonic()  # what has died by itself comes again, and not at once
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""

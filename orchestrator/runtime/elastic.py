@@ -213,11 +213,26 @@ class NodeWorkers:
             warm = [worker.rank for worker in self._workers.live() if worker.generation == 0]
             missing = [rank for rank in plan.ranks if rank not in warm][: max(0, self._warm_workers - len(warm))]
             for rank in missing:
-                try:
-                    worker = self._workers.fork(generation=0, rank=rank, env={}, deadline_s=FORK_DEADLINE_S)
-                    worker.send(contract.Prepare(rank=rank, local_rank=plan.ranks.index(rank), config=plan.config))
-                except (ZygoteError, OSError) as error:
-                    logger.warning("no warm worker for rank %d: %s", rank, error)
+                self._warm(rank, plan.ranks.index(rank), plan.config)
+
+    def prepare_all(self, config: contract.WorkerConfig) -> None:
+        """On a node that serves nobody: have a warm worker for each slot, as all will be wanted at once.
+
+        For which ranks is not known before, so what their first steps cost is saved only in part.
+        """
+        if not self._warm_workers:
+            return
+        with self._warming:
+            warm = {worker.rank % self._slots for worker in self._workers.live() if worker.generation == 0}
+            for slot in sorted(set(range(self._slots)) - warm):
+                self._warm(slot, slot, config)
+
+    def _warm(self, rank: int, local_rank: int, config: contract.WorkerConfig) -> None:
+        try:
+            worker = self._workers.fork(generation=0, rank=rank, env={}, deadline_s=FORK_DEADLINE_S)
+            worker.send(contract.Prepare(rank=rank, local_rank=local_rank, config=config))
+        except (ZygoteError, OSError) as error:
+            logger.warning("no warm worker for rank %d: %s", rank, error)
 
     def stop_gracefully(self) -> None:
         """Ask every worker of the newest assigned generation to end at the next step boundary on which all agree.

@@ -313,25 +313,40 @@ def test_a_parked_worker_that_dies_is_replaced_in_silence_and_one_too_many_is_en
     assert gone([third[1]], WAIT_S) and node.exits.empty()
 
 
+def waiting_in(node: Node) -> set[int]:
+    """Process ids of the node's worker processes without an assignment, once there are two that are ready for one."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        children = {child.pid for child in psutil.Process(node.zygote_pid()).children()}
+        spare = children - set(node.workers.pids().values())
+        if spare == {w.pid for w in node.workers._workers.live() if w.parked} and len(spare) == 2:
+            return spare
+        assert time.monotonic() < deadline, (children, spare)
+        time.sleep(0.01)
+
+
+def test_a_node_that_serves_nobody_has_a_warm_worker_for_each_slot(tmp_path: Path) -> None:
+    node = Node(tmp_path, warm_workers=1)
+    for _ in range(2):
+        node.workers.prepare_all(config("wait"))
+    warm = waiting_in(node)
+    os.kill(min(warm), signal.SIGKILL)
+    assert gone([min(warm)], WAIT_S)
+    node.workers.prepare_all(config("wait"))
+    again = waiting_in(node)
+    assert len(again & warm) == 1
+    node.begin(1, "wait", ranks=(1, 0))
+    assert set(node.pids().values()) == again, "whichever ranks it gets"
+    node.workers.shutdown(20)
+
+
 def test_a_warm_worker_fills_the_place_of_a_dead_one_and_is_replaced(tmp_path: Path) -> None:
     node = Node(tmp_path, warm_workers=9)  # no more than there are slots
-
-    def waiting() -> set[int]:
-        """Process ids of the node's worker processes without an assignment, once there are two."""
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            children = {child.pid for child in psutil.Process(node.zygote_pid()).children()}
-            spare = children - set(node.workers.pids().values())
-            if len(spare) == 2:
-                return spare
-            assert time.monotonic() < deadline, (children, spare)
-            time.sleep(0.01)
-
     node.begin(1, "wait")
     first = node.pids()
     for _ in range(2):
         node.workers.replenish()
-    warm = waiting()
+    warm = waiting_in(node)
     os.kill(first[1], signal.SIGKILL)
     assert node.next_exit().pid == first[1]
     assert not node.workers.halt(20, park_s=10)
@@ -339,9 +354,9 @@ def test_a_warm_worker_fills_the_place_of_a_dead_one_and_is_replaced(tmp_path: P
     second = node.pids()
     assert second[0] == first[0] and second[1] in warm
     node.workers.replenish()
-    assert len(waiting() & warm) == 1
+    assert len(waiting_in(node) & warm) == 1
     node.workers.halt(20)
-    assert len(waiting() & warm) == 1, "a halt that trusts no process ends those that have served"
+    assert len(waiting_in(node) & warm) == 1, "a halt that trusts no process ends those that have served"
     assert node.exits.empty()
     node.workers.shutdown(20)
     assert not [c for c in psutil.Process().children() if c.pid not in node._known]

@@ -22,8 +22,8 @@ from torch.distributed import distributed_c10d
 
 from storage import ram
 from storage.durable_write import Writer
-from trainer import contract
-from trainer.contract import ParallelConfig, Restore, WorkerConfig, send
+from trainer import contract, link
+from trainer.contract import Assign, ParallelConfig, Restore, WorkerConfig, send
 from trainer.groups import GroupConnections, leave_a_group_open
 
 # TP and replicas: DTensor's caches and groups of several dimensions stand between a parked worker and its next mesh.
@@ -240,6 +240,55 @@ def test_what_is_broken_off_between_begin_and_end_is_known_by_its_error(monkeypa
         distributed.destroy_process_group()
     assert leave_a_group_open([ValueError("no traceback"), together.value])
     assert not leave_a_group_open([alone.value])
+
+
+@pytest.mark.parametrize(
+    ("waits", "open_ones", "unwound", "ends"),
+    [
+        pytest.param(True, 0, False, True, id="gloo has forgotten it"),
+        pytest.param(False, 0, False, False, id="it computes"),
+        pytest.param(True, 1, False, False, id="a connection is left to be cut"),
+        pytest.param(True, 0, True, False, id="it is out of its loop, and leaves its groups"),
+    ],
+)
+def test_who_waits_on_in_an_exchange_without_any_connection_ends(
+    monkeypatch: pytest.MonkeyPatch, waits: bool, open_ones: int, unwound: bool, ends: bool
+) -> None:
+    order = Assign(
+        epoch=1,
+        generation=1,
+        rank=0,
+        world_size=4,
+        local_rank=0,
+        node="node-a",
+        store_host="127.0.0.1",
+        store_port=1,
+        restore=INIT,
+        config=replace(SQUARE, device="cpu"),
+        ram_dir="",
+    )
+    assignment, cuts, exits = link.Assignment(order), [], []
+
+    def cut(both_ways: bool) -> int:
+        cuts.append(both_ways)
+        if len(cuts) == 10:
+            assignment.over.set()
+        return open_ones
+
+    def leave(code: int) -> None:
+        exits.append(code)
+        assignment.over.set()
+
+    monkeypatch.setattr(link, "FORGOTTEN_S", 0.1)
+    monkeypatch.setattr(link, "BOTH_WAYS_AFTER_S", 0.2)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(link.pulse, "standing", lambda thread: (waits, "all_reduce"))
+    monkeypatch.setattr(assignment.connections, "cut", cut)
+    assignment.park()
+    assert assignment.over.wait(DEADLINE_S)
+    assert exits == [contract.EXIT_FAILED] * ends
+    assert not cuts[0]
+    assert ends or cuts[-1], "what does not attend to its connections is cut off both ways, after a while"
 
 
 def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
