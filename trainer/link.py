@@ -47,7 +47,7 @@ CUT_INTERVAL_S = 0.05
 # After the first cut, for which one way is enough, if whoever waits attends to its connections.
 BOTH_WAYS_AFTER_S = 0.5
 # Longest that an exchange may wait whose connections are all gone. To tell is a matter of milliseconds.
-FORGOTTEN_S = 0.75
+FORGOTTEN_S = 0.4
 
 
 @dataclass
