@@ -284,6 +284,8 @@ def test_who_waits_on_in_an_exchange_without_any_connection_ends(
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(link.pulse, "standing", lambda thread: (waits, "all_reduce"))
     monkeypatch.setattr(assignment.connections, "cut", cut)
+    if unwound:
+        assignment.unwound.set()
     assignment.park()
     assert assignment.over.wait(DEADLINE_S)
     assert exits == [contract.EXIT_FAILED] * ends
