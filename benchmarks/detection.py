@@ -147,7 +147,14 @@ class Run:
         self.offset_s = 0.0
 
     def status(self) -> Status:
-        return driver.poll(self.controller)[0]
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return driver.poll(self.controller)[0]
+            except ray.exceptions.RayActorError:  # it comes back, and its journal tells what was
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
 
     def await_(self, condition: Callable[[Status], Any], what: str) -> Status:
         deadline = time.monotonic() + WAIT_S

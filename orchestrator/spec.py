@@ -103,7 +103,7 @@ class ClusterSection(_Section):
         ge=0,
         description="Processes on each node that are ready to take a dead worker's place, beyond those that train; "
         "useful up to slots_per_node. Each takes the memory of a process without a model, and to make it half a second "
-        "of a processor.",
+        "of a processor. On a spare there is one for each slot; with 0 none anywhere.",
     )
     domain_label: str = Field(
         default="", description="Ray node label that names a node's failure domain, as a rack; empty: none."
@@ -298,6 +298,7 @@ class JobSpec(_Section):
             save_us=_us(1.2 * WRITE_DEADLINE_S),
             # The groups of a script have time-outs of their own: nobody there fails after this one.
             collective_us=OPEN_END if self.is_script else _us(r.collective_timeout_s),
+            waits_unseen=self.is_script and self.cluster.device == "cuda",
         )
 
     @property

@@ -35,8 +35,8 @@ GROUP_TIMEOUT_S = 2 * WRITE_DEADLINE_S
 # Longest that a save takes to end one way or the other: planning and writing wait for the group twice each.
 SAVE_DEADLINE_S = 4 * GROUP_TIMEOUT_S
 
-# Longest from a save's being abandoned to its end: half a second for the store, the rest for a busy machine. One that
-# gloo has forgotten in an exchange (trainer/link.py) never ends.
+# Longest from a save's being abandoned to its end: half a second each for the store to write and to remove, the rest
+# for a busy machine. One that gloo has forgotten in an exchange (trainer/link.py) never ends.
 ABANDONED_END_S = 1.5
 
 # Waits between tries to read a checkpoint: a store that restarts or is overloaded by so many ranks is back in seconds.

@@ -138,13 +138,20 @@ class Writer(StorageWriter):
             written = {item.index for item in plan.items}
             for item in planner.held:
                 if item.index in plan.planner_data - written:
+                    self._check_wanted()
                     digests[item.index] = _digest(block_digests(planner.content(item)))
 
         def work() -> None:
-            content = _Content(plan, planner, self._identity, self._abandoned)
+            content = _Content(plan, planner, self._identity, self._check_wanted)
             works: tuple[Callable[[], None], ...] = (partial(self._write, content), digest_others)
-            in_threads(lambda each: each(), works, len(works))
-            digests.update((box, digest) for box, digest in content.digests() if box in plan.planner_data)
+            try:
+                in_threads(lambda each: each(), works, len(works))
+            finally:
+                if self._given_up and self._began:
+                    self._remove()
+            if not self._given_up:
+                digests.update((box, digest) for box, digest in content.digests() if box in plan.planner_data)
+                self.part = content.part()
 
         with portable_errors():
             self._within(WRITE_DEADLINE_S, work)
@@ -182,16 +189,12 @@ class Writer(StorageWriter):
         if errors:
             raise errors[0]
 
-    def _write(self, content: _Content) -> None:
-        try:
-            self._write_to_store(content)
-        finally:
-            if self._given_up and self._began:
-                self._remove()
-        if not self._given_up:
-            self.part = content.part()
+    def _check_wanted(self) -> None:
+        """Raises StoreError when nobody wants it any more."""
+        if self._abandoned.is_set():
+            raise StoreError("the save was abandoned")
 
-    def _write_to_store(self, content: _Content) -> None:
+    def _write(self, content: _Content) -> None:
         store, kept = locate(self._url), self._keep_local(content)
         path = store.path(content.data)
         if store.local:
@@ -236,7 +239,7 @@ class Writer(StorageWriter):
     def _upload(self, store: Store, content: _Content, kept: Path | None) -> None:
         if s3.is_s3(store.fs):
             content.look_at_all()
-            looks = (content.check_wanted, content.look_at_all)
+            looks = (self._check_wanted, content.look_at_all)
             s3.upload(store.fs, store.path(content.data), content.pieces, content.size, *looks)
         elif kept is not None:
             upload(store, str(kept), content.data)
@@ -263,14 +266,14 @@ class _Content:
     """What a data file is to hold, and the digests of its blocks as they become known."""
 
     def __init__(
-        self, plan: SavePlan, planner: SavePlanner, identity: dict[str, int], abandoned: threading.Event
+        self, plan: SavePlan, planner: SavePlanner, identity: dict[str, int], check_wanted: Callable[[], None]
     ) -> None:
         self.pieces: list[tuple[int, memoryview]] = []
         """Each one's place in the file and where it lies in memory."""
         self.size = 0
         self.data, self.index = data_name(**identity), index_name(**identity)
         self._identity = identity
-        self._abandoned = abandoned
+        self._check_wanted = check_wanted
         self._items = plan.items
         self._blocks: list[list[str]] = []
         for item in plan.items:
@@ -287,17 +290,12 @@ class _Content:
             ManifestError: it has changed.
             StoreError: nobody wants it any more.
         """
-        self.check_wanted()
+        self._check_wanted()
         first, digests, blocks = begin // BLOCK_BYTES, block_digests(memory), self._blocks[number]
         last = first + len(digests)
         if any(known and known != new for known, new in zip(blocks[first:last], digests, strict=True)):
             raise ManifestError(f"{self._items[number].index.fqn}: changed in memory while it was written")
         blocks[first:last] = digests
-
-    def check_wanted(self) -> None:
-        """Raises StoreError when nobody wants it any more."""
-        if self._abandoned.is_set():
-            raise StoreError("the save was abandoned")
 
     def look_at_all(self) -> None:
         in_threads(lambda number: self.look(number, 0, self.pieces[number][1]), range(len(self.pieces)), direct.THREADS)

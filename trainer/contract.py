@@ -631,6 +631,8 @@ FromWorker = (
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_AGENT_GONE = 75
+# It was to park, and cannot: nobody's failure.
+EXIT_CANNOT_PARK = 76
 
 
 # --- wire ------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ class GroupConnections:
     Sockets are known by their inode, which the kernel gives once, so that a descriptor's next owner is never meant.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store_port: int) -> None:
+        self._store_port = store_port
         self._lock = threading.Lock()
         self._own: set[int] = set()
         self._before: set[int] | None = None
@@ -60,7 +61,7 @@ class GroupConnections:
                 self._before = None
 
     def cut(self, both_ways: bool = False) -> int:
-        """Shut down those that there are now; how many there are. From any thread.
+        """Shut down those that there are now; how many there are, without the store's. From any thread.
 
         Listening sockets stay: gloo ends the process when it cannot accept.
 
@@ -72,7 +73,8 @@ class GroupConnections:
         with self._lock:
             found = _sockets()
             own = self._own if self._before is None else self._own | (set(found) - self._before)
-            return sum(_shut(found[inode], inode, how) for inode in own & set(found))
+            ports = [_shut(found[inode], inode, how) for inode in own & set(found)]
+        return sum(port not in (None, self._store_port) for port in ports)
 
 
 def _sockets() -> dict[int, int]:
@@ -85,19 +87,20 @@ def _sockets() -> dict[int, int]:
     return found
 
 
-def _shut(fd: int, inode: int, how: int) -> bool:
-    """Shut down a TCP connection, if the descriptor still is this socket's and it does not listen; whether it was."""
+def _shut(fd: int, inode: int, how: int) -> int | None:
+    """Shut down a TCP connection, if the descriptor still is this socket's and it does not listen; its peer's port."""
     with contextlib.suppress(OSError):
         copy = os.dup(fd)
         if os.fstat(copy).st_ino != inode:
             os.close(copy)
-            return False
+            return None
         with socket.socket(fileno=copy) as held:
             tcp = held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM
             if tcp and not held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                port: int = held.getpeername()[1]
                 held.shutdown(how)
-                return True
-    return False
+                return port
+    return None
 
 
 def connect_device_groups(mesh: DeviceMesh) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from trainer import pulse, recorder
 from trainer.contract import (
     EXIT_AGENT_GONE,
-    EXIT_FAILED,
+    EXIT_CANNOT_PARK,
     Assign,
     Copied,
     Inject,
@@ -61,7 +61,7 @@ class Assignment:
     """Set once the training thread is out of its loop."""
     over: threading.Event = field(default_factory=threading.Event)
     """Set once the process groups are gone: nothing is left to cut."""
-    connections: GroupConnections = field(default_factory=GroupConnections)
+    connections: GroupConnections = field(init=False)
     mesh: DeviceMesh | None = None
     """Once there is one."""
     interval: Interval = field(init=False)
@@ -74,6 +74,7 @@ class Assignment:
     """Process groups of this process's generations before, in its flight recorders."""
 
     def __post_init__(self) -> None:
+        self.connections = GroupConnections(self.order.store_port)
         self.interval = Interval(self.order.config.checkpoint.interval_steps)
 
     def park(self) -> None:
@@ -98,18 +99,32 @@ class Assignment:
         gloo can lose track of an exchange when a peer dies in the middle of it: it has ended all connections, and the
         exchange waits on. The agent would find out by the deadline, and so later.
         """
-        training, device = threading.main_thread().ident, self.order.config.device
-        assert training is not None
-        began = forgotten_since = time.monotonic()
+        began = time.monotonic()
+        waits = _Standstill()
         while not self.over.is_set():
-            now = time.monotonic()
-            left = self.connections.cut(both_ways=now - began > BOTH_WAYS_AFTER_S)
-            if left or device != "cpu" or self.unwound.is_set() or not pulse.standing(training)[0]:
-                forgotten_since = now
-            if now - forgotten_since > FORGOTTEN_S:
+            both_ways = time.monotonic() - began > BOTH_WAYS_AFTER_S
+            if self.connections.cut(both_ways) or self.unwound.is_set() or self.order.config.device != "cpu":
+                waits = _Standstill()
+            elif waits.lasts_s() > FORGOTTEN_S:
                 sys.stderr.write("an exchange waits on without any connection: this worker cannot park\n")
-                os._exit(EXIT_FAILED)
+                os._exit(EXIT_CANNOT_PARK)
             self.over.wait(CUT_INTERVAL_S)
+
+
+class _Standstill:
+    """How long the training thread has waited in one exchange, and computed nothing."""
+
+    def __init__(self) -> None:
+        self._began, self._where, self._computed_s = time.monotonic(), "", 0.0
+
+    def lasts_s(self) -> float:
+        now, training = time.monotonic(), threading.main_thread().ident
+        assert training is not None
+        waits, where = pulse.standing(training)
+        computed_s = time.clock_gettime(time.pthread_getcpuclockid(training))
+        if not waits or where != self._where or computed_s - self._computed_s > pulse.IDLE_SHARE * FORGOTTEN_S:
+            self._began, self._where, self._computed_s = now, where, computed_s
+        return now - self._began
 
 
 class Agent:

@@ -86,7 +86,7 @@ def summarized(dump: bytes, after: int, now_ns: int) -> tuple[dict[str, GroupRec
         by_group.setdefault(f"{transport} {entry['process_group'][0]}", []).append(entry)
     groups = {}
     for key, newest_first in list(by_group.items())[:GROUPS_MAX]:
-        under_way = [entry for entry in newest_first if not (entry["retired"] or entry["state"] == "completed")]
+        under_way = _under_way(newest_first, exact=not key.startswith("nccl"))
         pending = [entry for entry in under_way if not entry["is_p2p"]]
         groups[key] = GroupRecord(
             about=_words(newest_first[0]["process_group"][1]),
@@ -96,6 +96,18 @@ def summarized(dump: bytes, after: int, now_ns: int) -> tuple[dict[str, GroupRec
             waited_us=max(1, (now_ns - under_way[-1]["time_created_ns"]) // 1000) if under_way else 0,
         )
     return groups, [json.dumps(entry, separators=(",", ":")) for entry in entries[-ENTRIES_MAX:]]
+
+
+def _under_way(newest_first: list[dict[str, Any]], exact: bool) -> list[dict[str, Any]]:
+    """Of a group's entries those that are not complete. Not `exact`: what NCCL does together with others, torch never
+    marks as complete; but a group's exchanges are carried out in order, so what comes after such a one tells."""
+    found = []
+    for entry in newest_first:
+        if not (entry["retired"] or entry["state"] == "completed"):
+            found.append(entry)
+        elif not exact:
+            break
+    return found
 
 
 def _kind(entry: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ from storage.urls import StoreError
 from trainer import harm, pulse
 from trainer.audit import PeerStateError, StateAudit, StateCorruptError, StateDivergedError, replica_group
 from trainer.contract import (
+    EXIT_CANNOT_PARK,
     EXIT_FAILED,
     EXIT_FINISHED,
     Assign,
@@ -174,7 +175,7 @@ def serve(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Lef
             os._exit(EXIT_FAILED)
         if assign.config.device == "cuda" and leave_a_group_open(_chain(error)):
             sys.stderr.write("exchanges were broken off between their begin and their end: this worker cannot park\n")
-            os._exit(EXIT_FAILED)
+            os._exit(EXIT_CANNOT_PARK)
     # Past the except clause, which drops the error: its traceback holds all that the groups were made with.
     assignment.unwound.set()
     pulse_ended.set()
@@ -204,7 +205,7 @@ def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
         sys.stderr.write(
             "a snapshot has not ended, or the store still holds an earlier save: this worker cannot park\n"
         )
-        os._exit(EXIT_FAILED)
+        os._exit(EXIT_CANNOT_PARK)
     mesh, assignment.mesh = assignment.mesh, None
     destroy_groups(mesh)
     assignment.over.set()

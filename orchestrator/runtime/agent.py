@@ -65,6 +65,8 @@ head. A raylet gives a lost head a minute by default, and is missed by a control
 SPARE_AFTER_S = 10.0
 """Without a worker of the mesh, before a node gets ready as a spare: longer than what stands between two generations of
 a node that is wanted."""
+SPARE_TRIES = 5
+"""With growing waits: what is made ready and dies of it costs a processor's second or a device's opening each time."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 ABANDONED_S = 300.0
@@ -609,14 +611,18 @@ class Agent:
 
     async def _stay_ready(self) -> None:
         """A node that has had no part in the mesh for a while is a spare, and gets ready to take any."""
-        busy_at = time.monotonic()
+        busy_at, tries = time.monotonic(), 0
         while True:
             await asyncio.sleep(SPARE_AFTER_S / 4)
             if self._workers.pids():
+                busy_at, tries = time.monotonic(), 0
+            elif self._address and tries < SPARE_TRIES and time.monotonic() - busy_at > SPARE_AFTER_S * 2**tries:
+                try:
+                    tries += await asyncio.to_thread(self._workers.prepare_all, self._spec.worker_config)
+                except Exception:
+                    logger.exception("%s cannot get ready as a spare", self._node)
+                    tries += 1
                 busy_at = time.monotonic()
-            elif self._address and time.monotonic() - busy_at > SPARE_AFTER_S:
-                await asyncio.to_thread(self._workers.prepare_all, self._spec.worker_config)
-                busy_at = time.monotonic()  # what has died by itself comes again, and not at once
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""

@@ -210,22 +210,28 @@ class NodeWorkers:
         if plan is None:
             return
         with self._warming:
-            warm = [worker.rank for worker in self._workers.live() if worker.generation == 0]
-            missing = [rank for rank in plan.ranks if rank not in warm][: max(0, self._warm_workers - len(warm))]
+            warm = [worker for worker in self._workers.live() if worker.generation == 0]
+            # What a spare had more of, and did not need when it got its place.
+            self._workers.end(warm[self._warm_workers :], deadline_s=KILL_DEADLINE_S)
+            ranks = [worker.rank for worker in warm]
+            missing = [rank for rank in plan.ranks if rank not in ranks][: max(0, self._warm_workers - len(warm))]
             for rank in missing:
                 self._warm(rank, plan.ranks.index(rank), plan.config)
 
-    def prepare_all(self, config: contract.WorkerConfig) -> None:
-        """On a node that serves nobody: have a warm worker for each slot, as all will be wanted at once.
+    def prepare_all(self, config: contract.WorkerConfig) -> bool:
+        """On a node that serves nobody: have a warm worker for each slot, as all will be wanted at once. Whether there
+        was one to be made.
 
         For which ranks is not known before, so what their first steps cost is saved only in part.
         """
         if not self._warm_workers:
-            return
+            return False
         with self._warming:
             warm = {worker.rank % self._slots for worker in self._workers.live() if worker.generation == 0}
-            for slot in sorted(set(range(self._slots)) - warm):
+            missing = sorted(set(range(self._slots)) - warm)
+            for slot in missing:
                 self._warm(slot, slot, config)
+        return bool(missing)
 
     def _warm(self, rank: int, local_rank: int, config: contract.WorkerConfig) -> None:
         try:
@@ -310,6 +316,8 @@ class NodeWorkers:
 
     def _worker_exited(self, worker: Worker, status: ExitStatus) -> None:
         self._has_spoken(worker)
+        if status.exit_code == contract.EXIT_CANNOT_PARK:
+            return  # as if its agent had ended it: why the generation ends is told by others, or was by its last words
         exit_ = WorkerExit(
             generation=worker.generation,
             rank=worker.rank,

@@ -30,15 +30,17 @@ LOOK_US = 200_000
 """Between two looks of a watch: it adds to what a finding takes, twice where all nodes have to confirm it."""
 REPEAT_US = 1_000_000
 """Between two looks where a finding stands: thousands of nodes may tell the same."""
-EAGER_LOOKS = 8
+EAGER_LOOKS = 25
 """So many looks tell a finding until it counts as one that stands."""
 ATTENTION_US = 2_000_000
 """The most that one look adds to a watch's clock. What an agent has missed longer it has not seen."""
 STALE_US = 4_500_000
 """A rank whose last pulse is older than this cannot be said to wait still."""
-SETTLED_US = 3_000_000
-"""A rank that has waited in one place for less may be on its way between two exchanges: it does not count as waiting
-when somebody must be named."""
+SETTLED_US = 1_200_000
+"""A rank that has waited in one place for less, no longer than one pulse, may be on its way between two exchanges: it
+does not count as waiting when somebody must be named."""
+LATE_US = 500_000
+"""A pulse on its way, and the age of what another node has told."""
 PACE_FACTOR = 3
 """Patience over the slowest of the recent steps: a stall within it may be a garbage collection, a cold file, a burst of
 other load."""
@@ -48,7 +50,7 @@ rare and slower, and so many validation batches."""
 WAIT_SHARE = 0.75
 """Of the collective time-out: who has waited for so long will fail soon, and then nobody can be named."""
 READ_AHEAD_US = 2_000_000
-"""Flight recorders are read so long before a stall is told, and at most so often: an answer takes a tenth of it."""
+"""Flight recorders are read so long before a stall is told, and so often until it ends: an answer takes a tenth."""
 WORLD_SUM = " _sum_over_ranks"
 """The function of the training loop in which all ranks meet, as it stands in a rank's telling frames."""
 NAMED_MAX = 16
@@ -72,6 +74,8 @@ class Patience:
     save_us: int
     """For the last save, which waits for the store alone and not for `collective_us`: beyond its own deadline."""
     collective_us: int
+    waits_unseen: bool = False
+    """Whether ranks wait where their pulses cannot tell it from work, as scripts do on accelerators."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ class Standing:
     groups: dict[str, contract.GroupRecord] = field(default_factory=dict)
     """What its flight recorder tells, by transport and process group; empty: nothing was read of it."""
     recorded_us: int = 0
-    """How long, by that, it has been waiting for others."""
+    """How long, by that, it has been waiting for others, where pulses cannot tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +128,8 @@ class Stalled:
     stalled_us: int
     patience_us: int
     """For one who waits for others."""
+    slowest_us: int
+    """The slowest of the recent steps: so much later than another rank one may have begun to wait."""
     hopeless: bool
     """Whether it has lasted too long even if nobody waits for anybody."""
 
@@ -187,7 +193,7 @@ class _Rank:
 
     def recorded_us(self, clock: int) -> int:
         then_us = max((record.waited_us for record in self.groups.values()), default=0)
-        if then_us == 0 or self.silent_us(clock) > STALE_US:
+        if then_us == 0 or self.silent_us(clock) > STALE_US or clock - self.recorded_at > 2 * READ_AHEAD_US:
             return 0
         return min(then_us + clock - self.recorded_at, clock - self.progress_at)
 
@@ -278,13 +284,13 @@ class NodeWatch:
         return LOOK_US if self._telling_looks < EAGER_LOOKS else REPEAT_US
 
     def unread_recorders(self) -> list[int]:
-        """Ranks whose flight recorders are to be read now: the node is at a standstill that will soon be told."""
+        """Ranks whose flight recorders are to be read now: the node's standstill is told, or soon will be."""
         if self._over or not self._ranks or self._stalled_us() <= self._longest_patience_us() - READ_AHEAD_US:
             return []
         unread = []
         for number, rank in self._ranks.items():
             asked = rank.asked_at is not None and self._clock - rank.asked_at < READ_AHEAD_US
-            if not (rank.groups or asked or rank.phase in _START):
+            if not (asked or rank.phase in _START):
                 rank.asked_at = self._clock
                 unread.append(number)
         return unread
@@ -360,6 +366,7 @@ class NodeWatch:
             ranks=ranks,
             stalled_us=stalled_us,
             patience_us=patience_us,
+            slowest_us=slowest_us,
             hopeless=stalled_us > max(p.stall_floor_us, p.start_us, saving_us, PACE_FACTOR * slowest_us),
         )
 
@@ -374,7 +381,7 @@ class NodeWatch:
             status="" if seen is None else seen.status,
             exchanges=rank.exchanges,
             groups=rank.groups,
-            recorded_us=rank.recorded_us(self._clock),
+            recorded_us=rank.recorded_us(self._clock) if self._patience.waits_unseen else 0,
         )
 
 
@@ -450,8 +457,7 @@ def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
     nodes = {s.rank: node for node, report in stalled.items() for s in report.ranks}
     everyone = sorted((s for report in stalled.values() for s in report.ranks), key=_behind)
     long_us = max(report.stalled_us for report in stalled.values())
-    if all(s.waited_us < SETTLED_US for s in everyone):
-        # On an accelerator a script waits wherever it reads a value, which says nothing.
+    if all(s.waited_us < SETTLED_US and s.groups for s in everyone):
         everyone = [replace(s, waited_us=s.recorded_us) for s in everyone]
     gaps = _gaps(everyone)
 
@@ -459,7 +465,7 @@ def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
         told, others = _told_of(s, gaps)
         return _named(nodes[s.rank], s, detail + told, _recorded([s, *others], nodes))
 
-    if any(s.waited_us >= max(SETTLED_US, stalled[nodes[s.rank]].patience_us - PULSE_US) for s in everyone):
+    if any(s.waited_us >= _enough_us(stalled[nodes[s.rank]]) for s in everyone):
         free = [s for s in everyone if s.waited_us < SETTLED_US]
         waiting = len(everyone) - len(free)
         if free:
@@ -477,6 +483,15 @@ def _blame(stalled: dict[str, Stalled], stage_ranks: int) -> list[Hung]:
     told, others = _told_of_all(gaps)
     seen, recorded = (nodes[last.rank], last.rank), _recorded([last, *others], nodes)
     return [Hung(node="", slot=None, step=last.step, detail=detail + told, seen=seen, recorded=recorded)]
+
+
+def _enough_us(report: Stalled) -> int:
+    """How long one rank must have waited before those that do not are named.
+
+    Its patience, less the pulse by which a wait is seen late; and so long that all others who wait are seen to, though
+    they began a step later and their pulses come a pulse later.
+    """
+    return max(report.patience_us - PULSE_US, report.slowest_us + SETTLED_US + PULSE_US + LATE_US)
 
 
 def _out_of_step(everyone: list[Standing], stage_ranks: int) -> list[Standing]:

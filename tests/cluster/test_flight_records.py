@@ -59,7 +59,12 @@ BEGINS = {"late": "rank 2 does not wait for anybody while 3 others do"}
 def job(folder: Path, name: str) -> JobSpec:
     (folder / f"{name}.py").write_text(SCRIPT.replace("SUM", SUMS[name]).replace("DEVICE", DEVICE))
     values = {"run.url": folder / name, "cluster.log_dir": folder / "logs", "cluster.ram_dir": folder / "ram"}
-    values |= {"recovery.rank_silence_s": 30, "recovery.stall_floor_s": 5, "recovery.node_silence_s": 60}
+    values |= {
+        "cluster.device": DEVICE,
+        "recovery.rank_silence_s": 30,
+        "recovery.stall_floor_s": 5,
+        "recovery.node_silence_s": 60,
+    }
     overrides = [f"{key}={value}" for key, value in values.items()]
     words = ["python", str(folder / f"{name}.py"), str(folder)]
     return spec_of_command(words, overrides=overrides, name=name, nodes=2, procs_per_node=2)

@@ -57,13 +57,15 @@ class Agent:
 class World:
     """Ranks in steps of `slowest_us` at most; `late_us` bounds how late a starved rank's messages are."""
 
-    def __init__(self, random: Random, *, nodes: int, per_node: int, slowest_us: int, late_us: int) -> None:
+    def __init__(
+        self, random: Random, *, nodes: int, per_node: int, slowest_us: int, late_us: int, patience: Patience = PATIENCE
+    ) -> None:
         self.random, self.slowest_us, self.late_us = random, slowest_us, late_us
         self.now = 1_000 * S
         self.per_node = per_node
         self.ranks = [Rank(rank) for rank in range(nodes * per_node)]
         self.agents = {
-            f"n{node}": Agent(NodeWatch(GENERATION, tuple(self.ranks_of(node)), PATIENCE, self.now))
+            f"n{node}": Agent(NodeWatch(GENERATION, tuple(self.ranks_of(node)), patience, self.now))
             for node in range(nodes)
         }
         self.mesh = MeshWatch(tuple(self.agents))
@@ -179,6 +181,32 @@ def test_who_stops_is_found_in_time_and_named(seed: int, nodes: int, per_node: i
     assert at - began <= bound_us
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    floor_us=st.sampled_from([3 * S, 4_500_000, 6 * S]),
+    slowest_us=st.sampled_from([S // 4, S, S * 3 // 2]),
+    late_us=st.sampled_from([0, S // 4]),
+    nodes=st.integers(1, 4),
+)
+def test_who_loops_is_named_alone_however_short_the_patience(
+    seed: int, floor_us: int, slowest_us: int, late_us: int, nodes: int
+) -> None:
+    """Pulses show each wait up to a second late, and ranks begin to wait up to a step after each other."""
+    random = Random(seed)
+    patience = replace(PATIENCE, stall_floor_us=floor_us)
+    world = World(random, nodes=nodes, per_node=2, slowest_us=slowest_us, late_us=late_us, patience=patience)
+    for rank in world.ranks:
+        rank.pulse_at = world.now + random.randrange(S)
+    world.run(world.now + random.randrange(10 * S, 20 * S))
+    culprit = random.choice(world.ranks)
+    culprit.stuck, began = "loop", world.now
+    world.run(world.now + 60 * S)
+    ((at, hung),) = world.verdicts
+    assert hung.slot == culprit.rank
+    assert at - began <= max(floor_us, 2 * slowest_us + 2_700_000) + 3 * S
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_detection_outlives_an_agent_that_stands_still_again_and_again(seed: int) -> None:
@@ -235,6 +263,10 @@ class Node:
                     self.hear(contract.Pulse, rank, waiting=rank in self.waiting, where=self.place)
             told += self.watch.tick(self.now, lambda r: self.sightings.get(r, Sighting(status="running", unread=False)))
         return told
+
+
+def goes_on(report: Silent | Stalled) -> bool:
+    return isinstance(report, Stalled) and report.ranks == () and not report.hopeless
 
 
 def test_silence_means_nothing_before_the_first_step_unless_the_process_is_stopped() -> None:
@@ -299,7 +331,7 @@ def test_patience_follows_the_slowest_of_the_recent_steps_and_never_passes_the_c
     assert node.seconds(36) == []
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(*[S] * hangs.PACE_STEPS)
-    assert node.seconds(20)[0] == Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, hopeless=False)
+    assert goes_on(node.seconds(20)[0])
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(60 * S)
     assert not any(r.ranks for r in node.seconds(90) if isinstance(r, Stalled))
@@ -319,7 +351,7 @@ def test_who_is_waited_for_is_named_once_patience_is_over_however_late_a_pulse_s
     while not found:
         for report in node.seconds(1):
             found += mesh.feed("a", report)
-        assert node.now <= (max(floor_s, 4) + 1) * S, "a rank that seems to wait for less than 3 s may be in between"
+        assert node.now <= (max(floor_s, 5) + 1) * S
     assert [hung.slot for hung in found] == [0]
 
 
@@ -352,7 +384,7 @@ def test_a_first_step_is_given_time_by_those_of_generations_before() -> None:
     assert node.seconds(27) == []
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(S)
-    assert node.seconds(20)[0] == Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, hopeless=False)
+    assert goes_on(node.seconds(20)[0])
     assert isinstance(node.seconds(1)[0], Stalled)
 
 
@@ -486,7 +518,12 @@ def standing(rank: int, waited_s: float, step: int = 17, phase: str = "compute")
 
 def stalled(*standings: hangs.Standing, seconds: int = 21, hopeless: bool = False) -> Stalled:
     return Stalled(
-        generation=GENERATION, ranks=standings, stalled_us=seconds * S, patience_us=20 * S, hopeless=hopeless
+        generation=GENERATION,
+        ranks=standings,
+        stalled_us=seconds * S,
+        patience_us=20 * S,
+        slowest_us=S,
+        hopeless=hopeless,
     )
 
 
@@ -716,23 +753,31 @@ def test_where_no_pulse_shows_a_wait_the_flight_records_do() -> None:
     assert hung.detail.endswith(f"; it has not begun {IN_WORLD}, in which 3 others wait")
     soon = [replace(rank, recorded_us=min(rank.recorded_us, 5 * S)) for rank in ranks]
     assert MeshWatch(("a",)).feed("a", stalled(*soon)) == [], "nobody has waited for long"
+    unknown = [replace(ranks[0], groups={}), *ranks[1:]]
+    assert MeshWatch(("a",)).feed("a", stalled(*unknown)) == [], "it has not answered"
     shown = [replace(ranks[0], waited_us=30 * S), *ranks[1:]]
     hung, *_ = MeshWatch(("a",)).feed("a", stalled(*shown))
     assert hung.slot == 1 and "nor do 2 more" in hung.detail, "where a pulse shows one, the others' count"
 
 
 def test_a_recorded_wait_goes_on_while_its_rank_lives_and_is_no_longer_than_the_standstill() -> None:
-    node = Node(0, 1)
-    node.phase("compute")
-    node.steps(S)
-    node.seconds(10)
-    for rank, waited_us in ((0, 4 * S), (1, 90 * S)):
-        node.hear_recorded(rank, {WORLD: contract.GroupRecord(about="world", begun=9, waits=9, waited_us=waited_us)})
-    *_, report = node.seconds(11)
-    assert [standing.recorded_us for standing in report.ranks] == [15 * S, 21 * S]
+    def told_then(node: Node) -> list[int]:
+        node.phase("compute")
+        node.steps(S)
+        node.seconds(18)
+        for rank, waited_us in ((0, 4 * S), (1, 90 * S)):
+            record = contract.GroupRecord(about="world", begun=9, waits=9, waited_us=waited_us)
+            node.hear_recorded(rank, {WORLD: record})
+        *_, report = node.seconds(3)
+        return [standing.recorded_us for standing in report.ranks]
+
+    node = Node(0, 1, patience=replace(PATIENCE, waits_unseen=True))
+    assert told_then(node) == [7 * S, 21 * S]
     node.quiet = {1}
-    *_, report = node.seconds(6)
-    assert [standing.recorded_us for standing in report.ranks] == [21 * S, 0]
+    *_, report = node.seconds(2)
+    assert [standing.recorded_us for standing in report.ranks] == [0, 0], "it has not been asked again for 5 s"
+    assert node.watch.unread_recorders() == [0, 1]
+    assert told_then(Node(0, 1)) == [0, 0], "pulses tell"
 
 
 def test_without_flight_recorders_nothing_is_said_of_them() -> None:
@@ -757,11 +802,12 @@ def test_flight_recorders_are_read_before_a_stall_is_told_and_again_when_it_move
     (report, *_) = node.seconds(2)
     assert isinstance(report, Stalled)
     assert [s.groups for s in report.ranks] == [records, {}]
-    assert node.watch.unread_recorders() == [1], "once more: it has not answered"
+    assert node.watch.unread_recorders() == [0, 1], "once more: it may be true no more"
     node.hear_recorded(1, records)
     assert node.watch.unread_recorders() == []
     node.hear(contract.Pulse, 0, waiting=True, where="wait", exchanges={"w": 10})
-    assert node.watch.unread_recorders() == [0], "what it told is true no more"
+    (report, *_) = node.seconds(1)
+    assert [bool(s.groups) for s in report.ranks] == [False, True], "what it told is true no more"
     node.hear_recorded(0, records)
     node.steps(S)
     node.seconds(1)

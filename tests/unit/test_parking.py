@@ -283,12 +283,15 @@ def test_who_waits_on_in_an_exchange_without_any_connection_ends(
     monkeypatch.setattr(link, "BOTH_WAYS_AFTER_S", 0.2)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(link.pulse, "standing", lambda thread: (waits, "all_reduce"))
+    monkeypatch.setattr(
+        link.pulse, "IDLE_SHARE", 1e9
+    )  # this thread's own, which waits for the verdict, is not at issue
     monkeypatch.setattr(assignment.connections, "cut", cut)
     if unwound:
         assignment.unwound.set()
     assignment.park()
     assert assignment.over.wait(DEADLINE_S)
-    assert exits == [contract.EXIT_FAILED] * ends
+    assert exits == [contract.EXIT_CANNOT_PARK] * ends
     assert not cuts[0]
     assert ends or cuts[-1], "what does not attend to its connections is cut off both ways, after a while"
 
@@ -296,15 +299,17 @@ def test_who_waits_on_in_an_exchange_without_any_connection_ends(
 def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     foreign, theirs = socket.create_connection(listener.getsockname()), listener.accept()[0]
-    connections = GroupConnections()
+    store = socket.create_server(("127.0.0.1", 0))
+    connections = GroupConnections(store.getsockname()[1])
     with connections.opening():
+        to_store, of_store = socket.create_connection(store.getsockname()), store.accept()[0]
         late_listener = socket.create_server(("127.0.0.1", 0))
         own, peer = socket.create_connection(late_listener.getsockname()), late_listener.accept()[0]
         pair = socket.socketpair()
-        assert connections.cut() == 2, "also while groups are made"
-        assert own.recv(1) == peer.recv(1) == b""
+        assert connections.cut() == 3, "also while groups are made; of the store's, its own end"
+        assert own.recv(1) == peer.recv(1) == to_store.recv(1) == b""
         own.sendall(b"x")  # what is on its way may go
-        assert connections.cut(both_ways=True) == 2
+        assert connections.cut(both_ways=True) == 3
         with pytest.raises(BrokenPipeError):
             own.sendall(b"x")
     later = socket.create_connection(late_listener.getsockname())
@@ -323,5 +328,5 @@ def test_only_the_connections_of_the_groups_are_cut_and_no_listener() -> None:
     assert theirs.recv(1) == b"x"
     assert socket.create_connection(late_listener.getsockname()), "who listens still does"
     os.close(number)
-    for each in (listener, late_listener, foreign, theirs, peer, second, later, *pair):
+    for each in (listener, late_listener, foreign, theirs, peer, second, later, store, to_store, of_store, *pair):
         each.close()

@@ -178,6 +178,22 @@ def test_the_recorder_of_nccl_is_read_alike() -> None:
     assert recorder.summarized(dump(), after=2, now_ns=9_000_000) == ({}, [])
 
 
+def test_what_nccl_carried_out_together_counts_as_complete_once_later_things_are() -> None:
+    """torch never marks the members of a `batch_isend_irecv`, only what stands for all of them."""
+    member = {"is_p2p": True, "retired": False, "state": "scheduled", "profiling_name": "nccl:send 0->1"}
+    whole = {"is_p2p": True, "profiling_name": "nccl:coalesced"}
+
+    def waited_us(*entries: dict[str, Any]) -> int:
+        groups, _ = recorder.summarized(dump(*entries), after=2, now_ns=9_000_000)
+        return groups["nccl 0"].waited_us
+
+    assert waited_us(member, member, whole) == 0
+    assert waited_us(member, whole, member | {"time_created_ns": 4_000_000}) == 5_000
+    gloo = {"retired": False, "state": "scheduled", "profiling_name": "gloo:all_reduce"}
+    groups, _ = recorder.summarized(dump(gloo, gloo | {"retired": True}), after=2, now_ns=9_000_000)
+    assert groups["gloo 0"].waited_us == 8_999, "two threads carry out gloo's"
+
+
 def reading(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     reader: Callable[..., bytes] = lambda collectives, active: text  # noqa: E731
     monkeypatch.setattr(_distributed_c10d, "_dump_fr_trace_json", reader)

@@ -295,7 +295,7 @@ def test_each_duration_of_a_step_is_the_slowest_nodes(what):
 
 
 def test_what_only_one_node_can_tell_stays_between_what_it_told_before_and_after():
-    stalled = Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, hopeless=False)
+    stalled = Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, slowest_us=0, hopeless=False)
     exited = Exited(generation=GENERATION, rank=0, exit_code=1, signal=None)
     told = group(("a", node_step(21)), ("b", stalled), ("b", node_step(21)), ("a", exited), ("b", exited))
     assert [(list(t.tellers), type(t.report)) for t in told] == [

@@ -51,7 +51,7 @@ def test_the_effective_document_is_a_job_itself(tmp_path: Path, monkeypatch: pyt
 
 def test_patience_that_is_set_stays() -> None:
     assert parse(script(recovery={"stall_floor_s": 7})).recovery.stall_floor_s == 7
-    assert parse({"run": {"name": "llama"}}).recovery.stall_floor_s == 5
+    assert parse({"run": {"name": "llama"}}).recovery.stall_floor_s == 4.5
 
 
 @pytest.mark.parametrize(
