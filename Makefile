@@ -38,9 +38,9 @@ test: setup
 
 # Training, parking, audit and recovery on the first GPU, which all ranks share; snapshots lie where CUDA can pin them.
 test-gpu: setup
-	SHEPHERD_TEST_DEVICE=cuda $(BIN)/python -m pytest --basetemp /dev/shm/shepherd-test-gpu --durations 12 \
-	tests/unit/test_parallel.py tests/unit/test_audit_ranks.py tests/unit/test_parking.py \
-	tests/cluster/test_recovery.py tests/cluster/test_hangs.py
+	SHEPHERD_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "long or not long" --basetemp /dev/shm/shepherd-test-gpu \
+	--durations 12 tests/unit/test_parallel.py tests/unit/test_audit_ranks.py tests/unit/test_parking.py \
+	tests/cluster/test_recovery.py tests/cluster/test_hangs.py tests/cluster/test_flight_records.py
 
 # Tests marked long, some on S3 servers that are installed first (LocalStack, Ceph, rclone), then chaos of 60 seeds, 300
 # flipped bits and 2,000 clean steps. Every part runs, also after one that has failed.

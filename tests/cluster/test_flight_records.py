@@ -42,11 +42,12 @@ for step in range(1, 31):
 dist.destroy_process_group()
 """
 SUMS = {
-    # NCCL does not compare what ranks bring: it may take one for the other.
-    **({} if DEVICE == "cuda" else {"another": "dist.barrier() if odd else dist.all_reduce(all_ours)"}),
+    "another": "dist.barrier() if odd else dist.all_reduce(all_ours)",
     "none": "odd or dist.all_reduce(all_ours)",
     "late": "while odd: time.sleep(0.01)\n    dist.all_reduce(all_ours)",
 }
+# NCCL does not compare what ranks bring; and it begins what comes later, so that counts do not show what was left out.
+KINDS = [kind for kind in SUMS if DEVICE == "cpu" or kind == "late"]
 SUM = rf"all_reduce of 8 elements, number 10 of group default_pg \({'nccl' if DEVICE == 'cuda' else 'gloo'} 0\)"
 SAYS = {
     "another": rf"; it waits in barrier where 3 others wait in {SUM}",
@@ -70,7 +71,7 @@ def job(folder: Path, name: str) -> JobSpec:
     return spec_of_command(words, overrides=overrides, name=name, nodes=2, procs_per_node=2)
 
 
-@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_who_has_not_begun_what_the_others_wait_in_is_named(cluster: Cluster, tmp_path: Path, kind: str) -> None:
     spec = job(tmp_path, kind)
     status, told = train(spec)
