@@ -64,6 +64,8 @@ _ROOTS = (
     "update",
     "grow",
 )
+# Of the last ones the first seen: when the mesh is halted for a change, ranks that hear of it later miss their peers.
+_FIRST_SEEN_FROM = _ROOTS.index("collective")
 
 # Nothing has failed: a change that can wait for a quiet moment, and was ordered in one.
 PLANNED = ("slow", "leave", "update", "grow")
@@ -384,7 +386,7 @@ def durable_decision(state: State, mesh: tuple[str, ...], layout: Layout, why: s
 
 
 def _telling(evidence: Evidence) -> tuple[int, int]:
-    return (_ROOTS.index(evidence.kind), evidence.at)
+    return (min(_ROOTS.index(evidence.kind), _FIRST_SEEN_FROM), evidence.at)
 
 
 def _what(incident: Incident) -> str:

@@ -113,7 +113,7 @@ def config_of(parallel: ParallelConfig = SINGLE, n_layers: int = 4, **changes: A
         device=DEVICE,
         dtype="float32",
         validation_interval_steps=10,
-        collective_timeout_s=30.0,
+        collective_timeout_s=120.0,
         model=replace(load_preset("tiny"), n_layers=n_layers),
         data=contract.DataConfig(seq_len=32, global_batch=8, validation_batches=2),
         parallel=parallel,
