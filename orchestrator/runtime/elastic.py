@@ -201,6 +201,9 @@ class NodeWorkers:
         """The live workers that have, or had, an assignment: all but the warm ones."""
         return [worker for worker in self._workers.live() if worker.generation > 0]
 
+    def _unassigned(self) -> list[Worker]:
+        return [worker for worker in self._workers.live() if worker.generation == 0]
+
     def replenish(self) -> None:
         """Have as many warm workers as there shall be, each for one of the ranks of the newest generation.
 
@@ -210,7 +213,7 @@ class NodeWorkers:
         if plan is None:
             return
         with self._warming:
-            warm = [worker for worker in self._workers.live() if worker.generation == 0]
+            warm = self._unassigned()
             # What a spare had more of, and did not need when it got its place.
             self._workers.end(warm[self._warm_workers :], deadline_s=KILL_DEADLINE_S)
             ranks = [worker.rank for worker in warm]
@@ -227,7 +230,7 @@ class NodeWorkers:
         if not self._warm_workers:
             return False
         with self._warming:
-            warm = {worker.rank % self._slots for worker in self._workers.live() if worker.generation == 0}
+            warm = {worker.rank % self._slots for worker in self._unassigned()}
             missing = sorted(set(range(self._slots)) - warm)
             for slot in missing:
                 self._warm(slot, slot, config)

@@ -176,3 +176,21 @@ def on_ranks(function: Any, config: WorkerConfig, *arguments: Any) -> list[Any]:
 
 def of_type(messages: list[Any], kind: type) -> list[Any]:
     return [message for message in messages if isinstance(message, kind)]
+
+
+def order_of(config: WorkerConfig, **changes: Any) -> contract.Assign:
+    """An assignment of the first rank, from new weights, whose store nobody serves."""
+    order = contract.Assign(
+        epoch=1,
+        generation=1,
+        rank=0,
+        world_size=config.parallel.world_size,
+        local_rank=0,
+        node="node-a",
+        store_host="127.0.0.1",
+        store_port=1,
+        restore=contract.Restore(source="init"),
+        config=config,
+        ram_dir="",
+    )
+    return replace(order, **changes)

@@ -28,6 +28,7 @@ GRID_US = S // 4
 PATIENCE = Patience(
     rank_silence_us=8 * S, stall_floor_us=20 * S, start_us=300 * S, save_us=720 * S, collective_us=120 * S
 )
+GOES_ON = Stalled(generation=GENERATION, ranks=(), stalled_us=0, patience_us=0, slowest_us=S, hopeless=False)
 
 
 @dataclass
@@ -265,10 +266,6 @@ class Node:
         return told
 
 
-def goes_on(report: Silent | Stalled) -> bool:
-    return isinstance(report, Stalled) and report.ranks == () and not report.hopeless
-
-
 def test_silence_means_nothing_before_the_first_step_unless_the_process_is_stopped() -> None:
     node = Node(0, 1)
     node.phase("build")
@@ -331,7 +328,7 @@ def test_patience_follows_the_slowest_of_the_recent_steps_and_never_passes_the_c
     assert node.seconds(36) == []
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(*[S] * hangs.PACE_STEPS)
-    assert goes_on(node.seconds(20)[0])
+    assert node.seconds(20)[0] == GOES_ON
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(60 * S)
     assert not any(r.ranks for r in node.seconds(90) if isinstance(r, Stalled))
@@ -384,7 +381,7 @@ def test_a_first_step_is_given_time_by_those_of_generations_before() -> None:
     assert node.seconds(27) == []
     assert isinstance(node.seconds(1)[0], Stalled)
     node.steps(S)
-    assert goes_on(node.seconds(20)[0])
+    assert node.seconds(20)[0] == GOES_ON
     assert isinstance(node.seconds(1)[0], Stalled)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_sessions import DEVICE, config_of
+from rank_sessions import DEVICE, config_of, order_of
 from test_worker import DEADLINE_S, INIT, Process, assign, numbers, run_to_the_end, spawn, workers
 from torch import distributed
 from torch.distributed import distributed_c10d
@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d
 from storage import ram
 from storage.durable_write import Writer
 from trainer import contract, link
-from trainer.contract import Assign, ParallelConfig, Restore, WorkerConfig, send
+from trainer.contract import ParallelConfig, Restore, WorkerConfig, send
 from trainer.groups import GroupConnections, leave_a_group_open
 
 # TP and replicas: DTensor's caches and groups of several dimensions stand between a parked worker and its next mesh.
@@ -254,19 +254,7 @@ def test_what_is_broken_off_between_begin_and_end_is_known_by_its_error(monkeypa
 def test_who_waits_on_in_an_exchange_without_any_connection_ends(
     monkeypatch: pytest.MonkeyPatch, waits: bool, open_ones: int, unwound: bool, ends: bool
 ) -> None:
-    order = Assign(
-        epoch=1,
-        generation=1,
-        rank=0,
-        world_size=4,
-        local_rank=0,
-        node="node-a",
-        store_host="127.0.0.1",
-        store_port=1,
-        restore=INIT,
-        config=replace(SQUARE, device="cpu"),
-        ram_dir="",
-    )
+    order = order_of(replace(SQUARE, device="cpu"))
     assignment, cuts, exits = link.Assignment(order), [], []
 
     def cut(both_ways: bool) -> int:

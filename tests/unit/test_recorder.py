@@ -11,32 +11,16 @@ from typing import Any
 import pytest
 import torch
 from parallel_pool import run_ranks
-from rank_sessions import SINGLE, config_of
+from rank_sessions import SINGLE, config_of, order_of
 from torch import distributed
 from torch._C import _distributed_c10d
 
 from trainer import contract, recorder
-from trainer.contract import Assign, GroupRecord, ReadRecorder, Receiver, Recorded, Restore, frame
+from trainer.contract import GroupRecord, ReadRecorder, Receiver, Recorded, frame
 from trainer.link import Agent
 
 DEADLINE_S = 30.0
 GENERATION = 4
-
-
-def order() -> Assign:
-    return Assign(
-        epoch=1,
-        generation=GENERATION,
-        rank=7,
-        world_size=1,
-        local_rank=0,
-        node="node-a",
-        store_host="127.0.0.1",
-        store_port=1,
-        restore=Restore(source="init"),
-        config=config_of(SINGLE),
-        ram_dir="",
-    )
 
 
 kept_open: list[Listener] = []
@@ -49,7 +33,7 @@ class Listener:
         self.ours, theirs = socket.socketpair()
         self.ours.settimeout(DEADLINE_S)
         self.agent = Agent(theirs)
-        self.ours.sendall(frame(order()))
+        self.ours.sendall(frame(order_of(config_of(SINGLE), generation=GENERATION, rank=7)))
         self.agent.next_work()
 
     def asked(self) -> Recorded:

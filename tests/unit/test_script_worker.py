@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from parallel_pool import CONTEXT
+from rank_sessions import order_of
 
 from orchestrator.spec import parse
 from trainer import contract, script
-from trainer.contract import Assign, Receiver, Restore, send
+from trainer.contract import Receiver, send
 
 DEADLINE_S = 60.0
 
@@ -69,19 +70,8 @@ def worker(folder: Path, text: str, *arguments: str, command: list[str] | None =
         "run": {"name": "own", "url": str(folder / "run")},
         "script": {"command": command or ["python", "code/own.py", *arguments], "folder": str(folder)},
     }
-    order = Assign(
-        epoch=1,
-        generation=3,
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        node="a",
-        store_host="127.0.0.1",
-        store_port=9,
-        restore=Restore(source="init"),
-        config=parse(document).worker_config,
-        ram_dir=str(folder / "ram"),
-    )
+    config = parse(document).worker_config
+    order = order_of(config, generation=3, node="a", store_port=9, ram_dir=str(folder / "ram"))
     ours, theirs = socket.socketpair()
     process = CONTEXT.Process(target=serve, args=(theirs, str(folder / "out")), daemon=True)
     process.start()

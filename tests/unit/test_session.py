@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from rank_sessions import order_of
 
 import shepherd
 from orchestrator.spec import parse
 from storage.commits import create_commit
 from storage.manifest import Commit, ManifestError, RankPart, commit_name
 from trainer import contract
-from trainer.contract import Assign, Restore
+from trainer.contract import Restore
 from trainer.link import Assignment
 from trainer.managed import Managed
 from trainer.session import Session
@@ -47,17 +48,14 @@ class Rank:
             "script": {"command": ["python", "train.py"]},
             "checkpoint": checkpoint,
         }
-        order = Assign(
-            epoch=1,
+        config = parse(document).worker_config
+        order = order_of(
+            config,
             generation=generation,
-            rank=0,
-            world_size=1,
-            local_rank=0,
             node="a",
             store_host="",
             store_port=0,
             restore=restore,
-            config=parse(document).worker_config,
             ram_dir=str(folder / "ram"),
         )
         self.agent = Recorder()

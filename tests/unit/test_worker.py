@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from parallel_pool import CONTEXT, share_one_gpu
-from rank_sessions import DEVICE, SeededTokens, config_of
+from rank_sessions import DEVICE, SeededTokens, config_of, order_of
 from torch import distributed
 
 from storage.commits import create_commit
@@ -29,7 +29,7 @@ from storage.manifest import Commit, ManifestError, RankPart
 from storage.urls import StoreError
 from trainer import contract, worker
 from trainer.audit import PeerStateError, StateCorruptError, StateDivergedError
-from trainer.contract import Assign, ParallelConfig, Receiver, Restore, WorkerConfig, send
+from trainer.contract import ParallelConfig, Receiver, Restore, WorkerConfig, send
 from trainer.loop import NonFiniteError
 
 # A world of two is up in about 2 s on one core; the rest is for a loaded machine.
@@ -102,17 +102,13 @@ def assign(
     generation: int,
     **changes: Any,
 ) -> None:
-    order = Assign(
-        epoch=1,
+    order = order_of(
+        replace(config, url=str(folder / "run")),
         generation=generation,
         rank=rank,
-        world_size=config.parallel.world_size,
         local_rank=rank if DEVICE == "cpu" else 0,
-        node="node-a",
-        store_host="127.0.0.1",
         store_port=store_port,
         restore=restore,
-        config=replace(config, url=str(folder / "run")),
         ram_dir=str(folder / "ram"),
     )
     send(process.sock, replace(order, **changes))
