@@ -65,6 +65,7 @@ def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(cluster: C
             case 2 if status.generation == 3:
                 pids.append(worker_pids(spec, status))
                 assert (status.ledger_us["detection"], status.ledger_us["recomputed"]) == (0, 0)
+                slow.write_text("import time; time.sleep(1)")  # for the run to be there when the controller is back
                 os.kill(status.controller_pid, signal.SIGKILL)
             case 3 if status.epoch == 2:
                 slow.unlink()

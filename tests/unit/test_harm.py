@@ -147,13 +147,19 @@ def test_what_cannot_be_done_is_told_too(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_exception_comes_out_of_the_main_threads_own_line() -> None:
     told: list[Any] = []
     deadline = time.monotonic() + 20
-    thread = threading.Thread(target=harm.obey, args=(Inject(number=7, fault="exception"), victim(None, told)))
+    training = threading.Event()
+
+    def obey() -> None:
+        assert training.wait(20)
+        harm.obey(Inject(number=7, fault="exception"), victim(None, told))
 
     def train() -> None:
-        thread.start()
+        training.set()
         while time.monotonic() < deadline:
             pass
 
+    thread = threading.Thread(target=obey)
+    thread.start()  # in peace: it is Python too, and takes an exception of another thread for a start that failed
     with pytest.raises(harm.InjectedFault, match="fault 7, as ordered") as raised:
         train()
     thread.join(10)
