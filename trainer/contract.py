@@ -417,6 +417,14 @@ class Phase:
     phase: Literal["rendezvous", "build", "restore", "compute", "checkpoint", "validate"]
 
 
+Process = Literal["parked", "warm", "forked"]
+PROCESSES: dict[Process, str] = {
+    "parked": "it had served the generation before, and kept its process",
+    "warm": "it was made ready before anybody needed it",
+    "forked": "it was made for this generation",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Restored:
     """The worker stands before its first step with the assigned state."""
@@ -430,6 +438,8 @@ class Restored:
     restore_us: int
     versions: dict[str, str] = field(default_factory=dict)
     """The rank's numeric class: library versions, instruction set, threads and the like, for the commit record."""
+    process: Process = "forked"
+    """Where the process came from that fills the rank's slot."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ def _announce(work: Assignment, agent: Agent) -> None:
             build_us=0,
             restore_us=0,
             versions=versions,
+            process="forked",
         )
     )
 

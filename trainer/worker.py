@@ -47,6 +47,7 @@ from trainer.contract import (
     Parked,
     Phase,
     Prepare,
+    Process,
     Restored,
 )
 from trainer.data import open_dataset
@@ -112,11 +113,12 @@ def main(sock: socket.socket) -> int:
     """
     agent = Agent(sock)
     place: tuple[object, ...] = ()
+    process: Process = "forked"
     saving = threading.Thread()
     while True:
         work = agent.next_work()
         if isinstance(work, Prepare):
-            place = (work.rank, work.config.parallel)
+            place, process = (work.rank, work.config.parallel), "warm"
             prepare(work)
             agent.emit(Parked(generation=0, rank=work.rank, step=0))
             continue
@@ -124,11 +126,11 @@ def main(sock: socket.socket) -> int:
         before, place = place, (assign.rank, assign.config.parallel)
         if before not in ((), place):
             forget_meshes()
-        left = serve(work, agent, saving)
+        left = serve(work, agent, process, saving)
         if left is None:
             return EXIT_FINISHED
         agent.emit(Parked(generation=assign.generation, rank=assign.rank, step=left.step))
-        saving = left.saving
+        process, saving = "parked", left.saving
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,13 @@ class Left:
     """See `Checkpointer.hanging`."""
 
 
-def serve(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Left | None:
+def serve(assignment: Assignment, agent: Agent, process: Process, saving: threading.Thread) -> Left | None:
     """Serve one assignment, until it is left, or None, because the run is over.
 
     A failure that is not another rank's ends the process.
 
     Args:
+        process: what this one is.
         saving: as the assignment before was left.
     """
     assign = assignment.order
@@ -157,7 +160,7 @@ def serve(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Lef
 
     pulse_ended = pulse.start(assign.generation, assign.rank, step, agent.emit)
     try:
-        session = start(assignment, agent, saving)
+        session = start(assignment, agent, process, saving)
         assignment.on_copied = session.copies.ended
         assignment.on_inject = partial(harm.obey, victim=_victim(assign, step, agent, session))
         train(session, saved_step=assign.restore.step if assign.restore.source == "durable" else -1)
@@ -213,7 +216,7 @@ def _let_go(assignment: Assignment, checkpointer: Checkpointer | None) -> None:
     sys.stderr.flush()
 
 
-def start(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Session:
+def start(assignment: Assignment, agent: Agent, process: Process, saving: threading.Thread) -> Session:
     """Join the generation and bring this rank to the assigned state, timing each part.
 
     Raises:
@@ -274,6 +277,7 @@ def start(assignment: Assignment, agent: Agent, saving: threading.Thread) -> Ses
             build_us=build_us,
             restore_us=clock.lap_us(),
             versions=numeric_class(config),
+            process=process,
         )
     )
     return Session(

@@ -17,7 +17,7 @@ again, and when an agent comes back under a new name, the old one's NodeLost com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from storage.manifest import Certificate
 from trainer.contract import Degrees
@@ -350,6 +350,8 @@ class GenerationReady:
     rendezvous_us: int
     build_us: int
     restore_us: int
+    processes: dict[str, int] = field(default_factory=dict)
+    """How many slots are filled by which kind of process; see contract.PROCESSES."""
 
 
 @dataclass(frozen=True, kw_only=True)

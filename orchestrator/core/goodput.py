@@ -14,8 +14,11 @@ so every counter only grows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from trainer.contract import PROCESSES
 
 Label = Literal[
     "productive",
@@ -75,6 +78,8 @@ class Ledger:
     empty_label: Label = "provisioning"
     """What a place without a usable node counts as."""
     totals: dict[Label, int] = field(default_factory=lambda: dict.fromkeys(LABELS, 0))
+    processes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PROCESSES, 0))
+    """How many slots of all generations that came up were filled by which kind of process."""
 
     def advance(self, at: int) -> None:
         """Settle all that needs no further knowledge, up to `at`."""
@@ -117,6 +122,11 @@ class Ledger:
         self.pending_since = None
         self.mesh_label = then
         return span * self.mesh_nodes
+
+    def fill(self, processes: Mapping[str, int]) -> None:
+        """A generation has come up with these."""
+        for process, slots in processes.items():
+            self.processes[process] = self.processes.get(process, 0) + slots
 
     def populate(self, mesh_nodes: int, spare_nodes: int) -> None:
         """From now on this many places hold nodes of the mesh, and this many hold spares."""

@@ -204,6 +204,8 @@ class Incident:
     rendezvous_us: int = 0
     build_us: int = 0
     restore_us: int = 0
+    processes: dict[str, int] = field(default_factory=dict)
+    """With which the mesh went on; see contract.PROCESSES."""
     cost_us: int = 0
     """Node-microseconds of detection, recovery, waiting and recomputation that it caused."""
     ledger_before_us: int = 0

@@ -277,8 +277,9 @@ class Supervisor:
             s.grown_in_vain = 0
         s.ledger.settle("other", then="recovery")
         s.ledger.train()
+        s.ledger.fill(event.processes)
         if s.incident is not None:
-            s.incident.ready_at = event.at
+            s.incident.ready_at, s.incident.processes = event.at, dict(event.processes)
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
             if s.is_open_ended and s.high_water == 0:  # a script that has told no step may never tell one

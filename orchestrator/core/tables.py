@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.core.goodput import LABELS
 from orchestrator.core.state import JOB_STATES, NODE_STATES, STANDINGS, TRUSTS, VERIFICATIONS
+from trainer.contract import PROCESSES
 
 
 def page() -> str:
@@ -40,6 +41,10 @@ def page() -> str:
             "## A microsecond of a node counts as",
             "",
             *_table("label", LABELS),
+            "",
+            "## The process that fills a slot when a generation comes up is",
+            "",
+            *_table("process", PROCESSES),
             "",
         ]
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -63,11 +64,17 @@ def serve_metrics(spec: JobSpec, status: Callable[[], Status], loop: asyncio.Abs
         OSError: the port is taken.
     """
 
-    async def picture() -> Status:
-        return status()
-
     def scrape() -> Status:
-        return asyncio.run_coroutine_threadsafe(picture(), loop).result(SCRAPE_DEADLINE_S)
+        told: Future[Status] = Future()
+
+        def tell() -> None:
+            try:
+                told.set_result(status())
+            except Exception as error:
+                told.set_exception(error)
+
+        loop.call_soon_threadsafe(tell)
+        return told.result(SCRAPE_DEADLINE_S)
 
     registry = CollectorRegistry()
     server, _ = start_http_server(spec.metrics.port, spec.metrics.bind, registry)
@@ -135,6 +142,9 @@ def _time(s: Status, spec: JobSpec) -> Iterable[Family]:
     text = "Node-seconds by ledger label; with the step in flight they add up to wall-clock x places."
     seconds = {(label,): value for label, value in s.ledger_s.items()}
     yield _labelled(run, CounterMetricFamily, "node_seconds", text, ("label",), seconds)
+    text = "Slots of generations that came up, by the process that filled each."
+    filled = {(process,): n for process, n in s.processes.items()}
+    yield _labelled(run, CounterMetricFamily, "slots_filled", text, ("process",), filled)
 
 
 def _checkpoints(s: Status, spec: JobSpec) -> Iterable[Family]:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from orchestrator.core.goodput import LABELS
 from orchestrator.core.state import DISTRUSTED, EXIT_STOPPED
+from orchestrator.observe.notices import by_process
 from orchestrator.observe.status import Status
 from orchestrator.spec import JobSpec
 from storage.redact import redacted
@@ -185,6 +186,8 @@ def print_ledger(console: Console, status: Status) -> None:
     total = sum(status.ledger_us.values()) + status.pending_us
     table.add_row("sum", f"{total / 1e6:,.1f}", f"{total / status.owed_us:.1%}", f"{status.places} places x wall-clock")
     console.print(table)
+    if filled := by_process(status.processes):
+        console.print(f"slots filled, over all generations: {filled}")
 
 
 def new_console() -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 from orchestrator.core import events as ev
 from orchestrator.core.actions import (
@@ -17,6 +18,12 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.events import Event
 from orchestrator.core.state import State
+from trainer.contract import PROCESSES
+
+
+def by_process(processes: Mapping[str, int]) -> str:
+    """How many of the mesh's workers were which kind of process, such as "7 parked, 1 warm"; empty: not known."""
+    return ", ".join(f"{processes[kind]} {kind}" for kind in PROCESSES if processes.get(kind))
 
 
 def notices(event: Event, actions: list[Action], state: State) -> list[str]:
@@ -80,7 +87,8 @@ def _event(event: Event, state: State) -> list[str]:
             detail = textwrap.shorten(event.detail, 160)
             return [f"node {event.node} holds a damaged copy of slot {event.slot}, step {event.step}: {detail}"]
         case ev.GenerationReady():
-            return [f"generation {event.generation} trains"]
+            workers = f" (workers: {told})" if (told := by_process(event.processes)) else ""
+            return [f"generation {event.generation} trains{workers}"]
         case ev.Validated():
             return [f"validation loss {event.loss_millionths / 1e6:.4f} at step {event.step}"]
         case ev.CheckpointCommitted():

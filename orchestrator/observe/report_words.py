@@ -19,6 +19,7 @@ from orchestrator.core.state import (
     Incident,
     JobState,
 )
+from orchestrator.observe.notices import by_process
 from orchestrator.observe.report_fold import Generation, History, Story
 
 EXIT_MEANINGS: dict[int, str] = {
@@ -265,7 +266,9 @@ def took_rung(generation: Generation, before: Generation) -> str:
         state = "began again at step 0 with new weights"
     failed = f" It failed: {generation.end}." if generation.ready is None and generation.ended_at is not None else ""
     moved = _moved(order, before.order)
-    return f"Rung “{generation.rung}”: in generation {order.generation} {moved}new workers {state}.{failed}"
+    told = by_process(generation.ready.processes) if generation.ready is not None else ""
+    workers = f"its workers ({told})" if told else "its workers"
+    return f"Rung “{generation.rung}”: in generation {order.generation} {moved}{workers} {state}.{failed}"
 
 
 def _moved(order: OpenGeneration, before: OpenGeneration) -> str:

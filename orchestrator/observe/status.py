@@ -47,6 +47,8 @@ class IncidentStatus:
     first_step_s: float | None
     """From ready to the first completed step."""
     total_s: float | None
+    processes: dict[str, int]
+    """How many slots of the mesh that went on were filled by which kind of process; see docs/states.md."""
     cost_node_s: float
 
 
@@ -93,6 +95,8 @@ class Status:
     owed_us: int
     """Wall-clock x places in microseconds: what the ledger and its pending time add up to."""
     pending_us: int
+    processes: dict[str, int]
+    """How many slots of all generations that came up were filled by which kind of process."""
     incidents: tuple[IncidentStatus, ...]
     recoveries_without_progress: int
     """Generations opened since a step was last completed for the first time."""
@@ -196,6 +200,7 @@ def status_of(
         ledger_us={str(label): us for label, us in ledger.totals.items()},
         owed_us=ledger.owed,
         pending_us=ledger.pending_us,
+        processes=dict(ledger.processes),
         incidents=tuple(_incident(i) for i in incidents),
         recoveries_without_progress=state.recoveries_without_progress,
         faults=tuple(dataclasses.replace(fault) for fault in state.faults),
@@ -287,6 +292,7 @@ def _incident(i: Incident) -> IncidentStatus:
         restore_s=restore_s,
         first_step_s=_between(i.ready_at, i.closed_at),
         total_s=_between(i.detected_at, i.closed_at),
+        processes=dict(i.processes),
         cost_node_s=i.cost_us / 1e6,
     )
 

@@ -89,7 +89,8 @@ def _thing(report: Report) -> Hashable:
         case OwnTimes():
             return "own", report.generation, report.step
         case NodeReady():
-            return "ready", report.generation, report.step, tuple(sorted(report.versions.items()))
+            alike = (*sorted(report.versions.items()), *sorted(report.processes.items()))
+            return "ready", report.generation, report.step, alike
         case NodeFinished() | HaltedAlike():
             return report
     return None

@@ -36,6 +36,8 @@ class NodeReady:
     restore_us: int
     versions: dict[str, str]
     """The numeric class of the node's ranks, for the commit record."""
+    processes: dict[str, int] = field(default_factory=dict)
+    """How many of the node's slots are filled by which kind of process; see contract.PROCESSES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,7 @@ class NodeFold:
             build_us=max(r.build_us for r in ranks),
             restore_us=max(r.restore_us for r in ranks),
             versions=_shared([r.versions for r in ranks]),
+            processes=dict(sorted(Counter(r.process for r in ranks).items())),
         )
 
     def _step(self, step: int) -> list[Report]:
@@ -469,6 +472,9 @@ class MeshFold:
             error = f"nodes restored different steps: {steps}"
             return [ev.GenerationFailed(at=at, generation=self.generation, node="", error=error)]
         self.versions = _shared([n.versions for n in nodes])
+        processes: Counter[str] = Counter()
+        for node in nodes:
+            processes.update(node.processes)
         return [
             ev.GenerationReady(
                 at=at,
@@ -477,6 +483,7 @@ class MeshFold:
                 rendezvous_us=max(n.rendezvous_us for n in nodes),
                 build_us=max(n.build_us for n in nodes),
                 restore_us=max(n.restore_us for n in nodes),
+                processes=dict(sorted(processes.items())),
             )
         ]
 

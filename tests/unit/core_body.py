@@ -259,6 +259,7 @@ class Body:
             rendezvous_us=1,
             build_us=1,
             restore_us=1,
+            processes={"forked": len(self.running.order.nodes)},
         )
         self.send("mesh", ready)
 

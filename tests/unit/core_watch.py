@@ -101,6 +101,8 @@ class Watch:
         self._never_falls("generation", state.generation)
         for label in LABELS:
             self._never_falls(label, ledger.totals[label])
+        for process, slots in ledger.processes.items():
+            self._never_falls(process, slots)
         incidents = state.incidents + ([state.incident] if state.incident else [])
         charged = sum(incident.cost_us for incident in incidents)
         lost = sum(ledger.totals[label] for label in ("detection", "recovery", "waiting_for_nodes", "recomputed"))

@@ -21,6 +21,7 @@ def restored(rank: int, step: int = START, **versions: str) -> contract.Restored
         build_us=200 - rank,
         restore_us=3000 + rank,
         versions={"torch": "2", **versions},
+        process="parked" if rank else "warm",
     )
 
 

@@ -183,5 +183,11 @@ def long_run(n: int) -> list[ev.Event]:
 
 def _ready(at: int, generation: int, step: int) -> ev.GenerationReady:
     return ev.GenerationReady(
-        at=at, generation=generation, step=step, rendezvous_us=100_000, build_us=50_000, restore_us=20_000
+        at=at,
+        generation=generation,
+        step=step,
+        rendezvous_us=100_000,
+        build_us=50_000,
+        restore_us=20_000,
+        processes={"forked": 2} if generation == 1 else {"parked": 1, "warm": 1},
     )

@@ -35,12 +35,14 @@ def started(
     core.handle(ev.EpochBegan(at=0, epoch=1, version="test"))
     for number in range(nodes + spares):
         core.handle(ev.NodeJoined(at=400_000, node=f"n{number}", domain="", snapshots={}))
-    core.handle(ready(1_000_000, generation=1, step=0))
+    core.handle(ready(1_000_000, generation=1, step=0, forked=nodes * slots_per_node))
     return core
 
 
-def ready(at: int, generation: int, step: int) -> ev.GenerationReady:
-    return ev.GenerationReady(at=at, generation=generation, step=step, rendezvous_us=0, build_us=0, restore_us=0)
+def ready(at: int, generation: int, step: int, **processes: int) -> ev.GenerationReady:
+    return ev.GenerationReady(
+        at=at, generation=generation, step=step, rendezvous_us=0, build_us=0, restore_us=0, processes=processes
+    )
 
 
 def steps(at: int, generation: int, first: int, last: int, data_wait_us: int = 0) -> ev.StepsDone:
@@ -66,7 +68,7 @@ def test_each_label_of_an_incident_has_its_exact_time() -> None:
     held = {1: (Snapshot(generation=1, step=6),)}
     (opened, _) = core.handle(ev.NodeHalted(at=14_000_000, node="n1", generation=1, snapshots=held))
     assert isinstance(opened, OpenGeneration) and opened.step == 6
-    core.handle(ready(20_000_000, generation=2, step=6))
+    core.handle(ready(20_000_000, generation=2, step=6, parked=1, warm=1))
     core.handle(steps(25_000_000, generation=2, first=7, last=10))
     core.handle(steps(26_000_000, generation=2, first=11, last=11))
 
@@ -85,6 +87,8 @@ def test_each_label_of_an_incident_has_its_exact_time() -> None:
     (incident,) = core.state.incidents
     assert incident.cost_us // 100_000 == 40 + 130 + 100, "detection, recovery and recomputation, each once"
     assert (incident.cause, incident.culprit, incident.rungs, incident.steps_lost) == ("node", "n0", ["spare"], 4)
+    assert incident.processes == {"parked": 1, "warm": 1}
+    assert core.state.ledger.processes == {"parked": 1, "warm": 1, "forked": 2}
 
 
 def test_a_recovery_that_fails_after_it_was_ready_is_charged_once() -> None:

@@ -46,6 +46,7 @@ INCIDENT = IncidentStatus(
     restore_s=0.5,
     first_step_s=0.75,
     total_s=3.0,
+    processes={"parked": 3, "warm": 1},
     cost_node_s=9.0,
 )
 WHOLE = CheckpointStatus(step=20, generation=2, trust="verified", doubt="", by="n3", why="9 bytes read", pinned=True)
@@ -73,6 +74,7 @@ PICTURE = Status(
     ledger_us={label: n * 1_000_000 for n, label in enumerate(LABELS)},
     owed_us=1_000_000_000,
     pending_us=1,
+    processes={"parked": 9, "warm": 2, "forked": 5},
     incidents=(
         INCIDENT,
         replace(INCIDENT, number=2, steps_lost=3),
@@ -193,6 +195,7 @@ def test_a_scrape_shows_the_whole_picture(loop):
         "shepherd_recoveries_without_progress_limit": 8,
     }
     assert found["shepherd_node_seconds_total"] == {(label,): n for n, label in enumerate(LABELS)}
+    assert found["shepherd_slots_filled_total"] == {("parked",): 9, ("warm",): 2, ("forked",): 5}
     assert found["shepherd_nodes"] == {
         ("active",): 2,
         ("spare",): 1,

@@ -113,6 +113,8 @@ def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
         assert finish(group) == untouched
         del store
         assert [member.process.pid for member in group] == pids
+    for member in group:
+        assert [word.process for word in member.of_type(contract.Restored)] == ["forked", "parked", "parked", "parked"]
     words = [word.kind for member in group for word in member.of_type(contract.Failed)]
     assert set(words) <= {"collective"}, "parking is no failure, though a peer may see it before it is ordered"
     # A group may live until the next ones come, by a reference that torch keeps to its last error: one, and not one of
@@ -162,6 +164,8 @@ def test_warm_workers_take_the_place_that_they_were_made_for_or_another(
         store = go_on(group, folder, 1, INIT)
         assert finish(group) == untouched
         del store
+        processes = [word.process for member in group for word in member.of_type(contract.Restored)]
+        assert processes == ["forked", "forked", "warm", "warm"]
     finally:
         for member in group:
             member.process.kill()

@@ -69,7 +69,7 @@ def test_every_incident_is_told(seed: int) -> None:
     records = hostile(seed, 900)
     incidents = journal.replay(records).state.incidents
     page = page_of(records)
-    assert len(incidents) > 2
+    assert len(incidents) > 2 and any(story.processes for story in incidents)
     articles = [a["id"] for a, _ in page.find("article")]
     assert articles == [f"incident-{i.number}" for i in incidents]
     for story, told in zip(incidents, page.json("report-data")["incidents"], strict=True):
@@ -79,6 +79,7 @@ def test_every_incident_is_told(seed: int) -> None:
         for evidence in [*story.evidence, *story.answered][:8]:
             assert evidence.detail in text and f"({evidence.kind}; " in text
         assert all(f"“{rung}”" in text for rung in story.rungs)
+        assert all(f"({slots} {process})" in text for process, slots in story.processes.items())
         assert (told["cause"], told["cost_us"], told["rungs"]) == (story.cause, story.cost_us, story.rungs)
         assert set(told["phases_us"]) == {"detection", *PHASES}
         spans = page.find("span", f"incident-{story.number}")
@@ -325,8 +326,8 @@ def test_a_run_whose_training_never_began_has_a_page() -> None:
 def test_a_mesh_that_shrinks_and_grows_is_told_by_its_replicas() -> None:
     page = page_of(trace("shrink_and_grow"))
     shrunk, grown = (text for _, text in page.find("article", under="incidents"))
-    assert "the mesh went on with 2 replicas instead of 3, without c and f, and new workers restored step 40" in shrunk
-    assert "the mesh grew from 2 to 3 replicas, with f and g, and new workers restored step 50" in grown
+    assert "the mesh went on with 2 replicas instead of 3, without c and f, and its workers restored step 40" in shrunk
+    assert "the mesh grew from 2 to 3 replicas, with f and g, and its workers restored step 50" in grown
     records = trace("shrink_and_grow")
     grows = next(i for i, record in enumerate(records) if isinstance(record.event, ev.TimerFired))
     assert "2 replicas were there last" in page_of(records[:grows]).text("facts")
@@ -337,9 +338,9 @@ def test_a_mesh_that_becomes_another_is_told_by_its_degrees() -> None:
     records = trace("shrink_reshards")
     page = page_of(records)
     other, back = (text for _, text in page.find("article", under="incidents"))
-    became = "the mesh, until then the declared one, became one of tp 2, without b, and new workers restored step 39"
+    became = "the mesh, until then the declared one, became one of tp 2, without b, and its workers restored step 39"
     assert became in other
-    assert "the mesh, until then one of tp 2, became the declared one, with c, and new workers restored step 50" in back
+    assert "the mesh, until then one of tp 2, became the declared one, with c, and its workers restored step 50" in back
     grows = next(i for i, record in enumerate(records) if isinstance(record.event, ev.TimerFired))
     assert "it was last one of tp 2" in page_of(records[:grows]).text("facts")
     assert "last one of" not in page.text("facts")

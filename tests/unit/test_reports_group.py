@@ -317,8 +317,9 @@ def test_reports_that_differ_in_what_counts_stay_apart():
         ("c", replace(ready, versions={"torch": "3"})),
         ("d", replace(ready, step=19)),
         ("e", replace(ready, generation=GENERATION + 1)),
+        ("f", replace(ready, processes={"parked": 1})),
     )
-    assert [list(t.tellers) for t in told] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [list(t.tellers) for t in told] == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
     assert told[0].report == replace(ready, rendezvous_us=3)
 
 

@@ -171,6 +171,7 @@ def check_journal(journal: list[ev.Event], ranks: int) -> None:
         rendezvous_us=10 + ranks - 1,
         build_us=200,
         restore_us=3000 + ranks - 1,
+        processes={"parked": ranks - 1, "warm": 1} if ranks > 1 else {"warm": 1},
     )
     assert all(e == slowest for e in ready)
     assert [e.step for e in journal if isinstance(e, ev.GenerationFinished)][:1] == [START + STEPS]

@@ -76,6 +76,7 @@ def test_durations_of_a_node_are_those_of_its_slowest_rank():
             build_us=200,
             restore_us=3001,
             versions={"torch": "2"},
+            processes={"parked": 1, "warm": 1},
         )
     ]
     assert fold.feed(shard(1, 20)) == [shard(1, 20)]
