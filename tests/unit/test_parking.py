@@ -124,7 +124,7 @@ def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
         assert fewest < trained, "parked workers hold no groups"
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="who waits on the device is woken by an order to park, and by nothing else")
+@pytest.mark.skipif(DEVICE == "cuda", reason="who waits on the device is woken by an order to park alone")
 def test_survivors_of_a_kill_park_by_themselves_even_without_a_link_to_the_dead(
     folder: Path, untouched: dict[int, tuple[float, float]]
 ) -> None:
