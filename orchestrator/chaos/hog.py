@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import time
 
 from orchestrator.chaos import apart
@@ -30,7 +31,16 @@ def slow(pid: int, seconds: float) -> str:
 
 
 def hold(pid: int, seconds: float) -> None:
-    """Hold the process on one of its cores among RIVALS, for so long."""
+    """Hold the process on one of its cores among RIVALS, for so long.
+
+    Raises:
+        RuntimeError: another does so already: which cores the process had before is not to be seen now.
+    """
+    alone = socket.socket(socket.AF_UNIX)  # its end is this process's, however that ends
+    try:
+        alone.bind(f"\0shepherd-hog-{pid}")
+    except OSError:
+        raise RuntimeError(f"process {pid} is being slowed down already") from None
     deadline = time.monotonic() + seconds
     cores = os.sched_getaffinity(pid)
     core = max(cores)
