@@ -11,6 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "5",
+}
+"""How soon Ray itself gives a node up, and starts elsewhere what it held: after 5 s where the raylet is gone, 20 where
+it stands still; by Ray's defaults 15 s and more than a minute. Shepherd's own connections find a lost node sooner
+(recovery.node_silence_s), but a controller on it has nobody but Ray. See docs/operations.md."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Shepherd puts nothing into Ray's object store; this is near the smallest that Ray takes."""
 
@@ -29,6 +38,7 @@ def isolate() -> None:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            **HEALTH_CHECKS,
         }
     )
 
