@@ -63,8 +63,8 @@ def update(s: State, at: int) -> list[Action]:
 
 def loses_nothing(s: State) -> bool:
     """Whether a change of the mesh costs the step under way at most."""
-    if s.is_open_ended and s.high_water == 0:
-        return False  # a script that has told no step begins again
+    if s.begins_anew:
+        return False
     return {"ram", "peer"} <= set(s.capabilities) or s.newest_checkpoint() == s.step
 
 

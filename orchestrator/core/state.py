@@ -473,6 +473,11 @@ class State:
         """Whether the program decides by itself when it is done."""
         return self.total_steps == OPEN_END
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether it is a script that has told no step: each new generation starts it from its beginning."""
+        return self.is_open_ended and self.high_water == 0
+
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint to restore from; one beyond the last step belongs to a longer run."""
         return max(

@@ -282,7 +282,7 @@ class Supervisor:
             s.incident.ready_at, s.incident.processes = event.at, dict(event.processes)
             s.incident.rendezvous_us, s.incident.build_us = event.rendezvous_us, event.build_us
             s.incident.restore_us = event.restore_us
-            if s.is_open_ended and s.high_water == 0:  # a script that has told no step may never tell one
+            if s.begins_anew:  # it may never tell a step
                 interruption.close(s, event.at)
         return self._save_every() + ([AskStop(generation=s.generation)] if s.stopping else [])
 

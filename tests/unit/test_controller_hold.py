@@ -273,6 +273,21 @@ def test_the_body_is_told_what_is_to_be_thought_of_a_node(world):
     run(world, work)
 
 
+def test_what_a_script_without_steps_could_only_lose_by_is_refused(world):
+    async def work() -> None:
+        state = world.controller._supervisor.state
+        state.total_steps, state.high_water = ev.OPEN_END, 0
+        with pytest.raises(ValueError, match=r"told no step \(session.step\)"):
+            await world.controller.update("t", ["recovery.strikes=5"], None, "somebody")
+        with pytest.raises(ValueError, match=r"a: its script has told no step"):
+            await world.controller.drain("t", "a", "somebody")
+        state.high_water = 1
+        await world.controller.drain("t", "a", "somebody")
+        assert await world.controller.update("t", ["recovery.strikes=5"], None, "somebody")
+
+    run(world, work)
+
+
 def test_who_has_been_replaced_leaves_the_agents_to_the_successor(world, monkeypatch):
     ends = []
 
