@@ -66,7 +66,8 @@ SPARE_AFTER_S = 10.0
 """Without a worker of the mesh, before a node gets ready as a spare: longer than what stands between two generations of
 a node that is wanted."""
 SPARE_TRIES = 5
-"""With growing waits: what is made ready and dies of it costs a processor's second or a device's opening each time."""
+"""In a generation, or as a spare, and with growing waits: what is made ready and dies of it costs a processor's second
+or a device's opening each time."""
 LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 ABANDONED_S = 300.0
@@ -197,6 +198,7 @@ class Agent:
         self._reporter: Reporter | None = None
         self._moved_at = time.monotonic()
         """Monotonic second of the newest step here."""
+        self._taking_code = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Task[None]] = set()
         """Copies that are being sent to the buddy, at most one a rank."""
@@ -237,11 +239,18 @@ class Agent:
         self._address = await self._peer.start()
         return await self.describe()
 
-    async def update(self, epoch: int, spec_document: dict[str, Any]) -> None:
-        """The job is another from now on: what this agent itself goes by. Its workers hear it with their assignment."""
+    async def update(self, epoch: int, spec_document: dict[str, Any], code: str) -> None:
+        """The job is another from now on: what this agent itself goes by. Its workers hear it with their assignment.
+
+        A spare takes the code, too: what it makes ready with another is of no use.
+        """
         self._accept(epoch)
         self._spec = parse(spec_document)
         self._buddies.cap(self._spec.checkpoint.copy_bytes_per_s)
+        if self._watch is not None:
+            self._watch.patience = self._spec.patience
+        if not self._workers.pids():
+            await self._use_code(epoch, code)
 
     async def prepare_code(self, epoch: int, code: str) -> None:
         """Have a zygote ready that has imported this code, while workers go on as they are.
@@ -255,6 +264,22 @@ class Agent:
         packages = await asyncio.to_thread(codes.unpack, self._spec.run.url, code, folder) if code else codes.INSTALLED
         env = worker_env(self._spec, packages)
         await asyncio.to_thread(self._workers.prepare_code, code, env, ZYGOTE_DEADLINE_S)
+
+    async def _use_code(self, epoch: int, code: str) -> None:
+        async with self._taking_code:
+            if code != self._workers.code:
+                await self.prepare_code(epoch, code)
+                await asyncio.to_thread(self._workers.use_code, code)
+
+    async def probe(self, epoch: int) -> str:
+        """Have each device of this node do work whose result is known; the devices and how fast they were.
+
+        Raises:
+            RuntimeError: the work cannot be done; the message is the tool's own.
+            NotAdmitted: a device is wrong.
+        """
+        self._accept(epoch)
+        return await self._check_devices()
 
     async def describe(self) -> NodeInfo:
         """This node, prepared."""
@@ -398,9 +423,7 @@ class Agent:
             # Room for the snapshots of this mesh: where slots have other numbers now, only what is restored stays.
             restored = (plan.restore.generation, plan.restore.step)
             await self._buddies.drop_others(plan.generation, plan.ranks, but=restored)
-        if plan.code != self._workers.code:
-            await self.prepare_code(epoch, plan.code)
-            await asyncio.to_thread(self._workers.use_code, plan.code)
+        await self._use_code(epoch, plan.code)
         self._keeper, self._restored_step = plan.keeper, plan.restore.step
         every = plan.config.checkpoint.snapshot_interval_steps
         self._drop_after = 0 if plan.keeper else (plan.restore.step // every + 1) * every
@@ -610,19 +633,26 @@ class Agent:
         self._loop.run_in_executor(None, ram_owners.sweep, self._ram_dir, self._run, self._ray_node)
 
     async def _stay_ready(self) -> None:
-        """A node that has had no part in the mesh for a while is a spare, and gets ready to take any."""
-        busy_at, tries = time.monotonic(), 0
+        """Have other warm workers in the place of those that have died; and a node that has had no part in the mesh for
+        a while is a spare, and gets ready to take any."""
+        began_at, tries, before = time.monotonic(), 0, 0
         while True:
             await asyncio.sleep(SPARE_AFTER_S / 4)
-            if self._workers.pids():
-                busy_at, tries = time.monotonic(), 0
-            elif self._address and tries < SPARE_TRIES and time.monotonic() - busy_at > SPARE_AFTER_S * 2**tries:
-                try:
+            serving = self._fold.generation if self._fold is not None and self._workers.pids() else 0
+            if serving != before:
+                began_at, tries, before = time.monotonic(), 0, serving
+            at_rest = bool(self._address) and (not serving or len(self._kept) > 0)
+            if not at_rest or tries >= SPARE_TRIES or time.monotonic() - began_at <= SPARE_AFTER_S * 2**tries:
+                continue
+            try:
+                if serving:
+                    tries += await asyncio.to_thread(self._workers.replenish)
+                else:
                     tries += await asyncio.to_thread(self._workers.prepare_all, self._spec.worker_config)
-                except Exception:
-                    logger.exception("%s cannot get ready as a spare", self._node)
-                    tries += 1
-                busy_at = time.monotonic()
+            except Exception:
+                logger.exception("%s has no warm workers", self._node)
+                tries += 1
+            began_at = time.monotonic()
 
     def _release(self, generation: int, rank: int) -> None:
         """Tell what a rank has said that another's state has stopped, if it has not been told."""
@@ -752,7 +782,7 @@ class Agent:
             raise RuntimeError(f"the data cannot be prepared on {self._node}: {error}")
         return str(told["digest"])
 
-    async def _check_devices(self) -> None:
+    async def _check_devices(self) -> str:
         document = {"device": self._spec.cluster.device}
         told, error = await self._tool("trainer.admission", document, ADMISSION_DEADLINE_S)
         if error:
@@ -760,7 +790,9 @@ class Agent:
         wrong = [f"{device['name']}: {device['problem']}" for device in told if device["problem"]]
         if wrong:
             raise NotAdmitted(f"{self._node} computes what is wrong: {'; '.join(wrong)}")
-        logger.info("%s: %s", self._node, ", ".join(f"{each['name']} {each['tflops']:.3g} TFLOP/s" for each in told))
+        seen = ", ".join(f"{each['name']} {each['tflops']:.3g} TFLOP/s" for each in told)
+        logger.info("%s: %s", self._node, seen)
+        return seen
 
     async def _tool(self, module: str, document: dict[str, Any], deadline_s: float) -> tuple[Any, str]:
         """What a process prints that is started as workers are, and what it says of its failure, if it fails."""

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
 
@@ -43,11 +44,12 @@ from orchestrator.core.actions import (
 from orchestrator.core.events import Layout
 from orchestrator.core.state import State
 from orchestrator.runtime import links, nodes
-from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
+from orchestrator.runtime.agent import ADMISSION_DEADLINE_S, ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.checkpoints import PUBLISH_DEADLINE_S, CheckpointOrders
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
+from orchestrator.runtime.hangs import PACE_FACTOR
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
 from orchestrator.runtime.reporting import NodeGone
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report, record_name, stack_name
@@ -89,6 +91,12 @@ records are there by then."""
 CUT_OFF_S = 60.0
 """How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
 controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
+ASK_PEERS_S = 1.5
+"""A node of the mesh is silent for so long before its peers are asked whether they reach it."""
+ASKED_ABOUT = 64
+"""Silent nodes whose peers are asked at a time: should all be silent, it is this node that is cut off."""
+PACES = 64
+"""Steps whose time is remembered: passes of validation and saves are among them."""
 LOOK_INTERVAL_S = 0.5
 """Between two looks at who is silent: a ninth of recovery.node_silence_s."""
 MESHES_KEPT = 8
@@ -167,6 +175,10 @@ class Body:
         """Nodes that are no part of the run any more; one that was cut off hears of it when it comes back."""
         self._furthest, self._moved_at = 0, 0.0
         """The newest step that any node has told of in the generation that trains, and the monotonic second of it."""
+        self._paces_s: deque[float] = deque(maxlen=PACES)
+        """How long the newest steps took, as they were told."""
+        self._asking: set[str] = set()
+        """Silent nodes whose peers are being asked whether they reach them."""
         self._used_names: set[str] = set()
         self._trained_on = self._data_digest = trained_on
         """Digest of the run's data, and what its checkpoints say of it; empty as long as nobody has told."""
@@ -263,7 +275,10 @@ class Body:
 
     def _note_moved(self, step: int) -> None:
         if step > self._furthest:
-            self._furthest, self._moved_at = step, time.monotonic()
+            now = time.monotonic()
+            if self._moved_at:
+                self._paces_s.append((now - self._moved_at) / (step - self._furthest))
+            self._furthest, self._moved_at = step, now
 
     def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
         """Of each generation the first few, and a peer's broken exchange only when nothing else was said."""
@@ -360,7 +375,9 @@ class Body:
                 self._spawn(self._timer(action))
             case UpdateJob():
                 raise AssertionError("the controller changes the job")
-            case ProbeNode() | AskThird():
+            case ProbeNode():
+                self._spawn(self._probe(action))
+            case AskThird():
                 raise AssertionError(f"{action}: this body has not said that it can do that")
             case EndRun():
                 raise AssertionError("the controller ends the run")
@@ -369,7 +386,7 @@ class Body:
         """The job is another from now on; its workers hear it when they are assigned."""
         self._spec, self._save_every_steps = spec, save_every_steps
         for node in self.agents:
-            self._spawn(self._order(node, "update", self._epoch, spec.document()))
+            self._spawn(self._order(node, "update", self._epoch, spec.document(), self._code()))
         self._spawn(self._put_on_record(action))
 
     async def _put_on_record(self, action: UpdateJob) -> None:
@@ -578,6 +595,15 @@ class Body:
                 logger.warning("%s did not take %s: %r", node, method, e)
             return
 
+    async def _probe(self, action: ProbeNode) -> None:
+        """A node that cannot even answer has not passed."""
+        try:
+            detail = await call(self._agent(action.node).actor.probe.remote(self._epoch), ADMISSION_DEADLINE_S)
+            passed = True
+        except Exception as e:
+            detail, passed = (str(e).strip() or repr(e)).splitlines()[-1], False
+        self._post(ev.NodeProbed(at=0, node=action.node, number=action.number, passed=passed, detail=detail))
+
     async def _inject(self, action: InjectFault) -> None:
         """The harm is done where it belongs; what was done comes back as FaultInjected."""
         try:
@@ -738,10 +764,9 @@ class Body:
             await nodes.check_links(handle, list(self.agents.values()), self._spec.cluster.least_bandwidth_mb_s)
             self.agents[name] = handle
             await call(handle.actor.attach.remote(self._epoch, 0), ORDER_DEADLINE_S)
-            if self._spec is not spec:  # it has been updated meanwhile
-                await call(handle.actor.update.remote(self._epoch, self._spec.document()), ORDER_DEADLINE_S)
-            if code := self._code():
-                await call(handle.actor.prepare_code.remote(self._epoch, code), CODE_DEADLINE_S)
+            code = self._code()
+            if self._spec is not spec or code:  # it has been updated meanwhile, or before
+                await call(handle.actor.update.remote(self._epoch, self._spec.document(), code), CODE_DEADLINE_S)
         except BaseException as e:
             self.agents.pop(name, None)
             if handle is not None:
@@ -821,12 +846,38 @@ class Body:
     def _check_silence(self) -> None:
         silence_s, now = self._spec.recovery.node_silence_s, time.monotonic()
         mesh = self.fold.nodes if self.fold is not None else ()
+        moves = now - self._moved_at <= silence_s
+        longest_s = PACE_FACTOR * max(self._paces_s, default=0.0)
+        may_move = silence_s < longest_s and now - self._moved_at <= longest_s
         for handle in list(self.agents.values()):
             silent_s = now - handle.heard_at
-            # No rank completes a step without all the others: a mesh that goes on shows that all its nodes live.
-            lives = handle.node in mesh and now - self._moved_at <= silence_s and silent_s <= CUT_OFF_S
-            if silent_s > silence_s and not lives:
+            # No rank completes a step without all the others: a mesh that goes on shows that all its nodes live. In a
+            # step that takes longer than that, so do the node's peers, if they reach it.
+            lives = moves or (may_move and now - handle.reached_at <= silence_s)
+            if silent_s > silence_s and not (handle.node in mesh and lives and silent_s <= CUT_OFF_S):
                 self._lost(handle.node, f"silent for {silent_s:.3g} s")
+            elif silent_s > ASK_PEERS_S and may_move and handle.node in mesh:
+                self._ask_about(handle, mesh)
+
+    def _ask_about(self, handle: AgentHandle, mesh: Sequence[str]) -> None:
+        if handle.node not in self._asking and len(self._asking) < ASKED_ABOUT:
+            self._asking.add(handle.node)
+            peers = [self.agents[node] for node in links.whom_to_try(mesh)[handle.node] if node in self.agents]
+            self._spawn(self._ask_peers(handle, peers))
+
+    async def _ask_peers(self, handle: AgentHandle, peers: Sequence[AgentHandle]) -> None:
+        """Whether most of those that have to do with a silent node get packets back from it."""
+        assert handle.info is not None
+        try:
+            asked = [peer.actor.unreached.remote({handle.node: handle.info.address}) for peer in peers]
+            answers = await asyncio.gather(
+                *(call(each, links.REACH_DEADLINE_S) for each in asked), return_exceptions=True
+            )
+            reached = [not answer for answer in answers if not isinstance(answer, BaseException)]
+            if sum(reached) > len(reached) / 2:
+                handle.reached_at = time.monotonic()
+        finally:
+            self._asking.discard(handle.node)
 
     def _lost(self, node: str, cause: str) -> None:
         if node not in self._losses_told:

@@ -187,6 +187,11 @@ class Controller:
         if meant is None:
             near = difflib.get_close_matches(node, here, n=NAMES_SHOWN, cutoff=0)
             raise ValueError(f"{node}: is no node of this run; names like it are {', '.join(near) or 'none'}")
+        if self._supervisor.state.begins_anew and self._supervisor.state.nodes[meant].state == "active":
+            raise ValueError(
+                f"{meant}: its script has told no step (session.step), so without this node it begins anew, which is "
+                "waited for in vain: stop the run, or end the node"
+            )
         self._post(ev.NodeLeaving(at=0, node=meant, by=by))
 
     async def update(self, token: str, overrides: list[str], code: str | None, by: str) -> list[str]:
@@ -227,6 +232,11 @@ class Controller:
             raise ValueError("nothing changes: the job has these values, and its workers this code")
         if code and new.is_script:
             raise ValueError("a script's own code is in script.folder: stop the run, and resume it with another folder")
+        if self._supervisor.state.begins_anew:
+            raise ValueError(
+                "the script has told no step (session.step), so no change of it loses nothing: stop the run, and start "
+                "it as the other job"
+            )
         if new.total_steps <= self._supervisor.state.step:
             raise ValueError(f"run.steps = {new.run.steps}: so many are done; end the run by `shepherd stop`")
         if code != before:
@@ -366,6 +376,7 @@ class Controller:
                     "ram",
                     "peer",
                     "verify",
+                    "probe",
                     *([] if spec.is_script else ["park"]),  # frames and globals of a script are its own
                     *(["buddy"] if spec.checkpoint.copies == "auto" else []),
                 ),

@@ -204,14 +204,13 @@ class NodeWorkers:
     def _unassigned(self) -> list[Worker]:
         return [worker for worker in self._workers.live() if worker.generation == 0]
 
-    def replenish(self) -> None:
-        """Have as many warm workers as there shall be, each for one of the ranks of the newest generation.
-
-        One that fails while it is made ready is gone, and the next generation tries again.
+    def replenish(self) -> bool:
+        """Have as many warm workers as there shall be, each for one of the ranks of the newest generation. Whether
+        there was one to be made.
         """
         plan = self._rendezvous.newest()
         if plan is None:
-            return
+            return False
         with self._warming:
             warm = self._unassigned()
             # What a spare had more of, and did not need when it got its place.
@@ -220,6 +219,7 @@ class NodeWorkers:
             missing = [rank for rank in plan.ranks if rank not in ranks][: max(0, self._warm_workers - len(warm))]
             for rank in missing:
                 self._warm(rank, plan.ranks.index(rank), plan.config)
+        return bool(missing)
 
     def prepare_all(self, config: contract.WorkerConfig) -> bool:
         """On a node that serves nobody: have a warm worker for each slot, as all will be wanted at once. Whether there

@@ -202,6 +202,7 @@ class NodeWatch:
     """The ranks of one node in one generation. `now_us` is any monotonic clock of the caller's.
 
     Args:
+        patience: the owner gives another when the job is another.
         first_us: how long the first step has taken on this node in generations before; 0: not known.
     """
 
@@ -209,7 +210,7 @@ class NodeWatch:
         self, generation: int, ranks: tuple[int, ...], patience: Patience, now_us: int, first_us: int = 0
     ) -> None:
         self.generation = generation
-        self._patience = patience
+        self.patience = patience
         self._ranks = {rank: _Rank(progress_at=0) for rank in ranks}
         self._clock = 0
         self._ticked_at = now_us
@@ -312,7 +313,7 @@ class NodeWatch:
     def _silent(self, look: Callable[[int], Sighting | None]) -> list[Silent | Stalled]:
         found: list[Silent | Stalled] = []
         for number, rank in self._ranks.items():
-            if rank.silent_us(self._clock) <= self._patience.rank_silence_us:
+            if rank.silent_us(self._clock) <= self.patience.rank_silence_us:
                 continue
             seen = look(number)
             if seen is None or seen.unread or seen.status in ("zombie", "dead"):
@@ -344,7 +345,7 @@ class NodeWatch:
 
     def _patience_us(self, rank: _Rank) -> int:
         """How long this rank may stand where it does, should others wait for it."""
-        p = self._patience
+        p = self.patience
         if rank.phase == "checkpoint":
             return max(p.stall_floor_us, p.save_us)
         kinds = ("compute", "save") if rank.phase == "compute" else (rank.phase,)
@@ -359,7 +360,7 @@ class NodeWatch:
 
     def _report(self, ranks: tuple[Standing, ...], stalled_us: int, patience_us: int) -> Stalled:
         slowest_us = max((us for passes in self._pace.values() for _, us in passes), default=0)
-        p = self._patience
+        p = self.patience
         saving_us = max((p.save_us for rank in self._ranks.values() if rank.phase == "checkpoint"), default=0)
         return Stalled(
             generation=self.generation,
@@ -381,7 +382,7 @@ class NodeWatch:
             status="" if seen is None else seen.status,
             exchanges=rank.exchanges,
             groups=rank.groups,
-            recorded_us=rank.recorded_us(self._clock) if self._patience.waits_unseen else 0,
+            recorded_us=rank.recorded_us(self._clock) if self.patience.waits_unseen else 0,
         )
 
 

@@ -36,7 +36,7 @@ def agent() -> Agent:
     made.__dict__.update(
         {"_epoch": 1, "_ended_generation": 0, "_fold": None, "_copies": {}, "_token": "t", "_run": "r", "_node": "a"}
         | {"_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
-        | {"_first_steps": FirstSteps()}
+        | {"_first_steps": FirstSteps(), "_taking_code": asyncio.Lock()}
     )
     return made
 

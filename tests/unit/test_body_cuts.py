@@ -77,6 +77,40 @@ def test_without_new_steps_a_silent_node_is_lost(tmp_path, news):
     assert lost(told) == ["b"]
 
 
+@pytest.mark.parametrize("missed", ["", "b"], ids=["its peer reaches it", "nobody does"])
+def test_in_a_step_longer_than_the_silence_a_nodes_peers_say_whether_it_lives(tmp_path, monkeypatch, missed):
+    """Two steps of 12 s, and in the third b falls silent, SILENT_S ago."""
+    told: list[ev.Event] = []
+    now = [time.monotonic()]
+    monkeypatch.setattr(bodies, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def call(ref: Any, deadline_s: float) -> Any:
+        return await ref
+
+    async def work() -> None:
+        monkeypatch.setattr(bodies, "call", call)
+        body = mesh(tmp_path, told)
+        body.agents["a"].actor = agent_that_misses(missed)
+        for number in (1, 2, 3):
+            body.hear("a", [(number, step(number))])
+            body.agents["b"].heard_at = now[0]
+            now[0] += 12.0 if number < 3 else 2.0
+        for _ in range(8):
+            body.agents["a"].heard_at = now[0]
+            body._check_silence()
+            await asyncio.gather(*body._tasks)
+            now[0] += 1.0
+        assert lost(told) == ([] if not missed else ["b"])
+        for _ in range(30):
+            body.agents["a"].heard_at = now[0]
+            body._check_silence()
+            await asyncio.gather(*body._tasks)
+            now[0] += 1.0
+        assert lost(told) == ["b"], "three times as long as a step takes, nothing has moved"
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+
+
 def test_steps_that_are_old_or_told_again_show_nothing(tmp_path, monkeypatch):
     told: list[ev.Event] = []
     body = mesh(tmp_path, told)

@@ -12,9 +12,10 @@ import ray
 
 from orchestrator.chaos import ordered
 from orchestrator.core import events as ev
-from orchestrator.core.actions import AskStop, HaltGeneration, InjectFault, OpenGeneration, SaveEvery
+from orchestrator.core.actions import AskStop, HaltGeneration, InjectFault, OpenGeneration, ProbeNode, SaveEvery
 from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
+from orchestrator.runtime.agent import NotAdmitted
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle, RayNode
 from orchestrator.runtime.reports import MeshFold
@@ -269,3 +270,39 @@ def test_what_an_agent_could_not_do_is_told_in_its_own_words(tmp_path, monkeypat
     order = InjectFault(number=7, fault="worker-kill", node="a", slot=2, generation=1, parameters={})
     asyncio.run(asyncio.wait_for(body._inject(order), DEADLINE_S))
     assert told == [ev.FaultInjected(at=0, number=7, detail="not done: LookupError: no live worker in slot 2")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "passed", "detail"),
+    [
+        ("cpu 0.1 TFLOP/s", True, "cpu 0.1 TFLOP/s"),
+        (NotAdmitted("a computes what is wrong: cpu: row 7"), False, "a computes what is wrong: cpu: row 7"),
+        (None, False, "node a has no agent any more"),
+    ],
+    ids=["right", "wrong", "gone"],
+)
+def test_a_quarantined_node_is_probed_and_what_came_of_it_is_told(tmp_path, monkeypatch, answer, passed, detail):
+    told: list[ev.Event] = []
+    body = body_of(tmp_path, told)
+
+    def remote(epoch: int) -> Any:
+        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if isinstance(answer, Exception):
+            done.set_exception(answer)
+        else:
+            done.set_result(answer)
+        return done
+
+    async def call(ref: Any, deadline_s: float) -> Any:
+        return await ref
+
+    async def work() -> None:
+        monkeypatch.setattr(bodies, "call", call)
+        if answer is not None:
+            actor = SimpleNamespace(probe=SimpleNamespace(remote=remote))
+            body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=actor, group=None)
+        body.perform(ProbeNode(node="a", number=3))
+        await asyncio.gather(*body._tasks)
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert told == [ev.NodeProbed(at=0, node="a", number=3, passed=passed, detail=detail)]
