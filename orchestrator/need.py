@@ -26,7 +26,7 @@ INDEX_BYTES_PER_MIB = 36
 PROCESS_BYTES = 300 * 1024**2
 """Resident memory of a process that has imported torch with FSDP, pipelines and tensor parallelism, as measured."""
 NODE_PROCESSES = 3
-"""Beside the workers: the agent, its zygote, and the tool that prepares data."""
+"""Beside the workers, warm ones included: the agent, its zygote, and the tool that prepares data."""
 PROCESS_FILES = 256
 """Open files of a Ray actor or a worker that talks to nobody yet; measured are about 100, libraries come and go."""
 WORKER_FILES = 8
@@ -124,12 +124,14 @@ def _need_on_mesh(spec: JobSpec) -> Need:
     files_of_ram = FILES_WITH_COPIES + COPY_FILES if copies else FILES
     ram_bytes = files_of_ram * snapshot_bytes
     on_host = 0 if cuda else TRAINING_BYTES * node_parameters
-    processes = (slots + NODE_PROCESSES) * PROCESS_BYTES
+    # A warm one has imported as much, and holds no model.
+    workers = slots + (0 if spec.is_script else min(spec.cluster.warm_workers, slots))
+    processes = workers + NODE_PROCESSES
     groups = 2 * (p.world_size - 1) + (p.pp - 1) + (p.dp_replicate - 1) + (p.dp_shard - 1) + (p.tp - 1)
     omp = max(1, int(spec.cluster.cpus_per_slot))
-    memory_bytes = ram_bytes + snapshot_bytes + on_host + processes
+    memory_bytes = ram_bytes + snapshot_bytes + on_host + processes * PROCESS_BYTES
     files = PROCESS_FILES + groups + 2 * layout.nodes + WORKER_FILES * slots
-    threads = NODE_THREADS + slots * (WORKER_THREADS[spec.cluster.device] + omp)
+    threads = NODE_THREADS + workers * (WORKER_THREADS[spec.cluster.device] + omp)
     shrunk = ", once the mesh has shrunk to one replica" if smallest != layout else ""
     shards = f"pp {p.pp}, dp_shard {p.dp_shard}, tp {p.tp}"
     return Need(
@@ -154,13 +156,13 @@ def _need_on_mesh(spec: JobSpec) -> Need:
             f"memory: {size(ram_bytes)} of snapshots + {size(snapshot_bytes)} for the copy of which a checkpoint is "
             f"written + {size(on_host)} of training state ("
             + ("on the devices" if cuda else f"{TRAINING_BYTES} bytes x {node_parameters:,}, activations not counted")
-            + f") + {slots + NODE_PROCESSES} processes x {size(PROCESS_BYTES)} = {size(memory_bytes)} on a node",
+            + f") + {processes} processes x {size(PROCESS_BYTES)} = {size(memory_bytes)} on a node",
             f"checkpoints: {STATE_BYTES} bytes x {parameters:,} = {size(STATE_BYTES * parameters)} each, of which "
             f"{checkpoints_at_once(spec)} are there at once (checkpoint.keep = {spec.checkpoint.keep}, "
             "one that is being verified, one that waits for it, and the one being written)",
             f"open files: {PROCESS_FILES} + {groups} connections to other ranks + 2 x {layout.nodes} nodes + "
             f"{WORKER_FILES} x {slots} workers = {files} in a process",
-            f"threads: {NODE_THREADS} + {slots} workers x ({WORKER_THREADS[spec.cluster.device]} + {omp}) = {threads} "
+            f"threads: {NODE_THREADS} + {workers} workers x ({WORKER_THREADS[spec.cluster.device]} + {omp}) = {threads} "
             "on a node",
         ),
     )

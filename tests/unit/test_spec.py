@@ -191,6 +191,7 @@ def test_limits_are_the_same_times_in_microseconds():
         120_000_000,
     )
     assert (limits.strikes, limits.same_error_tries, limits.recoveries_without_progress) == (5, 2, 8)
+    assert not limits.swaps_slow and parse(document(recovery={"stragglers": "swap"})).limits.swaps_slow
 
 
 SMALL = st.integers(1, 4)
