@@ -162,8 +162,8 @@ def _need_on_mesh(spec: JobSpec) -> Need:
             "one that is being verified, one that waits for it, and the one being written)",
             f"open files: {PROCESS_FILES} + {groups} connections to other ranks + 2 x {layout.nodes} nodes + "
             f"{WORKER_FILES} x {slots} workers = {files} in a process",
-            f"threads: {NODE_THREADS} + {workers} workers x ({WORKER_THREADS[spec.cluster.device]} + {omp}) = {threads} "
-            "on a node",
+            f"threads: {NODE_THREADS} + {workers} workers x ({WORKER_THREADS[spec.cluster.device]} + {omp}) = "
+            f"{threads} on a node",
         ),
     )
 

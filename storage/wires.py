@@ -190,6 +190,16 @@ async def hold_line(address: str, token: str) -> None:
         raise (PeerUnreachable if is_swallowed(e) else PeerError)(f"{address}: no line: {e!r}") from e
 
 
+async def answers(address: str, token: str, within_s: float) -> bool:
+    """Whether the process that serves `address` lives: its host answers also for one that has stopped."""
+    try:
+        async with asyncio.timeout(within_s), _connection(address, token, {"op": "line"}) as (reader, _):
+            await receive_frame(reader)
+            return True
+    except (PeerError, OSError, EOFError, KeyError):
+        return False
+
+
 @contextlib.asynccontextmanager
 async def open_wire(address: str, token: str, request: dict[str, Any]) -> AsyncIterator[Wire]:
     """A wire to the service that `request["op"]` names.

@@ -225,11 +225,11 @@ class Supervisor:
 
     def _probed(self, at: int, number: int, passed: bool) -> list[Action]:
         s = self.state
-        back = health.probed(s, number, passed, at)
+        # Where another has come for it, it stays in quarantine, and is at hand when the run is short of nodes: let go,
+        # its machine would come back as a node of which nothing is known.
+        back = health.probed(s, number, passed and s.places_taken < s.ledger.places, at)
         if back is None:
             return []
-        if s.places_taken > s.ledger.places:  # another has come for it
-            return planned.let_go(s, back, at, "no place is free")
         return interruption.open_mesh(s, at, "a node has passed its probe") if s.job == "waiting" else []
 
     # --- audits -----------------------------------------------------------------------------------------------------

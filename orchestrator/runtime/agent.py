@@ -249,7 +249,7 @@ class Agent:
         self._buddies.cap(self._spec.checkpoint.copy_bytes_per_s)
         if self._watch is not None:
             self._watch.patience = self._spec.patience
-        if not self._workers.pids():
+        if self._watch is None:
             await self._use_code(epoch, code)
 
     async def prepare_code(self, epoch: int, code: str) -> None:
@@ -526,6 +526,10 @@ class Agent:
     async def unreached(self, addresses: dict[str, str]) -> frozenset[str]:
         """Of nodes and the addresses of their peer servers, those from which no packet comes back to this one."""
         return await links.unreached(addresses)
+
+    async def answering(self, addresses: dict[str, str]) -> frozenset[str]:
+        """Of nodes and the addresses of their peer servers, those whose agents answer this one."""
+        return await links.answering(addresses, self._token)
 
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""

@@ -6,6 +6,7 @@ It holds no judgement. Every action becomes a task with a deadline; what comes o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -92,11 +93,14 @@ CUT_OFF_S = 60.0
 """How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
 controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
 ASK_PEERS_S = 1.5
-"""A node of the mesh is silent for so long before its peers are asked whether they reach it."""
+"""A node of the mesh is silent for so long before its peers are asked whether its agent answers them, and from then on
+each time that so long has passed since it did."""
+ANSWER_S = links.REACH_S + 1.0
+"""For a peer to say."""
 ASKED_ABOUT = 64
 """Silent nodes whose peers are asked at a time: should all be silent, it is this node that is cut off."""
 PACES = 64
-"""Steps whose time is remembered: passes of validation and saves are among them."""
+"""Steps whose time is remembered."""
 LOOK_INTERVAL_S = 0.5
 """Between two looks at who is silent: a ninth of recovery.node_silence_s."""
 MESHES_KEPT = 8
@@ -176,7 +180,7 @@ class Body:
         self._furthest, self._moved_at = 0, 0.0
         """The newest step that any node has told of in the generation that trains, and the monotonic second of it."""
         self._paces_s: deque[float] = deque(maxlen=PACES)
-        """How long the newest steps took, as they were told."""
+        """How long the newest steps of the generation that trains took, passes of validation and saves among them."""
         self._asking: set[str] = set()
         """Silent nodes whose peers are being asked whether they reach them."""
         self._used_names: set[str] = set()
@@ -261,7 +265,7 @@ class Body:
         if isinstance(report, NodeStep) and report.loss is not None:
             self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
         if isinstance(report, NodeStep) and self.fold is not None and report.generation == self.fold.generation:
-            self._note_moved(report.step)
+            self._note_moved(report)
         try:
             events = self.fold.feed(0, tellers, report) if self.fold is not None else []
             while self.fold is not None and self.fold.unseen:
@@ -273,12 +277,10 @@ class Body:
             logger.exception("%s sent what cannot be: %r", tellers, report)
             return []
 
-    def _note_moved(self, step: int) -> None:
-        if step > self._furthest:
-            now = time.monotonic()
-            if self._moved_at:
-                self._paces_s.append((now - self._moved_at) / (step - self._furthest))
-            self._furthest, self._moved_at = step, now
+    def _note_moved(self, report: NodeStep) -> None:
+        if report.step > self._furthest:
+            self._furthest, self._moved_at = report.step, time.monotonic()
+            self._paces_s.append(report.step_us / 1e6)
 
     def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
         """Of each generation the first few, and a peer's broken exchange only when nothing else was said."""
@@ -343,6 +345,7 @@ class Body:
                     self._note_filled(action)
                 self.rates = []
                 self._furthest, self._moved_at = action.step, 0.0
+                self._paces_s.clear()
                 self._stop_opening()
                 self._opening = self._spawn(self._open(action))
                 self._spawn(self._look_for_cuts())
@@ -841,6 +844,7 @@ class Body:
             if stood_still_s >= STALL_S:
                 for handle in self.agents.values():
                     handle.heard_at = min(now, handle.heard_at + stood_still_s)
+                    handle.reached_at = min(now, handle.reached_at + stood_still_s)
             self._check_silence()
 
     def _check_silence(self) -> None:
@@ -852,32 +856,37 @@ class Body:
         for handle in list(self.agents.values()):
             silent_s = now - handle.heard_at
             # No rank completes a step without all the others: a mesh that goes on shows that all its nodes live. In a
-            # step that takes longer than that, so do the node's peers, if they reach it.
+            # step that takes longer than that, so do the node's peers, if its agent answers them.
             lives = moves or (may_move and now - handle.reached_at <= silence_s)
             if silent_s > silence_s and not (handle.node in mesh and lives and silent_s <= CUT_OFF_S):
                 self._lost(handle.node, f"silent for {silent_s:.3g} s")
-            elif silent_s > ASK_PEERS_S and may_move and handle.node in mesh:
-                self._ask_about(handle, mesh)
+            elif silent_s > ASK_PEERS_S and may_move and handle.node in mesh and now - handle.reached_at > ASK_PEERS_S:
+                self._ask_about(handle, mesh, now)
 
-    def _ask_about(self, handle: AgentHandle, mesh: Sequence[str]) -> None:
-        if handle.node not in self._asking and len(self._asking) < ASKED_ABOUT:
-            self._asking.add(handle.node)
-            peers = [self.agents[node] for node in links.whom_to_try(mesh)[handle.node] if node in self.agents]
-            self._spawn(self._ask_peers(handle, peers))
+    def _ask_about(self, handle: AgentHandle, mesh: Sequence[str], now: float) -> None:
+        if handle.node in self._asking or len(self._asking) >= ASKED_ABOUT:
+            return
+        known = (self.agents[node] for node in links.whom_to_try(mesh)[handle.node] if node in self.agents)
+        self._asking.add(handle.node)
+        self._spawn(self._ask_peers(handle, [peer for peer in known if now - peer.heard_at <= ASK_PEERS_S]))
 
     async def _ask_peers(self, handle: AgentHandle, peers: Sequence[AgentHandle]) -> None:
-        """Whether most of those that have to do with a silent node get packets back from it."""
+        """Whether the agent of a node that is silent here answers most of the others that are asked."""
         assert handle.info is not None
+        address = {handle.node: handle.info.address}
+        asked = [asyncio.ensure_future(call(peer.actor.answering.remote(address), ANSWER_S)) for peer in peers]
+        answered = 0
         try:
-            asked = [peer.actor.unreached.remote({handle.node: handle.info.address}) for peer in peers]
-            answers = await asyncio.gather(
-                *(call(each, links.REACH_DEADLINE_S) for each in asked), return_exceptions=True
-            )
-            reached = [not answer for answer in answers if not isinstance(answer, BaseException)]
-            if sum(reached) > len(reached) / 2:
-                handle.reached_at = time.monotonic()
+            for each in asyncio.as_completed(asked):
+                with contextlib.suppress(Exception):  # who cannot say is not counted for it
+                    answered += handle.node in await each
+                if 2 * answered > len(asked):
+                    handle.reached_at = time.monotonic()
+                    return
         finally:
             self._asking.discard(handle.node)
+            for task in asked:
+                task.cancel()
 
     def _lost(self, node: str, cause: str) -> None:
         if node not in self._losses_told:

@@ -55,7 +55,7 @@ class AgentHandle:
     heard_at: float = 0.0
     """Monotonic seconds of its last report."""
     reached_at: float = 0.0
-    """Monotonic seconds of when its peers last reached it while it was silent here."""
+    """Monotonic seconds of when its agent last answered its peers while it was silent here."""
     taken: int = 0
     """Number of the newest of its reports that was taken in; older ones may come again by another way."""
     line: asyncio.Task[None] | None = None

@@ -99,7 +99,7 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
     assert incident.steps_lost <= 1
     assert incident.total_s is not None
     assert incident.processes["warm"] >= 1 and sum(incident.processes.values()) == 4, incident.processes
-    assert sum(status.processes.values()) == 8 and status.processes["forked"] == 4, status.processes
+    assert sum(status.processes.values()) == 8 and status.processes["forked"] >= 4, status.processes
     assert final_digest(spec) == untouched.digest
     assert sum(status.ledger_us.values()) == status.owed_us == round(status.wall_clock_s * 1e6) * status.places
     assert status.ledger_us["other"] <= status.owed_us // 100

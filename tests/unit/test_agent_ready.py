@@ -100,7 +100,9 @@ def test_a_spare_takes_the_newer_code_before_it_is_needed(tmp_path: Any, monkeyp
 
     async def work() -> None:
         node = Node(serves)
-        await with_node(node, tmp_path).update(1, spec_of(tmp_path).document(), NEW)
+        a = with_node(node, tmp_path)
+        a._watch = NodeWatch(GENERATION, (0,), a._spec.patience, 0) if serves else None
+        await a.update(1, spec_of(tmp_path).document(), NEW)
         assert (node.code, node.log) == ((OLD, []) if serves else (NEW, [f"imports {NEW}"]))
 
     asyncio.run(work())

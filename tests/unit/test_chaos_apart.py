@@ -32,12 +32,17 @@ def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core there is no other to be taken")
 def test_a_slowed_process_has_one_core_for_a_while_and_all_of_them_back(victim: subprocess.Popen[bytes]) -> None:
     cores = os.sched_getaffinity(victim.pid)
-    told = hog.slow(victim.pid, 4.0)
+    told = hog.slow(victim.pid, 1.0)
     assert told.startswith(f"process {victim.pid} shares core ")
     assert len(os.sched_getaffinity(victim.pid)) == 1
-    with pytest.raises(RuntimeError, match="did not begin"):
-        hog.slow(victim.pid, 30.0)  # what it took for the process's cores would be the one
     until(lambda: os.sched_getaffinity(victim.pid) == cores)
+
+
+def test_nobody_is_slowed_twice_at_a_time(victim: subprocess.Popen[bytes]) -> None:
+    """The second would take the one core for all that the process had."""
+    hog.slow(victim.pid, 600.0)  # it ends with the victim
+    with pytest.raises(RuntimeError, match="did not begin"):
+        hog.slow(victim.pid, 600.0)
 
 
 def test_nobody_is_slowed_that_is_not_there(victim: subprocess.Popen[bytes]) -> None:

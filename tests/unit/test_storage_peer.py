@@ -18,6 +18,7 @@ import pytest
 import torch
 from parallel_pool import CONTEXT
 
+from orchestrator.runtime.links import answering, unreached
 from storage import peer, sockets, transfer, wires
 from storage.blocks import SourceError, read_blocks
 from storage.manifest import ManifestError
@@ -237,6 +238,19 @@ def test_nobody_listens(folder):
         asyncio.run(fetch("127.0.0.1:1", folder))
     with pytest.raises(PeerError):
         asyncio.run(hold_line("127.0.0.1:1", TOKEN))
+
+
+def test_a_process_that_has_stopped_answers_nobody_though_its_host_does(other_process):
+    process, address = other_process
+    links = {"a": address, "b": "127.0.0.1:1"}
+    assert asyncio.run(answering(links, TOKEN)) == {"a"}
+    assert asyncio.run(answering(links, "another-token")) == frozenset()
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        assert asyncio.run(unreached(links)) == frozenset()
+        assert asyncio.run(answering(links, TOKEN)) == frozenset()
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def test_a_line_ends_when_the_process_is_killed(other_process):
