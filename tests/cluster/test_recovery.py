@@ -221,6 +221,31 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     assert {rank for rank in before if before[rank] == after[rank]} == {0, 1}, "those of the node that lives"
 
 
+def test_a_node_with_too_many_strikes_is_probed_and_is_a_spare_again(
+    cluster: Cluster, untouched: Untouched, tmp_path: Path
+) -> None:
+    spec = spec_of(job("struck", tmp_path, cluster={"spares": 1}, recovery={"strikes": 1}))
+    slow = slow_down(cluster, "struck", after=4)
+    killed: list[str] = []
+
+    def chaos(status: Status) -> None:
+        spares = [node for node, state in status.nodes.items() if state == "spare"]
+        if status.job == "training" and status.step >= 4 and spares and not killed:
+            kill_worker(spec, status, rank=2)
+            killed.append(status.mesh[1])
+        elif killed and status.standings.get(killed[0]) == "probation" and slow.exists():
+            assert status.nodes[killed[0]] == "spare" and killed[0] not in status.mesh
+            slow.unlink()
+
+    status, told = train(spec, chaos)
+    assert status.exit_code == 0, told
+    assert not slow.exists(), told
+    assert any(f"node {killed[0]} has passed its probe: cpu " in line for line in told), told
+    (incident,) = status.incidents
+    assert (incident.cause, incident.culprit, incident.rung) == ("signal", killed[0], "spare")
+    assert final_digest(spec) == untouched.digest
+
+
 @pytest.mark.long  # seed 2880 of the sweep does the same in each run of the tests
 def test_controller_dies_and_training_goes_on(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     spec = spec_of(job("controller-dies", tmp_path))
