@@ -17,7 +17,7 @@ HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
 }
-"""How soon Ray itself gives a node up, and starts elsewhere what it held: after 5 s where the raylet is gone, 20 where
+"""How soon Ray itself gives a node up, and starts elsewhere what it held: after 9 s where the raylet is gone, 19 where
 it stands still; by Ray's defaults 15 s and more than a minute. Shepherd's own connections find a lost node sooner
 (recovery.node_silence_s), but a controller on it has nobody but Ray. See docs/operations.md."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
