@@ -27,7 +27,7 @@ from orchestrator.doctor_node import TOOL_DEADLINE_S, NodeDoctor
 from orchestrator.need import need_of
 from orchestrator.observe.live import new_console
 from orchestrator.runtime import driver, journal
-from orchestrator.runtime.nodes import HEAD_RESOURCE, eligible
+from orchestrator.runtime.nodes import HEAD_RESOURCE, eligible, last_line
 from orchestrator.spec import JobSpec
 from storage.redact import redacted
 
@@ -229,7 +229,7 @@ def _answer(ref: Any) -> Any:
         cause = e.cause if e.cause is not None else e
         return Silent(redacted(f"{type(cause).__name__}: {cause}".splitlines()[0]))
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as e:
-        return Silent(redacted(f"{type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"))
+        return Silent(redacted(f"{type(e).__name__}: {last_line(e)}"))
 
 
 def _told(answers: Mapping[str, Any]) -> dict[str, Any]:

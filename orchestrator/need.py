@@ -125,7 +125,7 @@ def _need_on_mesh(spec: JobSpec) -> Need:
     ram_bytes = files_of_ram * snapshot_bytes
     on_host = 0 if cuda else TRAINING_BYTES * node_parameters
     # A warm one has imported as much, and holds no model.
-    workers = slots + (0 if spec.is_script else min(spec.cluster.warm_workers, slots))
+    workers = slots + spec.warm_workers
     processes = workers + NODE_PROCESSES
     groups = 2 * (p.world_size - 1) + (p.pp - 1) + (p.dp_replicate - 1) + (p.dp_shard - 1) + (p.tp - 1)
     omp = max(1, int(spec.cluster.cpus_per_slot))

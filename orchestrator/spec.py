@@ -258,6 +258,12 @@ class JobSpec(_Section):
         return bool(self.script.command)
 
     @property
+    def warm_workers(self) -> int:
+        """Of each node of the mesh. All that can be done for a script before it is needed is a fork, and that takes no
+        longer when it is."""
+        return 0 if self.is_script else min(self.cluster.warm_workers, self.cluster.slots_per_node)
+
+    @property
     def total_steps(self) -> int:
         """Steps after which the run is done; OPEN_END where a script decides."""
         return OPEN_END if self.is_script else self.run.steps

@@ -51,7 +51,7 @@ from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
 from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec, parse
-from storage import faults, peer, ram, ram_owners, transfer
+from storage import faults, peer, ram, ram_owners, transfer, wires
 from storage.blocks import BadBlock
 from storage.redact import redact_logging
 from storage.urls import drop_scratch, scratch_folder
@@ -191,8 +191,7 @@ class Agent:
             preload="trainer.script" if self._spec.is_script else "trainer.worker",
             on_message=lambda message: self._call(self._on_message, message),
             on_exit=lambda exit_: self._call(self._on_exit, exit_),
-            # A fork is all that can be done for a script before it is needed, and takes no longer when it is.
-            warm_workers=0 if self._spec.is_script else self._spec.cluster.warm_workers,
+            warm_workers=self._spec.warm_workers,
         )
         self._reader = Reader(self._spec.run.url)
         self._reporter: Reporter | None = None
@@ -527,9 +526,9 @@ class Agent:
         """Of nodes and the addresses of their peer servers, those from which no packet comes back to this one."""
         return await links.unreached(addresses)
 
-    async def answering(self, addresses: dict[str, str]) -> frozenset[str]:
-        """Of nodes and the addresses of their peer servers, those whose agents answer this one."""
-        return await links.answering(addresses, self._token)
+    async def hears_from(self, address: str) -> bool:
+        """Whether the agent whose peer server has this address answers this one."""
+        return await wires.answers(address, self._token, links.REACH_S)
 
     async def workers(self) -> dict[int, int]:
         """Process ids of the live workers by rank."""

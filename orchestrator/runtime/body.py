@@ -51,7 +51,7 @@ from orchestrator.runtime.checkpoints import PUBLISH_DEADLINE_S, CheckpointOrder
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.groups import Told
 from orchestrator.runtime.hangs import PACE_FACTOR
-from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, release, start_agent
+from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, last_line, release, start_agent
 from orchestrator.runtime.reporting import NodeGone
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report, record_name, stack_name
 from orchestrator.spec import JobSpec
@@ -604,7 +604,7 @@ class Body:
             detail = await call(self._agent(action.node).actor.probe.remote(self._epoch), ADMISSION_DEADLINE_S)
             passed = True
         except Exception as e:
-            detail, passed = (str(e).strip() or repr(e)).splitlines()[-1], False
+            detail, passed = last_line(e), False
         self._post(ev.NodeProbed(at=0, node=action.node, number=action.number, passed=passed, detail=detail))
 
     async def _inject(self, action: InjectFault) -> None:
@@ -782,7 +782,7 @@ class Body:
             if isinstance(e, CutOff):
                 self._rests_until[node.id] = time.monotonic() + REST_S
             self._failed_starts[node.id] = self._failed_starts.get(node.id, 0) + tries
-            reason = f"node {name} did not come up: {type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[-1]}"
+            reason = f"node {name} did not come up: {type(e).__name__}: {last_line(e)}"
             self._notice(reason)
             if not self._tries_left(node.id):
                 self._notice(f"Ray node {node.id[:8]} is left alone")
@@ -873,13 +873,13 @@ class Body:
     async def _ask_peers(self, handle: AgentHandle, peers: Sequence[AgentHandle]) -> None:
         """Whether the agent of a node that is silent here answers most of the others that are asked."""
         assert handle.info is not None
-        address = {handle.node: handle.info.address}
-        asked = [asyncio.ensure_future(call(peer.actor.answering.remote(address), ANSWER_S)) for peer in peers]
+        address = handle.info.address
+        asked = [asyncio.ensure_future(call(peer.actor.hears_from.remote(address), ANSWER_S)) for peer in peers]
         answered = 0
         try:
             for each in asyncio.as_completed(asked):
                 with contextlib.suppress(Exception):  # who cannot say is not counted for it
-                    answered += handle.node in await each
+                    answered += bool(await each)
                 if 2 * answered > len(asked):
                     handle.reached_at = time.monotonic()
                     return

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from storage import wires
+from storage.wires import is_swallowed
 
 REACH_S = 2.0
 """For one try to connect: the kernel of the other side answers, whatever its processes do; a lost packet is sent again
@@ -36,12 +36,6 @@ async def unreached(addresses: Mapping[str, str]) -> frozenset[str]:
     return frozenset(node for node, silent in zip(addresses, answers, strict=True) if silent)
 
 
-async def answering(addresses: Mapping[str, str], token: str) -> frozenset[str]:
-    """Of nodes and their addresses, those whose agents answer."""
-    answers = await asyncio.gather(*(wires.answers(address, token, REACH_S) for address in addresses.values()))
-    return frozenset(node for node, answered in zip(addresses, answers, strict=True) if answered)
-
-
 async def _is_silent(address: str) -> bool:
     host, _, port = address.rpartition(":")
     for _ in range(REACH_TRIES):
@@ -51,7 +45,7 @@ async def _is_silent(address: str) -> bool:
             writer.transport.abort()
             return False
         except OSError as e:
-            if not wires.is_swallowed(e):
+            if not is_swallowed(e):
                 return False
     return True
 

@@ -156,6 +156,11 @@ async def call(ref: Any, deadline_s: float) -> Any:
     return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline_s)
 
 
+def last_line(error: BaseException) -> str:
+    """What an error says itself: Ray puts a traceback before it."""
+    return (str(error).strip() or repr(error)).splitlines()[-1]
+
+
 async def release(handle: AgentHandle) -> None:
     """End an agent's actor and give its reservation back. Raises TimeoutError when Ray does not answer."""
     if handle.line is not None:

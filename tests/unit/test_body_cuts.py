@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -78,18 +79,18 @@ def test_without_new_steps_a_silent_node_is_lost(tmp_path, news):
     assert lost(told) == ["b"]
 
 
-def agent_that_answers_for(*nodes: str) -> Any:
-    """An actor that hears from the agents of these."""
+def actor(method: str, answer: Callable[[Any], Any]) -> Any:
+    """An agent's actor that has this method, and answers at once."""
 
-    def remote(addresses: dict[str, str]) -> Any:
-        answer: asyncio.Future[frozenset[str]] = asyncio.get_running_loop().create_future()
-        answer.set_result(frozenset(nodes) & addresses.keys())
-        return answer
+    def remote(asked: Any) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result(answer(asked))
+        return future
 
-    return SimpleNamespace(answering=SimpleNamespace(remote=remote))
+    return SimpleNamespace(**{method: SimpleNamespace(remote=remote)})
 
 
-@pytest.mark.parametrize("answers", ["b", ""], ids=["its peer hears from it", "nobody does"])
+@pytest.mark.parametrize("answers", [True, False], ids=["its peer hears from it", "nobody does"])
 def test_in_a_step_longer_than_the_silence_a_nodes_peers_say_whether_it_lives(tmp_path, monkeypatch, answers):
     """Two steps of 12 s, and in the third b falls silent."""
     told: list[ev.Event] = []
@@ -102,7 +103,7 @@ def test_in_a_step_longer_than_the_silence_a_nodes_peers_say_whether_it_lives(tm
     async def work() -> None:
         monkeypatch.setattr(bodies, "call", call)
         body = mesh(tmp_path, told)
-        body.agents["a"].actor = agent_that_answers_for(answers)
+        body.agents["a"].actor = actor("hears_from", lambda address: answers and address == "b:1")
         for number in (1, 2):
             body.hear("a", [(number, replace(step(number), step_us=12_000_000))])
         body.agents["b"].heard_at = now[0]
@@ -179,13 +180,7 @@ def test_a_line_that_nobody_answers_is_no_death_and_one_that_is_refused_is(tmp_p
 
 def agent_that_misses(*missed: str) -> Any:
     """An actor whose node reaches all but these."""
-
-    def remote(addresses: dict[str, str]) -> Any:
-        answer: asyncio.Future[frozenset[str]] = asyncio.get_running_loop().create_future()
-        answer.set_result(frozenset(missed) & addresses.keys())
-        return answer
-
-    return SimpleNamespace(unreached=SimpleNamespace(remote=remote))
+    return actor("unreached", lambda addresses: frozenset(missed) & addresses.keys())
 
 
 def test_the_node_that_its_peers_do_not_reach_is_lost_and_only_that_one(tmp_path, monkeypatch):

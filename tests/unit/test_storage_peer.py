@@ -18,7 +18,7 @@ import pytest
 import torch
 from parallel_pool import CONTEXT
 
-from orchestrator.runtime.links import answering, unreached
+from orchestrator.runtime.links import unreached
 from storage import peer, sockets, transfer, wires
 from storage.blocks import SourceError, read_blocks
 from storage.manifest import ManifestError
@@ -27,7 +27,7 @@ from storage.ram import HEADER_BYTES, SnapshotFile, inventory, ram_copy, snapsho
 from storage.snapshots import RamTier
 from storage.state import TrainState
 from storage.transfer import PeerSource, Rate, fetch_snapshot
-from storage.wires import PeerError, hold_line
+from storage.wires import PeerError, answers, hold_line
 
 TOKEN = "a-secret-token"
 ELEMENTS = 3 << 20  # 12 MiB: more than the sockets buffer
@@ -243,12 +243,13 @@ def test_nobody_listens(folder):
 def test_a_process_that_has_stopped_answers_nobody_though_its_host_does(other_process):
     process, address = other_process
     links = {"a": address, "b": "127.0.0.1:1"}
-    assert asyncio.run(answering(links, TOKEN)) == {"a"}
-    assert asyncio.run(answering(links, "another-token")) == frozenset()
+    assert asyncio.run(answers(address, TOKEN, 2.0))
+    assert not asyncio.run(answers("127.0.0.1:1", TOKEN, 2.0))
+    assert not asyncio.run(answers(address, "another-token", 2.0))
     os.kill(process.pid, signal.SIGSTOP)
     try:
         assert asyncio.run(unreached(links)) == frozenset()
-        assert asyncio.run(answering(links, TOKEN)) == frozenset()
+        assert not asyncio.run(answers(address, TOKEN, 2.0))
     finally:
         os.kill(process.pid, signal.SIGCONT)
 
