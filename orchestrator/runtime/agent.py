@@ -72,6 +72,8 @@ LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 ABANDONED_S = 300.0
 """Longer than a controller is away, or a head that comes back with its GCS."""
+DIE_DEADLINE_S = 60.0
+"""For an agent that ends by itself to leave nothing behind: the kernel takes seconds for hundreds of gigabytes."""
 PREPARE_DEADLINE_S = 1800.0
 """Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
@@ -143,6 +145,8 @@ class Agent:
         """What flight recorders have told, by rank; a new generation's take the place of an older one's."""
         self._store = (0, 0)
         self._ended_generation = 0
+        self._ending = False
+        """This agent ends: it takes no generation any more, and no copy."""
         self._outbox = Outbox()
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
         self._held: dict[int, contract.Failed] = {}
@@ -554,20 +558,32 @@ class Agent:
     async def shutdown(self, epoch: int) -> None:
         """End workers, delete this node's snapshots, stop serving. The actor's process is ended by the caller."""
         self._accept(epoch)
+        try:
+            await self._leave_nothing(self._spec.recovery.halt_deadline_s)
+        finally:
+            await self._peer.close()
+            if self._memory is not None:
+                os.close(self._memory)
+
+    async def _leave_nothing(self, deadline_s: float) -> None:
+        """End the workers, within `deadline_s`, and what else writes snapshots on this node; then delete them.
+
+        Raises:
+            TimeoutError: a worker lives on; the snapshots are deleted nevertheless.
+        """
+        self._ending = True  # other nodes still train, and would have their copies kept here
         for task in self._tasks:
-            task.cancel()
+            if task is not asyncio.current_task():
+                task.cancel()
         self._reader.interrupt("the agent ends")
         await self._end_copies()
         self._buddies.unmap()
         try:
-            await asyncio.to_thread(self._workers.shutdown, self._spec.recovery.halt_deadline_s)
+            await asyncio.to_thread(self._workers.shutdown, deadline_s)
         finally:
             await asyncio.to_thread(self._drop_scratch)
             # Hundreds of gigabytes take the kernel seconds to give back.
             await asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
-            await self._peer.close()
-            if self._memory is not None:
-                os.close(self._memory)
 
     def _drop_scratch(self) -> None:
         """What saves of workers that were killed have left in the temporary folder."""
@@ -575,6 +591,8 @@ class Agent:
             drop_scratch(scratch_folder(self._spec.run.url, rank))
 
     def _refuse_ended(self, generation: int) -> None:
+        if self._ending:
+            raise StaleOrder(f"the agent of {self._node} ends")
         if generation <= self._ended_generation:
             raise StaleOrder(f"{self._node} has halted generation {self._ended_generation}, {generation} is over")
 
@@ -664,7 +682,9 @@ class Agent:
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
-        return fold is not None and fold.generation == generation and generation > self._ended_generation
+        if self._ending or fold is None or fold.generation != generation:
+            return False
+        return generation > self._ended_generation
 
     async def _copy(self, order: contract.CopyStep) -> None:
         """Have a rank's snapshot copied to the buddy, and tell the rank what came of it: all ranks wait for that."""
@@ -765,8 +785,13 @@ class Agent:
 
     async def _die(self, why: str, keep_snapshots: bool = False) -> None:
         logger.error("agent %s ends: %s", self._node, why)
-        if not keep_snapshots:
-            ram.delete(self._ram_dir, self._run, self._ray_node)
+        self._loop.call_later(DIE_DEADLINE_S, os._exit, 1)
+        try:
+            if not keep_snapshots:
+                await self._peer.close()  # and with it the line: to the controller this node is gone at once
+                await self._leave_nothing(DIE_DEADLINE_S / 2)
+        except Exception:
+            logger.exception("agent %s may leave snapshots behind", self._node)
         os._exit(1)  # the zygote and its workers end with this process
 
     def _check_script(self) -> None:

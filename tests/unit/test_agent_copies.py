@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.core.events import Snapshot
 from orchestrator.runtime import agent as agents
-from orchestrator.runtime.agent import Agent
+from orchestrator.runtime.agent import Agent, StaleOrder
 from orchestrator.runtime.assignment import NodeAssignment
+from orchestrator.runtime.copies import KEEP, Copies
 from orchestrator.runtime.hangs import FirstSteps
 from orchestrator.runtime.reporting import Outbox
 from orchestrator.runtime.reports import NodeStep
@@ -19,6 +26,10 @@ from orchestrator.runtime.stacks import Stacks
 from orchestrator.spec import parse
 from storage.blocks import BadBlock
 from storage.manifest import ManifestError
+from storage.peer import PeerServer
+from storage.ram import inventory
+from storage.snapshots import RamTier
+from storage.state import TrainState
 from trainer import contract
 
 DEADLINE_S = 30.0
@@ -35,7 +46,7 @@ def agent() -> Agent:
     made = Agent.__new__(Agent)
     made.__dict__.update(
         {"_epoch": 1, "_ended_generation": 0, "_fold": None, "_copies": {}, "_token": "t", "_run": "r", "_node": "a"}
-        | {"_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
+        | {"_ending": False, "_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
         | {"_first_steps": FirstSteps(), "_taking_code": asyncio.Lock()}
     )
     return made
@@ -243,3 +254,108 @@ def test_snapshots_of_other_slots_go_once_all_ranks_have_one_of_this_mesh(
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
     assert drops == [((0,), (1, 11), 0), *(((0,), None, at) for at in dropped)]
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Workers of which one writes on until it is ended, in the place of what was deleted, too."""
+
+    def __init__(self, folder: Path) -> None:
+        source = f"""
+import pathlib, itertools
+for number in itertools.count():
+    folder = pathlib.Path({str(folder)!r})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"slot-00001.{{number % 3}}").write_bytes(bytes(9000))
+    print(number, flush=True)
+"""
+        self.process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"0\n"
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+
+    def shutdown(self, deadline_s: float) -> None:
+        self.process.terminate()
+        self.process.wait(deadline_s)
+
+
+def ending(folder: Path, workers: Any) -> Agent:
+    """One that serves generation 4 and keeps copies of others' snapshots, behind a real server."""
+    on = agent()
+    on._ram_dir, on._run, on._ray_node, on._token = str(folder), "run", "b", "t"
+    on._loop, on._tasks, on._memory, on._workers = asyncio.get_running_loop(), [], None, workers
+    on._fold = SimpleNamespace(generation=4, ranks=())
+    on._spec = SimpleNamespace(recovery=SimpleNamespace(halt_deadline_s=DEADLINE_S))
+    on._reader = SimpleNamespace(interrupt=lambda why: None)
+    on._buddies = Copies(run="run", node="b", ram_dir=str(folder), token="t", bytes_per_s=0)
+    on._buddies.serve(on._serves)
+    on._peer = PeerServer("127.0.0.1", "t", str(folder), "run", "b", {KEEP: on._buddies.keep})
+    return on
+
+
+def test_a_node_that_ends_keeps_no_copies_of_one_that_still_trains(tmp_path: Path) -> None:
+    """All of them end at once, and the workers of some sooner: what is kept now would stay there for good."""
+
+    async def work() -> None:
+        tier = RamTier(str(tmp_path), "run", "a", 3, generation=4)
+        tier.snapshot(TrainState(7, {"w": torch.arange(1000.0)}, {"rng": torch.tensor([7])}))
+        tier.wait()
+        owner = Copies(run="run", node="a", ram_dir=str(tmp_path), token="t", bytes_per_s=0)
+        server = PeerServer("127.0.0.1", "t", str(tmp_path), "run", "a")
+        owner_at, loop, told = await server.start(), asyncio.get_running_loop(), []
+
+        def shutdown(deadline_s: float) -> None:
+            sending = owner.send(keeper_at, owner_at, 4, 3, 7, 0)
+            told.append(asyncio.run_coroutine_threadsafe(sending, loop).result(DEADLINE_S))
+
+        on = ending(tmp_path, SimpleNamespace(shutdown=shutdown))
+        keeper_at = await on._peer.start()
+        assert await owner.send(keeper_at, owner_at, 4, 3, 7, 0) == ""
+        assert inventory(str(tmp_path), "run", "b") == {3: [7]}
+        await on.shutdown(1)
+        assert "serves no generation 4" in told[0]
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+
+
+def test_an_agent_that_ends_opens_nothing_any_more(tmp_path: Path) -> None:
+    async def work() -> None:
+        on = ending(tmp_path, SimpleNamespace(shutdown=lambda deadline_s: None))
+        await on.shutdown(1)
+        with pytest.raises(StaleOrder, match="ends"):
+            await on.open(1, plan_of(5, 1))
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_agent_that_dies_ends_its_workers_before_it_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended
+
+    async def work() -> None:
+        folder = tmp_path / "run" / "b"
+        writer = Writer(folder)
+        on = ending(tmp_path, writer)
+        await on._peer.start()
+        try:
+            monkeypatch.setattr(os, "_exit", end)
+            with pytest.raises(Ended):
+                await on._die("it is let go", keep_snapshots=keeps)
+            assert (writer.process.poll() is None) == keeps, "they end with the process"
+            assert folder.exists() == keeps
+        finally:
+            await on._peer.close()
+            writer.process.kill()
+            writer.process.wait()
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
