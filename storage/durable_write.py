@@ -33,6 +33,7 @@ from storage.urls import (
     drop_scratch,
     locate,
     make_folder,
+    make_scratch,
     portable_errors,
     scratch_folder,
     sync_folder,
@@ -247,7 +248,7 @@ class Writer(StorageWriter):
             scratch = scratch_folder(self._url, self._identity["rank"])
             drop_scratch(scratch)  # of a save that was killed
             folder = scratch / f"step-{self.step:08d}"
-            folder.mkdir(parents=True, mode=0o700)
+            make_scratch(folder)
             try:
                 self._write_files(folder / "part.bin", content)
                 upload(store, str(folder / "part.bin"), content.data)

@@ -189,12 +189,19 @@ def drop_slots(ram_dir: str, run: str, node: str, kept: Collection[int], but: tu
 
 
 def delete(ram_dir: str, run: str, node: str) -> None:
-    """Delete all snapshots of a run on a node."""
+    """Delete all snapshots of a run on a node.
+
+    Their names go first, in no time: whatever ends this process afterwards, the kernel takes their memory back.
+    """
     folder = node_folder(ram_dir, run, node)
-    shutil.rmtree(folder, ignore_errors=True)
-    for parent in folder.parents[:2]:
-        with contextlib.suppress(OSError):  # other nodes' snapshots of the run may lie on the same machine
-            parent.rmdir()
+    with contextlib.ExitStack() as nameless:
+        for path in _files(ram_dir, run, node):
+            with contextlib.suppress(OSError):
+                nameless.enter_context(open(path, "rb"))
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in folder.parents[:2]:
+            with contextlib.suppress(OSError):  # other nodes' snapshots of the run may lie on the same machine
+                parent.rmdir()
 
 
 def _files(ram_dir: str, run: str, node: str) -> list[Path]:

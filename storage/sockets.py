@@ -21,6 +21,10 @@ from storage.wires import MAX_FRAME_BYTES, PeerError, document_of, frame_of, pro
 
 T = TypeVar("T")
 
+END_S = 2.0
+"""For a thread whose sockets were shut to end. One in an allocation of gigabytes takes longer, and writes nothing then:
+nobody waits for it, least of all a halt."""
+
 # The slowest rate that a range may have, so that a trickle ends: a tenth of a 1 Gbit/s link.
 MIN_BYTES_PER_S = 12_500_000
 # Of one call to the kernel, between looks at the clock.
@@ -159,6 +163,6 @@ async def in_thread(work: Callable[[], T], end: Callable[[], None]) -> T:
         return await asyncio.shield(done)
     except asyncio.CancelledError:
         end()
-        await asyncio.wait({done}, timeout=wires.STALL_S)
+        await asyncio.wait({done}, timeout=END_S)
         done.cancelled() or done.exception()
         raise

@@ -352,8 +352,9 @@ def recovery() -> list[Any]:
 
 
 def annotation(name: str, label: str, series: str, color: str) -> AnnotationQuery:
-    """A mark where a counter has risen since the point before it."""
-    risen = f"max by ({label}) ({series}{RUN}) > max by ({label}) ({series}{RUN} offset $__interval)"
+    """A mark where a counter has risen since the point before it, or since the scrape before it that did not fail."""
+    before = f"last_over_time({series}{RUN}[5m] offset $__interval)"
+    risen = f"max by ({label}) ({series}{RUN}) > max by ({label}) ({before})"
     return AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(color).expr(risen)
 
 

@@ -44,11 +44,11 @@ def hold(pid: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     cores = os.sched_getaffinity(pid)
     core = max(cores)
-    _pin(pid, {core})
-    owner = os.getpid()
-    rivals = [_rival(core, owner) for _ in range(RIVALS)]
-    apart.tell(f"process {pid} shares core {core} with {RIVALS} that compute without end, for {seconds:g} s")
+    owner, rivals = os.getpid(), list[int]()
     try:
+        _pin(pid, {core})
+        rivals += [_rival(core, owner) for _ in range(RIVALS)]
+        apart.tell(f"process {pid} shares core {core} with {RIVALS} that compute without end, for {seconds:g} s")
         while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}"):
             time.sleep(PIN_INTERVAL_S)
             _pin(pid, {core})

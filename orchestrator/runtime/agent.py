@@ -145,7 +145,7 @@ class Agent:
         """What flight recorders have told, by rank; a new generation's take the place of an older one's."""
         self._store = (0, 0)
         self._ended_generation = 0
-        self._ending = False
+        self._leaving: asyncio.Task[None] | None = None
         """This agent ends: it takes no generation any more, and no copy."""
         self._outbox = Outbox()
         self._kept: deque[NodeStep] = deque(maxlen=KEPT_STEPS)
@@ -564,34 +564,40 @@ class Agent:
             await self._peer.close()
             if self._memory is not None:
                 os.close(self._memory)
+                self._memory = None
 
     async def _leave_nothing(self, deadline_s: float) -> None:
-        """End the workers, within `deadline_s`, and what else writes snapshots on this node; then delete them.
+        """End the workers, within `deadline_s`, and what else writes snapshots on this node; then delete them. Once:
+        the controller may let go of an agent that is ending by itself.
 
         Raises:
             TimeoutError: a worker lives on; the snapshots are deleted nevertheless.
         """
-        self._ending = True  # other nodes still train, and would have their copies kept here
+        if self._leaving is None:  # other nodes may still train, and would have their copies kept here
+            self._leaving = asyncio.create_task(self._leave(deadline_s))
+        await asyncio.shield(self._leaving)
+
+    async def _leave(self, deadline_s: float) -> None:
         for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+            task.cancel()
         self._reader.interrupt("the agent ends")
         await self._end_copies()
         self._buddies.unmap()
         try:
             await asyncio.to_thread(self._workers.shutdown, deadline_s)
         finally:
-            await asyncio.to_thread(self._drop_scratch)
             # Hundreds of gigabytes take the kernel seconds to give back.
             await asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
+            await asyncio.to_thread(self._drop_scratch)
 
     def _drop_scratch(self) -> None:
         """What saves of workers that were killed have left in the temporary folder."""
-        for rank in self._fold.ranks if self._fold is not None else ():
-            drop_scratch(scratch_folder(self._spec.run.url, rank))
+        with contextlib.suppress(OSError):  # a disk so full that Python finds no such folder
+            for rank in self._fold.ranks if self._fold is not None else ():
+                drop_scratch(scratch_folder(self._spec.run.url, rank))
 
     def _refuse_ended(self, generation: int) -> None:
-        if self._ending:
+        if self._leaving is not None:
             raise StaleOrder(f"the agent of {self._node} ends")
         if generation <= self._ended_generation:
             raise StaleOrder(f"{self._node} has halted generation {self._ended_generation}, {generation} is over")
@@ -682,7 +688,7 @@ class Agent:
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
-        if self._ending or fold is None or fold.generation != generation:
+        if self._leaving is not None or fold is None or fold.generation != generation:
             return False
         return generation > self._ended_generation
 
@@ -784,15 +790,20 @@ class Agent:
         return time.monotonic() - max(self._moved_at, self._reporter.answered_at) > ABANDONED_S
 
     async def _die(self, why: str, keep_snapshots: bool = False) -> None:
+        """End this process, of one of its own tasks: that one is not cancelled by the end."""
         logger.error("agent %s ends: %s", self._node, why)
         self._loop.call_later(DIE_DEADLINE_S, os._exit, 1)
+        self._tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         try:
             if not keep_snapshots:
-                await self._peer.close()  # and with it the line: to the controller this node is gone at once
+                # At once, as Ray ends its processes within a second of a raylet; and again when nobody writes any more.
+                ram.delete(self._ram_dir, self._run, self._ray_node)
+                await self._peer.close()  # and with it the line: to the controller this node is gone
                 await self._leave_nothing(DIE_DEADLINE_S / 2)
         except Exception:
             logger.exception("agent %s may leave snapshots behind", self._node)
-        os._exit(1)  # the zygote and its workers end with this process
+        finally:
+            os._exit(1)  # the zygote and its workers end with this process
 
     def _check_script(self) -> None:
         problems = script_problems(self._spec.script)

@@ -209,6 +209,7 @@ class Body:
         self._copied_step = self._restored_step = 0
         """The newest step that was copied from every node, and that of the restore, in the generation opened last."""
         self._joins: set[asyncio.Task[Any]] = set()
+        self._releases: set[asyncio.Task[Any]] = set()
         self._closing = False
 
     def start(self) -> None:
@@ -373,7 +374,9 @@ class Body:
             case InjectFault():
                 self._spawn(self._inject(action))
             case ReleaseNode():
-                self._spawn(self._release(action))
+                releasing = self._spawn(self._release(action))
+                self._releases.add(releasing)
+                releasing.add_done_callback(self._releases.discard)
             case SetTimer():
                 self._spawn(self._timer(action))
             case UpdateJob():
@@ -842,6 +845,7 @@ class Body:
             now = time.monotonic()
             stood_still_s = now - began - LOOK_INTERVAL_S
             if stood_still_s >= STALL_S:
+                self._moved_at = min(now, self._moved_at + stood_still_s)
                 for handle in self.agents.values():
                     handle.heard_at = min(now, handle.heard_at + stood_still_s)
                     handle.reached_at = min(now, handle.reached_at + stood_still_s)
@@ -909,7 +913,7 @@ class Body:
             task.cancel()  # an agent that is coming up is released on the way out
         deadline_s = self._spec.recovery.halt_deadline_s + 5
         ends = (self._end_agent(handle, deadline_s) for handle in self.agents.values())
-        await asyncio.gather(*ends, *joins, return_exceptions=True)
+        await asyncio.gather(*ends, *joins, *self._releases, return_exceptions=True)
         self.agents.clear()
         for task in self._tasks:
             if task is not asyncio.current_task():

@@ -144,21 +144,24 @@ class _Group:
                 if not self._flying:
                     self._wake.set()
 
-    def _let_go_of_silent(self) -> None:
-        oldest = time.monotonic() - PATIENCE_S
+    def _let_go_of_silent(self, stood_still_s: float) -> None:
+        """While this process stands still, what nodes send waits to be read."""
+        now = time.monotonic()
         for member in self.members.values():
-            if member.heard_at < oldest:
+            member.heard_at = min(now, member.heard_at + max(0.0, stood_still_s))
+            if member.heard_at < now - PATIENCE_S:
                 member.wire.cut()
 
     async def _send(self) -> None:
         while True:
+            began = time.monotonic()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
                     await self._wake.wait()
             if self._wake.is_set():
                 await asyncio.sleep(GATHER_S)
             self._wake.clear()
-            self._let_go_of_silent()
+            self._let_go_of_silent(time.monotonic() - began - BEAT_S - GATHER_S)
             if len(self._unanswered) >= UNANSWERED_FRAMES:
                 raise PeerError(f"the controller has left {UNANSWERED_FRAMES} frames unanswered")
             told = fitting(map(to_json, self._fold), FRAME_BYTES) if not self._flying else []

@@ -181,6 +181,7 @@ async def sweep(namespace: str, known: set[str]) -> None:
     prefix = f"{namespace}/"
     table = await asyncio.wait_for(asyncio.to_thread(placement_group_table), KILL_DEADLINE_S)
     names = [row["name"] for row in table.values() if row["name"].startswith(prefix) and row["state"] != "REMOVED"]
+    failed: list[Exception] = []
     for node in {name.removeprefix(prefix) for name in names} - known:
         handle = AgentHandle(node=node, ray_node="", actor=None, group=None)
         try:
@@ -188,7 +189,12 @@ async def sweep(namespace: str, known: set[str]) -> None:
             handle.actor = await asyncio.to_thread(ray.get_actor, agent_name(node), namespace)
         except ValueError:  # one of the two is gone already
             pass
-        await release(handle)
+        try:
+            await release(handle)
+        except Exception as e:  # the others are given back all the same
+            failed.append(e)
+    if failed:
+        raise failed[0]
 
 
 def agent_name(node: str) -> str:

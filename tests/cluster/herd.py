@@ -33,6 +33,8 @@ DEVICE = os.environ.get("SHEPHERD_TEST_DEVICE", "cpu")
 """On which these jobs train; on "cuda" all workers share one GPU, which each Ray node has as many times as CPUs."""
 # The promise: after a stop no process of the run is left on any node.
 GONE_WITHIN_S = 30.0
+TIME_TO_PARK = {"halt_deadline_s": 20, "park_deadline_s": 10}
+"""For tests of who keeps its process, on a machine that stands still for seconds."""
 # Relative, of the losses of two meshes: float32 sums in another order, over 60 steps; measured is 3e-6.
 LOSS_TOLERANCE = 3e-5
 

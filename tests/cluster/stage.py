@@ -30,8 +30,11 @@ import pathlib, time
 folder = pathlib.Path({folder!r})
 with open(folder / "steps", "a") as log:
     log.write(f"{{session.generation}} {{session.rank}} {{session.state.step}} {{time.monotonic()}}\\n")
-slow = folder / "slow"
-time.sleep(float(slow.read_text()) if slow.exists() else 0)
+try:
+    pause = float((folder / "slow").read_text())
+except (FileNotFoundError, ValueError):  # it is gone, or is just being written
+    pause = 0
+time.sleep(pause)
 """
 
 

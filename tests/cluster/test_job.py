@@ -92,7 +92,7 @@ def test_a_resume_with_another_corpus_ends_before_it_trains(cluster: Cluster, tm
 
 
 def test_a_lost_driver_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
-    document = job("orphan", tmp_path, run={"steps": 3000}, recovery={"driver_lease_s": 4})
+    document = job("orphan", tmp_path, run={"steps": 3000}, recovery={"driver_lease_s": 8})
     with command("train", str(spec_file(document, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
         await_step("orphan", 2)
         process.send_signal(signal.SIGKILL)
@@ -121,7 +121,8 @@ def test_ray_job_submit_and_ray_job_stop(plain_ray: tuple[str, str], tmp_path: P
     for package in ("orchestrator", "trainer", "storage"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     one_node = {"parallel": {"dp_replicate": 1}, "checkpoint": {"interval_steps": 20}}
-    document = job("submitted", tmp_path, run={"steps": 3000}, **one_node)
+    lease = {"driver_lease_s": 10}  # should `ray job stop` lose patience with a driver that is stopping
+    document = job("submitted", tmp_path, run={"steps": 3000}, recovery=lease, **one_node)
     file = spec_file(document, tmp_path / "spec.toml")
 
     def ray_job(*arguments: str) -> subprocess.CompletedProcess[str]:

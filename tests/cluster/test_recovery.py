@@ -11,6 +11,7 @@ import psutil
 import pytest
 from conftest import CPUS, Cluster
 from herd import (
+    TIME_TO_PARK,
     await_gone,
     await_nothing_left,
     final_digest,
@@ -115,7 +116,7 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
 
 def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
     """A worker dies, a collective breaks, a worker dies while another is stuck, and two die at once."""
-    spec = spec_of(job("parks", tmp_path, recovery={"park_deadline_s": 2}))
+    spec = spec_of(job("parks", tmp_path, recovery=TIME_TO_PARK))
     fault = cluster.faults / "parks.py"
     slow = "import time; time.sleep(0.4)\n"
     fault.write_text(slow)
@@ -192,7 +193,7 @@ def test_killed_node_without_replicas_restarts_from_the_checkpoint(
 def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Path) -> None:
     mesh = {"parallel": {"pp": 1, "dp_replicate": 4, "microbatches": 1}, "checkpoint": {"interval_steps": 100}}
     calm = spec_of(job("calm", tmp_path, **mesh))
-    hurt = spec_of(job("hurt", tmp_path, **mesh, cluster={"spares": 1}))
+    hurt = spec_of(job("hurt", tmp_path, **mesh, cluster={"spares": 1}, recovery=TIME_TO_PARK))
     slow = slow_down(cluster, "hurt", after=7)
     killed: list[str] = []
     pids: list[dict[int, int]] = []
@@ -221,6 +222,34 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
     assert {rank for rank in before if before[rank] == after[rank]} == {0, 1}, "those of the node that lives"
 
 
+@pytest.mark.long
+def test_a_node_of_which_the_raylet_alone_dies_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
+    """Ray ends a raylet's processes itself, and within a second: what they must leave behind, they have until then."""
+    spec = spec_of(job("unled", tmp_path, cluster={"spares": 1}))
+    slow = slow_down(cluster, "unled", after=4)
+    killed: list[str] = []
+
+    def chaos(status: Status) -> None:
+        spares = [node for node, state in status.nodes.items() if state == "spare"]
+        if status.job == "training" and status.step >= 8 and spares and not killed:
+            (node,) = (n for n in cluster.ray.worker_nodes if n.node_id.startswith(status.mesh[1]))
+            (raylet,) = node.all_processes["raylet"]
+            raylet.process.kill()
+            raylet.process.wait()  # as init does: to Ray a raylet lives on while it is a zombie
+            killed.append(node.node_id)
+            slow.unlink()
+
+    try:
+        status, told = train(spec, chaos)
+    finally:
+        replace_dead_nodes(cluster.ray, CPUS)
+    assert status.exit_code == 0, told
+    (incident,) = status.incidents
+    assert incident.cause == "node"
+    assert killed[0].startswith(incident.culprit)
+    await_nothing_left(tmp_path / "ram")
+
+
 def test_a_node_with_too_many_strikes_is_probed_and_is_a_spare_again(
     cluster: Cluster, untouched: Untouched, tmp_path: Path
 ) -> None:
@@ -233,6 +262,7 @@ def test_a_node_with_too_many_strikes_is_probed_and_is_a_spare_again(
         if status.job == "training" and status.step >= 4 and spares and not killed:
             kill_worker(spec, status, rank=2)
             killed.append(status.mesh[1])
+            slow.write_text("import time; time.sleep(2.0)")  # a probe imports torch
         elif killed and status.standings.get(killed[0]) == "probation" and slow.exists():
             assert status.nodes[killed[0]] == "spare" and killed[0] not in status.mesh
             slow.unlink()

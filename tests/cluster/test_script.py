@@ -98,7 +98,7 @@ def test_a_killed_worker_of_the_example_changes_nothing(cluster: Cluster, tmp_pa
     status, told = train(calm)
     assert (status.exit_code, status.step, status.total_steps) == (0, STEPS, 0), told
     hurt = example(tmp_path, "hurt", 0.15)
-    status, told = train(hurt, once(10, lambda status: kill_worker(hurt, status, rank=1)))
+    status, told = train(hurt, once(4, lambda status: kill_worker(hurt, status, rank=1)))
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.rung, incident.culprit) == ("signal", "replace", status.mesh[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Cluster
-from herd import await_nothing_left, final_digest, job, kill_worker, spec_of, train, worker_pids
+from herd import TIME_TO_PARK, await_nothing_left, final_digest, job, kill_worker, spec_of, train, worker_pids
 
 from orchestrator import identity, preflight
 from orchestrator.observe.status import Status
@@ -40,7 +40,7 @@ def newer_code(folder: Path, spec: JobSpec, line: str) -> str:
 def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(cluster: Cluster, tmp_path: Path) -> None:
     calm = spec_of(job("not-updated", tmp_path, run=RUN))
     assert train(calm)[0].exit_code == 0
-    spec = spec_of(job("updated", tmp_path, run=RUN))
+    spec = spec_of(job("updated", tmp_path, run=RUN, recovery=TIME_TO_PARK))
     slow = cluster.faults / "updated.py"
     slow.write_text("import time; time.sleep(0.3)")
     pids: list[dict[int, int]] = []
@@ -57,6 +57,7 @@ def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(cluster: C
                 assert change(spec, "checkpoint.interval_steps=7") == ["checkpoint.interval_steps = 7"]
             case 1 if status.generation == 2:
                 pids.append(worker_pids(spec, status))
+                slow.write_text("import time; time.sleep(2)")  # new processes, then a new controller: the run must last
                 code = newer_code(tmp_path / "new", spec, "print('this is the new loop', flush=True)")
                 assert change(spec, "recovery.same_error_tries=3", code=code) == [
                     "recovery.same_error_tries = 3",
@@ -65,11 +66,10 @@ def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(cluster: C
             case 2 if status.generation == 3:
                 pids.append(worker_pids(spec, status))
                 assert (status.ledger_us["detection"], status.ledger_us["recomputed"]) == (0, 0)
-                slow.write_text("import time; time.sleep(1)")  # for the run to be there when the controller is back
                 os.kill(status.controller_pid, signal.SIGKILL)
             case 3 if status.epoch == 2:
-                slow.unlink()
                 kill_worker(spec, status, rank=1)
+                slow.unlink()
             case _:
                 return
         done.append(status.job)

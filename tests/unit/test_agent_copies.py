@@ -46,7 +46,7 @@ def agent() -> Agent:
     made = Agent.__new__(Agent)
     made.__dict__.update(
         {"_epoch": 1, "_ended_generation": 0, "_fold": None, "_copies": {}, "_token": "t", "_run": "r", "_node": "a"}
-        | {"_ending": False, "_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
+        | {"_leaving": None, "_ram_dir": "/nowhere", "_ray_node": "x", "_buddies": SimpleNamespace(end=nothing)}
         | {"_first_steps": FirstSteps(), "_taking_code": asyncio.Lock()}
     )
     return made
@@ -320,6 +320,36 @@ def test_a_node_that_ends_keeps_no_copies_of_one_that_still_trains(tmp_path: Pat
         await server.close()
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+
+
+def test_a_node_that_dies_and_is_let_go_meanwhile_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken line of one that ends by itself has its controller let go of it: that order comes in mid-end."""
+    told: list[str] = []
+
+    async def work() -> None:
+        ending_now, may_end, ended = asyncio.Event(), threading.Event(), asyncio.Event()
+
+        def shutdown(deadline_s: float) -> None:
+            told.append("workers")
+            loop.call_soon_threadsafe(ending_now.set)
+            assert may_end.wait(DEADLINE_S)
+
+        def end(code: int) -> None:
+            told.append("process")
+            ended.set()
+
+        monkeypatch.setattr(os, "_exit", end)
+        loop, on = asyncio.get_running_loop(), ending(tmp_path, SimpleNamespace(shutdown=shutdown))
+        on._tasks = [asyncio.create_task(on._die("its raylet is gone"))]
+        await ending_now.wait()
+        letting_go = asyncio.create_task(on.shutdown(1))
+        await asyncio.sleep(0)
+        may_end.set()
+        await letting_go
+        await ended.wait()
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert told == ["workers", "process"]
 
 
 def test_an_agent_that_ends_opens_nothing_any_more(tmp_path: Path) -> None:

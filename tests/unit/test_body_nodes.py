@@ -100,7 +100,7 @@ def test_this_controllers_own_standstill_is_no_silence_of_the_nodes(tmp_path, mo
     events: list[ev.Event] = []
     body = body_of(tmp_path, events)
     body._spec = body._spec.model_copy(
-        update={"recovery": body._spec.recovery.model_copy(update={"node_silence_s": 0.6})}
+        update={"recovery": body._spec.recovery.model_copy(update={"node_silence_s": 1.5})}
     )
 
     async def work() -> None:

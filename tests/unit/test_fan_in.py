@@ -45,9 +45,9 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanin, "BEAT_S", 0.05)
     monkeypatch.setattr(fanin, "GATHER_S", 0.01)
     monkeypatch.setattr(fanin, "ANSWER_S", 0.1)
-    monkeypatch.setattr(fanin, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(fanin, "CONTROLLER_PATIENCE_S", 4.0)
-    monkeypatch.setattr(reporting, "SPREAD_S", 0.5)
+    monkeypatch.setattr(fanin, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(fanin, "CONTROLLER_PATIENCE_S", 8.0)
+    monkeypatch.setattr(reporting, "SPREAD_S", 1.0)
     monkeypatch.setattr(reporting, "REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(reporting, "REPORT_RETRY_S", 0.05)
 
@@ -232,7 +232,7 @@ def test_a_fan_in_that_hangs_or_dies_makes_nobody_look_dead(tmp_path, monkeypatc
             await asyncio.sleep(0.01)
         assert agents.steps() == [21, 22]
         assert set(agents.directly[calls:]) == set(NODES), "each has gone the direct way"
-        assert longest_s < fanin.PATIENCE_S + reporting.SPREAD_S + 2.0, "and a core may be taken for a moment"
+        assert longest_s < fanin.PATIENCE_S + reporting.SPREAD_S + 5.0, "and a core may be taken for a while"
 
     async def with_process(agents: Agents) -> None:
         for handle in agents.body.agents.values():

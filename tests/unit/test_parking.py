@@ -20,7 +20,7 @@ from test_worker import DEADLINE_S, INIT, Process, assign, numbers, run_to_the_e
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from storage import ram
+from storage import checkpointer, ram
 from storage.durable_write import Writer
 from trainer import contract, link
 from trainer.contract import ParallelConfig, Restore, WorkerConfig, send
@@ -173,7 +173,11 @@ def test_warm_workers_take_the_place_that_they_were_made_for_or_another(
 
 
 def hold_up_saves(folder: Path) -> None:
-    """In this process the store hangs until `folder` has a file `open`; who has come to it leaves a file there."""
+    """In this process the store hangs until `folder` has a file `open`; who has come to it leaves a file there.
+
+    What an abandoned save is given to end is enough for a machine with less than a core for the four ranks.
+    """
+    checkpointer.ABANDONED_END_S = DEADLINE_S
     write_files = Writer._write_files
 
     def held_up(writer: Writer, path: Path, *rest: Any) -> None:

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from orchestrator.runtime import stacks
 from orchestrator.runtime.stacks import Stacks, py_spy, read_stacks
 
 # Holds the interpreter for ever, in a function of a telling name.
@@ -57,18 +59,19 @@ def test_each_failure_says_why(tmp_path: Path) -> None:
     assert "s3://***@bucket" in text(tool("echo 's3://key:secret@bucket'"))
 
 
-def test_what_is_read_belongs_to_what_is_found_now() -> None:
+def test_what_is_read_belongs_to_what_is_found_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anew when it is found again after it was not, and of no other generation."""
+    monkeypatch.setattr(stacks, "read_stacks", partial(read_stacks, deadline_s=60))
 
     async def talk(first: int, second: int) -> list[str]:
-        stacks = Stacks()
-        stacks.see(1, {0: first})
-        stacks.see(1, {0: second})  # found still: what was read first stands
-        told = [await stacks.of(1, 0), await stacks.of(1, 1), await stacks.of(2, 0)]
-        stacks.see(1, {})
-        stacks.see(1, {0: second})
-        await stacks.settle(60)
-        return [*told, await stacks.of(1, 0)]
+        taken = Stacks()
+        taken.see(1, {0: first})
+        taken.see(1, {0: second})  # found still: what was read first stands
+        told = [await taken.of(1, 0), await taken.of(1, 1), await taken.of(2, 0)]
+        taken.see(1, {})
+        taken.see(1, {0: second})
+        await taken.settle(60)
+        return [*told, await taken.of(1, 0)]
 
     with process(GRIP) as one, process(GRIP.replace("grip", "clutch")) as other:
         first, stranger, later, again = asyncio.run(talk(one, other))

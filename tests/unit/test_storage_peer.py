@@ -266,7 +266,7 @@ def test_a_line_ends_when_the_process_is_killed(other_process):
         await asyncio.wait_for(line, 10)
         return time.monotonic() - killed
 
-    assert asyncio.run(main()) < 2
+    assert asyncio.run(main()) < 4.5, "it needs no keep-alive to tell, which takes five seconds"
 
 
 def test_a_line_ends_when_the_server_closes(folder):
@@ -497,6 +497,7 @@ def stopped_peer(client) -> None:
 
 
 def test_a_fetch_from_a_peer_that_is_silent_is_cancelled_at_once(folder, monkeypatch):
+    monkeypatch.setattr(sockets, "END_S", 600.0)
     monkeypatch.setattr(wires, "STALL_S", 600.0)
     monkeypatch.setattr(wires, "HANDSHAKE_S", 600.0)
 
@@ -512,6 +513,7 @@ def test_a_fetch_from_a_peer_that_is_silent_is_cancelled_at_once(folder, monkeyp
 
 def test_a_fetch_is_cancelled_at_once_while_it_waits_for_another_holder(folder, monkeypatch):
     damage(folder)
+    monkeypatch.setattr(sockets, "END_S", 600.0)
     monkeypatch.setattr(wires, "STALL_S", 600.0)
     monkeypatch.setattr(wires, "HANDSHAKE_S", 600.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -202,6 +203,24 @@ def test_deleting_a_node_leaves_the_others(folder):
     assert not Path(folder).exists(), "with the last one its folders go, too"
 
 
+def test_all_names_are_gone_before_any_memory_is_given_back(folder, monkeypatch):
+    """Which takes seconds for hundreds of gigabytes: who deletes may be killed meanwhile."""
+    closed: list[bool] = []
+
+    class Held:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            closed.append(Path(folder).exists())
+
+    for step in (4, 5):
+        take(RamTier(folder, RUN, "a", 0), state_of(step))
+    monkeypatch.setattr(ram, "open", lambda path, mode: Held(), raising=False)
+    delete(folder, RUN, "a")
+    assert closed == [False, False]
+
+
 def test_snapshots_of_a_history_that_was_given_up_are_dropped(folder):
     for slot in (0, 1):
         writer = tier(folder, slot=slot)
@@ -268,6 +287,16 @@ def _snapshot_forever(folder: str, step: int, pipe) -> None:
         step += 1
 
 
+def being_written(folder: str) -> bool:
+    """Whether a file of the slot holds no snapshot now: its counter is odd."""
+    for path in ram.file_paths(folder, RUN, NODE, SLOT):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            head = file.read(ram.HEADER_BYTES)
+            if ram.parse_header(head)[0] % 2:
+                return True
+    return False
+
+
 def test_a_kill_in_the_middle_of_a_copy_leaves_the_older_snapshots(folder):
     """In 15 lives of a writer: each complete snapshot holds the content of its step, and the newest two that the
     writer reported are there."""
@@ -281,7 +310,10 @@ def test_a_kill_in_the_middle_of_a_copy_leaves_the_older_snapshots(folder):
         for _ in range(rng.randrange(1, 5)):
             assert ours.poll(30)
             last = ours.recv()
-        time.sleep(rng.random() * 0.01)  # the fault's moment, anywhere in a copy
+        deadline = time.monotonic() + 30
+        while not being_written(folder):
+            assert time.monotonic() < deadline
+        time.sleep(rng.random() * 0.005)  # the fault's moment, anywhere in a copy
         os.kill(writer.pid, signal.SIGKILL)
         writer.join(10)
         while ours.poll(0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -17,7 +18,19 @@ from parallel_pool import CONTEXT
 from storage import urls
 from storage.commits import CommitConflict, create_commit, list_commits, read_commit
 from storage.manifest import Commit, ManifestError, commit_name
-from storage.urls import SINGLE_WRITER, StoreError, list_names, locate, probe, read_bytes, remove, write_exclusive
+from storage.urls import (
+    SINGLE_WRITER,
+    StoreError,
+    drop_scratch,
+    list_names,
+    locate,
+    make_scratch,
+    probe,
+    read_bytes,
+    remove,
+    scratch_folder,
+    write_exclusive,
+)
 
 
 def make_commit(step: int = 3, epoch: int = 1) -> Commit:
@@ -230,6 +243,35 @@ def test_a_reader_never_sees_a_part_of_a_record(tmp_path):
         reading.result(30)
     assert seen
     assert all(content in contents for content in seen)
+
+
+def test_scratch_folders_go_with_the_last_that_lies_in_them_and_the_temporary_folder_stays(tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
+    folders = [scratch_folder("s3://bucket/run", rank) for rank in (0, 1)]
+    for folder in folders:
+        make_scratch(folder / "step-00000001")
+    drop_scratch(folders[0] / "step-00000001")
+    assert folders[1].exists() and not folders[0].exists()
+    drop_scratch(folders[1])
+    assert list(own.iterdir()) == []
+    drop_scratch(folders[1])
+    assert own.exists()
+
+
+def test_ranks_that_begin_and_end_their_saves_at_once_do_not_take_each_others_scratch_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def save(rank: int) -> None:
+        folder = scratch_folder("s3://bucket/run", rank) / "step-00000001"
+        for _ in range(500):
+            make_scratch(folder)
+            drop_scratch(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_controller_imports_does_not_import_torch():
