@@ -159,10 +159,10 @@ async def in_thread(work: Callable[[], T], end: Callable[[], None]) -> T:
 
     threading.Thread(target=run, name="transfer", daemon=True).start()
     done = asyncio.wrap_future(result)
+    done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # of one that nobody waits for
     try:
         return await asyncio.shield(done)
     except asyncio.CancelledError:
         end()
         await asyncio.wait({done}, timeout=END_S)
-        done.cancelled() or done.exception()
         raise

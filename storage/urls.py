@@ -33,7 +33,7 @@ MAX_RECORD_BYTES = 64 * 1024 * 1024
 # asks for a retry. Waits of 0.1, 0.2, 0.4 and 0.8 s lie between them.
 CREATE_TRIES = 5
 CREATE_RETRY_S = 0.1
-SCRATCH_TRIES = 10
+SCRATCH_TRIES = 100
 
 
 SINGLE_WRITER = "single-writer::"
@@ -231,8 +231,8 @@ def make_scratch(folder: Path) -> None:
     """Make a new folder within a scratch folder. Raises OSError: there is no room, or one of that name."""
     for _ in range(SCRATCH_TRIES - 1):
         with contextlib.suppress(FileNotFoundError):  # another rank has just removed what they share, as it was empty
-            return folder.mkdir(parents=True, mode=0o700)
-    folder.mkdir(parents=True, mode=0o700)
+            return os.makedirs(folder, 0o700)
+    os.makedirs(folder, 0o700)
 
 
 def upload(store: Store, local_path: str, name: str) -> None:

@@ -72,6 +72,8 @@ LAST_WORDS_S = 2.0
 """For all ranks of a node to say what the audit found, when one has: milliseconds, unless their cores are taken."""
 ABANDONED_S = 300.0
 """Longer than a controller is away, or a head that comes back with its GCS."""
+PARENT_INTERVAL_S = 0.1
+"""Ray looks for its raylet each second, and then ends the process: this agent must be first."""
 DIE_DEADLINE_S = 60.0
 """For an agent that ends by itself to leave nothing behind: the kernel takes seconds for hundreds of gigabytes."""
 PREPARE_DEADLINE_S = 1800.0
@@ -581,9 +583,9 @@ class Agent:
         for task in self._tasks:
             task.cancel()
         self._reader.interrupt("the agent ends")
-        await self._end_copies()
-        self._buddies.unmap()
         try:
+            await self._end_copies()
+            self._buddies.unmap()
             await asyncio.to_thread(self._workers.shutdown, deadline_s)
         finally:
             # Hundreds of gigabytes take the kernel seconds to give back.
@@ -775,7 +777,7 @@ class Agent:
         Where all of Ray has died with its head, the snapshots are left to the run's resume.
         """
         while os.getppid() == self._parent:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(PARENT_INTERVAL_S)
             if self._is_abandoned():
                 why = f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s"
                 await self._die(why, keep_snapshots=True)  # it may be the run that is lost, and not this node
@@ -797,8 +799,9 @@ class Agent:
         try:
             if not keep_snapshots:
                 # At once, as Ray ends its processes within a second of a raylet; and again when nobody writes any more.
-                ram.delete(self._ram_dir, self._run, self._ray_node)
-                await self._peer.close()  # and with it the line: to the controller this node is gone
+                at_once = asyncio.to_thread(ram.delete, self._ram_dir, self._run, self._ray_node)
+                # With the server goes the line: to the controller this node is gone.
+                await asyncio.gather(at_once, self._peer.close())
                 await self._leave_nothing(DIE_DEADLINE_S / 2)
         except Exception:
             logger.exception("agent %s may leave snapshots behind", self._node)

@@ -161,5 +161,5 @@ class Copies:
 
     def _unmap_deleted(self) -> None:
         """Their memory is free only then."""
-        for path in [path for path, file in self._files.items() if not file.stands]:
+        for path in [path for path, file in list(self._files.items()) if not file.stands]:
             del self._files[path]

@@ -47,6 +47,7 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanin, "ANSWER_S", 0.1)
     monkeypatch.setattr(fanin, "PATIENCE_S", 2.0)
     monkeypatch.setattr(fanin, "CONTROLLER_PATIENCE_S", 8.0)
+    monkeypatch.setattr(fanin, "UNANSWERED_FRAMES", 640)
     monkeypatch.setattr(reporting, "SPREAD_S", 1.0)
     monkeypatch.setattr(reporting, "REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(reporting, "REPORT_RETRY_S", 0.05)

@@ -328,6 +328,7 @@ def test_an_agent_whose_fan_in_never_answers_waits_no_longer_than_its_patience(m
 
 def test_an_agent_whose_fan_in_breaks_off_comes_back_at_once_though_it_has_nothing_to_say(monkeypatch):
     monkeypatch.setattr(reporting, "REPORT_INTERVAL_S", 10.0)
+    monkeypatch.setattr(fanin, "PATIENCE_S", DEADLINE_S)
 
     async def work() -> None:
         async with served(report=Way(answers=1, breaks=True).report) as address:

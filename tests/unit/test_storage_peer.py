@@ -398,6 +398,7 @@ def test_a_snapshot_of_another_generation_is_refused(folder, other_process):
 
 
 def test_a_fetch_that_is_cancelled_writes_nothing_any_more(folder, monkeypatch, other_process):
+    monkeypatch.setattr(sockets, "END_S", 600.0)
     process, address = other_process
     stopped = threading.Event()
     on_allocation(monkeypatch, lambda: (os.kill(process.pid, signal.SIGSTOP), stopped.set()))
@@ -418,6 +419,23 @@ def test_a_fetch_that_is_cancelled_writes_nothing_any_more(folder, monkeypatch, 
 
     asyncio.run(main())
     assert inventory(folder, "run", "b") == {}
+
+
+def test_a_thread_that_does_not_end_is_left_to_itself(monkeypatch):
+    """It may be allocating gigabytes, and nobody can wake it."""
+    monkeypatch.setattr(sockets, "END_S", 0.01)
+    free, asked_to_end = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        waiting = asyncio.create_task(sockets.in_thread(lambda: free.wait(60), asked_to_end.set))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert asked_to_end.is_set()
+        free.set()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_who_finds_all_places_taken_waits_for_one(folder, monkeypatch):
