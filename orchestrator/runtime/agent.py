@@ -690,9 +690,7 @@ class Agent:
 
     def _serves(self, generation: int) -> bool:
         fold = self._fold
-        if self._leaving is not None or fold is None or fold.generation != generation:
-            return False
-        return generation > self._ended_generation
+        return self._leaving is None and fold is not None and fold.generation == generation > self._ended_generation
 
     async def _copy(self, order: contract.CopyStep) -> None:
         """Have a rank's snapshot copied to the buddy, and tell the rank what came of it: all ranks wait for that."""

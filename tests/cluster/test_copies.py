@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CPUS, Cluster
-from herd import await_nothing_left, final_digest, job, replace_dead_nodes, spec_of, train
+from conftest import Cluster, train_losing_nodes
+from herd import await_nothing_left, final_digest, job, spec_of, train
 
 from orchestrator.chaos import faults
 from orchestrator.core import events as ev
@@ -44,10 +44,7 @@ def lose_a_node(cluster: Cluster, spec: JobSpec) -> tuple[Status, list[str], dic
             faults.kill_node(namespace_of(spec.run.name), status.mesh[1], spec.run.name, status.step)
             slow.unlink()
 
-    try:
-        return *train(spec, chaos), seen
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    return *train_losing_nodes(cluster, spec, chaos), seen
 
 
 def test_a_spare_takes_the_state_of_the_copies_that_a_buddy_kept(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CPUS, Cluster
+from conftest import Cluster, train_losing_nodes
 from herd import (
     TIME_TO_PARK,
     await_gone,
@@ -18,7 +18,6 @@ from herd import (
     job,
     kill_worker,
     look,
-    replace_dead_nodes,
     spec_of,
     train,
     wait_for,
@@ -175,10 +174,7 @@ def test_killed_node_without_replicas_restarts_from_the_checkpoint(
             faults.kill_node(namespace_of(spec.run.name), status.mesh[0], spec.run.name, status.step)
             slow.unlink()
 
-    try:
-        status, told = train(spec, chaos)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, spec, chaos)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit) == ("node", killed[0])
@@ -209,10 +205,7 @@ def test_a_spare_takes_the_state_of_live_replicas(cluster: Cluster, tmp_path: Pa
             faults.kill_node(namespace_of(hurt.run.name), status.mesh[1], hurt.run.name, status.step)
 
     assert train(calm)[0].exit_code == 0
-    try:
-        status, told = train(hurt, chaos)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, hurt, chaos)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit, incident.rung) == ("node", killed[0], "spare")
@@ -250,10 +243,7 @@ def test_a_node_of_which_the_raylet_alone_dies_leaves_nothing_behind(cluster: Cl
             left.extend((tmp_path / "ram").rglob(f"{node.node_id}/slot-*"))
             gate.touch()
 
-    try:
-        status, told = train(spec, chaos)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, spec, chaos)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit) == ("node", killed[0])

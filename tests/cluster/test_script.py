@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CPUS, Cluster
+from conftest import Cluster, train_losing_nodes
 from herd import (
     await_nothing_left,
     command,
     kill_worker,
     look,
-    replace_dead_nodes,
     train,
     wait_for,
     worker_pids,
@@ -128,10 +127,7 @@ def test_a_dead_node_of_the_example_is_replaced_from_its_copy(cluster: Cluster, 
         if "spare" in status.nodes.values() and not killed and status.step >= 10:
             harm(status)
 
-    try:
-        status, told = train(hurt, chaos)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, hurt, chaos)
     assert status.exit_code == 0, told
     (incident,) = status.incidents
     assert (incident.cause, incident.culprit, incident.rung) == ("node", killed[0], "spare")

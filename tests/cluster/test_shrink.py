@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import ray
-from conftest import CPUS, Cluster
+from conftest import CPUS, Cluster, train_losing_nodes
 from herd import LOSS_TOLERANCE, await_nothing_left, job, replace_dead_nodes, spec_of, train
 
 from orchestrator.chaos import faults
@@ -146,10 +146,7 @@ def test_a_mesh_shrinks_when_a_node_dies_and_grows_back(cluster: Cluster, untouc
             done.append("mended")
             replace_dead_nodes(cluster.ray, CPUS)
 
-    try:
-        status, told = train(spec, look)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, spec, look)
     check_story(status, told, replicas=2)
     assert status.incidents[0].culprit == done[0] and done[0] not in status.mesh
     check_like(untouched, spec, tmp_path)
@@ -183,10 +180,7 @@ def test_an_uneven_mesh_outlives_its_controller_and_grows_back(
             done["mended"] = status.step
             replace_dead_nodes(cluster.ray, CPUS)
 
-    try:
-        status, told = train(spec, look)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, spec, look)
     check_story(status, told, replicas=4)
     assert status.epoch == 2
     check_like(untouched, spec, tmp_path)
@@ -249,10 +243,7 @@ def test_a_second_death_before_the_first_new_snapshot(cluster: Cluster, untouche
             mended.append(status.step)
             replace_dead_nodes(cluster.ray, CPUS)
 
-    try:
-        status, told = train(spec, look)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, spec, look)
     assert status.exit_code == 0, told
     tried = [rung for incident in status.incidents for rung in incident.rungs]
     assert tried[:2] == ["shrink", "shrink"] and set(tried[2:]) == {"grow"}, told
@@ -280,10 +271,7 @@ def test_a_smaller_mesh_goes_on_from_a_larger_ones_checkpoint(
             mended.append(status.step)
             replace_dead_nodes(cluster.ray, CPUS)
 
-    try:
-        status, told = train(spec, look)
-    finally:
-        replace_dead_nodes(cluster.ray, CPUS)
+    status, told = train_losing_nodes(cluster, spec, look)
     assert status.exit_code == 0, told
     first = status.incidents[0]
     assert (first.rung, first.step - first.steps_lost) == ("durable", 10), told
