@@ -475,6 +475,11 @@ class UpdateRequested:
     """Whether the workers must begin anew to do otherwise."""
     chooses_interval: bool
     """Whether the changes say how often to save, so that what was chosen before counts no more."""
+    undo: dict[str, str] = field(default_factory=dict)
+    """As `changes`, the values that are there now: by them the update can be taken back."""
+    number: int = 0
+    """Which update of the run it was checked to be, from 1. If another one was carried out meanwhile, it is void; 0,
+    which older journals mean: whichever comes next."""
 
 
 @dataclass(frozen=True, kw_only=True)

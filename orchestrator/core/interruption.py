@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-from orchestrator.core import election, health, placement, recovery
+from dataclasses import replace
+
+from orchestrator.core import election, health, placement, recovery, updates
 from orchestrator.core.actions import Action, EndRun, HaltGeneration, OpenGeneration, SetTimer
 from orchestrator.core.events import Layout
 from orchestrator.core.goodput import Label
@@ -41,7 +43,8 @@ def _interrupt(s: State, evidence: Evidence) -> list[Action]:
     recovery.note(s.incident, evidence)
     s.job, s.growing = "halting", False
     new_code = s.order is not None and s.order.code != s.code
-    s.parked = "park" in s.capabilities and not s.incident.spent and not new_code
+    on_trial = s.trial is not None and s.trial.code != s.code  # the code before it may be what comes next
+    s.parked = "park" in s.capabilities and not s.incident.spent and not new_code and not on_trial
     s.awaiting = _still_active(s, evidence.node)
     if not s.awaiting:
         return _recover(s, at)
@@ -90,10 +93,11 @@ def _recover(s: State, at: int) -> list[Action]:
     for charged in recovery.charged(incident):
         actions += health.charge(s, charged, at)
     actions += health.quarantine_convicts(s, at)
-    decision = recovery.decide(s)
+    decision, undone = _decide(s)
+    actions += undone
     incident.reason = decision.reason
     if decision.rung == "fail":
-        return end(s, decision.exit_code, decision.reason)
+        return undone + end(s, decision.exit_code, decision.reason)
     if s.stopping and decision.source != "ram":
         return end(s, EXIT_STOPPED, f"stopped by {s.stopping}, with nothing to save: {decision.reason}")
     if decision.rung == "wait":
@@ -101,6 +105,19 @@ def _recover(s: State, at: int) -> list[Action]:
         s.ledger.settle("recovery", then="waiting_for_nodes")
         return [*actions, SetTimer(timer=f"wait/{s.generation}", at=at + s.declared_limits.wait_deadline_us)]
     return actions + _open_from(s, at, decision)
+
+
+def _decide(s: State) -> tuple[recovery.Decision, list[Action]]:
+    """The next rung; it may be one with the job as it was before its newest update, which is then taken back."""
+    decision = recovery.decide(s)
+    why = updates.why_back(s, decision)
+    if not why:
+        return decision, []
+    void = f", and what {s.update.by} has asked for since is void" if s.update is not None else ""
+    undone: list[Action] = [updates.take_back(s)]
+    decision = recovery.decide(s)
+    reason = f"the job's newest update is taken back ({why}){void}; {decision.reason}"
+    return replace(decision, reason=reason), undone
 
 
 def open_mesh(s: State, at: int, why: str, at_least: int | None = None) -> list[Action]:

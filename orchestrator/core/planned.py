@@ -9,8 +9,8 @@ Another job begins where a step has ended: what is complete in memory then is th
 
 from __future__ import annotations
 
-from orchestrator.core import health, interruption, recovery
-from orchestrator.core.actions import Action, ReleaseNode, SetTimer, UpdateJob
+from orchestrator.core import health, interruption, recovery, updates
+from orchestrator.core.actions import Action, ReleaseNode, SetTimer
 from orchestrator.core.events import Layout
 from orchestrator.core.state import State
 
@@ -47,12 +47,7 @@ def update(s: State, at: int) -> list[Action]:
     assert asked is not None
     if asked.total_steps <= s.step:  # the mesh was faster than who asked
         return []
-    s.limits, s.total_steps, s.code = asked.limits, asked.total_steps, asked.code
-    s.changes = s.changes | asked.changes
-    s.n_updates += 1
-    if asked.chooses_interval:
-        s.interval = None
-    changed: list[Action] = [UpdateJob(number=s.n_updates, changes=s.changes)]
+    changed: list[Action] = [updates.carry_out(s, asked)]
     if not asked.restarts:
         return changed
     what = ", ".join(f"{name} = {value}" for name, value in asked.changes.items())

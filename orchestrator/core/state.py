@@ -231,6 +231,23 @@ class Fault:
     detail: str = ""
 
 
+@dataclass(kw_only=True)
+class Trial:
+    """What the job was before its newest update, while that can be taken back (updates.py)."""
+
+    generation: int
+    step: int
+    """Completed when the job changed."""
+    limits: Limits
+    total_steps: int
+    code: str
+    interval: IntervalChosen | None
+    changes: dict[str, str]
+    """Those by which the job as it is now becomes what it was."""
+    trained: bool = False
+    """Whether a step was done since."""
+
+
 @dataclass
 class State:
     run: str = ""
@@ -249,7 +266,9 @@ class State:
     code: str = ""
     """Names the code that workers import from the next generation on; empty: the installed one."""
     n_updates: int = 0
-    """That were ever carried out."""
+    """That were ever carried out, those included that took one back."""
+    trial: Trial | None = None
+    """Until the newest update has proven itself."""
 
     epoch: int = 0
     job: JobState = "waiting"
@@ -518,6 +537,8 @@ class State:
         - nobody awaits the report of a node that is lost, and no lost node's memory is counted on;
         - no lost node is held to account any more;
         - the counts are true.
+
+        (That few enough are in quarantine holds when one comes there, in health.py: an update may lower the limit.)
         """
         # One look at each node: most are active, and what is asked of the others costs little then.
         others: dict[str, NodeState] = {name: node.state for name, node in self.nodes.items() if node.state != "active"}
@@ -532,4 +553,3 @@ class State:
         of_the_living: tuple[dict[str, Any], ...] = (self.awaiting, self.inventory, self.strikes, self.convicted)
         for known in (*of_the_living, self.probation, self.leaving):
             assert known.keys().isdisjoint(lost), known.keys() & lost
-        assert self.limits is None or self.n_in_quarantine <= self.limits.quarantined_at_most, self.counts

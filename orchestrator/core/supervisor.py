@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from orchestrator.core import checkpoints, election, health, interruption, planned, recovery, trust
+from orchestrator.core import checkpoints, election, health, interruption, planned, recovery, trust, updates
 from orchestrator.core import events as ev
 from orchestrator.core.actions import (
     Action,
@@ -101,7 +101,7 @@ class Supervisor:
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
-        s.interval, s.update, s.changes, s.code = None, None, {}, ""  # the document says what it is now
+        s.interval, s.update, s.trial, s.changes, s.code = None, None, None, {}, ""  # the document says what it is now
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.replicas = s.shapes[s.generation + 1] = event.layout.dp_replicate
         s.fallback = None
@@ -308,6 +308,7 @@ class Supervisor:
             if s.incident is not None and not s.incident.rungs:
                 s.incident.step = step
             return
+        updates.trained(s)
         recomputed = s.ledger.settle_steps(steps, new_steps, stalls)
         if s.incident is not None:
             interruption.close(s, at)
@@ -341,6 +342,7 @@ class Supervisor:
     def _on_checkpoint_committed(self, event: ev.CheckpointCommitted) -> list[Action]:
         if not checkpoints.committed(self.state, event):
             return []
+        updates.saved(self.state, event.generation, event.step)
         return checkpoints.retire(self.state) + self._finish_if_saved()
 
     def _on_checkpoint_failed(self, event: ev.CheckpointFailed) -> list[Action]:
@@ -353,6 +355,9 @@ class Supervisor:
 
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
         checkpoints.found(self.state, event)
+        for step, checkpoint in self.state.checkpoints.items():  # also one whose commit was told to nobody
+            if checkpoint.trust != "written":
+                updates.saved(self.state, checkpoint.generation, step)
         return checkpoints.retire(self.state) + self._finish_if_saved()
 
     def _on_checkpoint_verified(self, event: ev.CheckpointVerified) -> list[Action]:
@@ -367,7 +372,7 @@ class Supervisor:
 
     def _on_update_requested(self, event: ev.UpdateRequested) -> list[Action]:
         """It waits for a step boundary in peace: see planned.py. One at a time; who asks again is told so before."""
-        if self.state.update is None:
+        if self.state.update is None and event.number in (0, self.state.n_updates + 1):
             self.state.update = event
         return []
 

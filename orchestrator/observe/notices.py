@@ -43,8 +43,10 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                 )
                 if state.incident is None and state.high_water > action.step:
                     lines.append(f"lost: steps {action.step + 1} to {state.high_water}, which are computed again")
-            case UpdateJob():
+            case UpdateJob() if isinstance(event, (ev.StepsDone, ev.EpochBegan)):
                 lines.append(f"update {action.number}: the job is now the one that was asked for")
+            case UpdateJob():
+                lines.append(f"update {action.number}: the job is again what it was before update {action.number - 1}")
             case PublishTrust():
                 why = f": {textwrap.shorten(action.detail, 160)}" if action.trust in ("damaged", "revoked") else ""
                 by = f", says {action.by}" if action.by else ""
@@ -97,6 +99,8 @@ def _event(event: Event, state: State) -> list[str]:
             return [f"{event.node} finds the checkpoint of step {event.step} damaged: {event.problems[0]}"]
         case ev.IntervalChosen():
             return [f"a checkpoint each {event.every_steps} steps from here on: {event.why}"]
+        case ev.UpdateRequested() if state.update != event:
+            return [f"{event.by} has asked for a change of a job that is no more: nothing is changed"]
         case ev.UpdateRequested():
             changes = [f"{name} = {value}" for name, value in event.changes.items()]
             code = [f"code {event.code[:12]}"] if event.code else []

@@ -202,6 +202,8 @@ class Body:
         )
         self._layout = spec.layout
         """Of the generation that was opened last."""
+        self._imported = ""
+        """The code of the last generation that every node has taken."""
         self._filled: dict[int, tuple[str, ...]] = {}
         """Generation to its nodes in mesh order, of the newest MESHES_KEPT."""
         self._keepers: dict[int, str] = {}
@@ -456,8 +458,11 @@ class Body:
             assert lead.info is not None
             plans = self._plans(action, lead.info.host, port)
             self._keepers = self._kept_by(action)
-            orders = (call(self._agent(n).actor.open.remote(self._epoch, p), ORDER_DEADLINE_S) for n, p in plans)
+            # Code that was in use before, or is new to a node, may have to be imported first.
+            deadline_s = ORDER_DEADLINE_S if action.code == self._imported else CODE_DEADLINE_S
+            orders = (call(self._agent(n).actor.open.remote(self._epoch, p), deadline_s) for n, p in plans)
             await asyncio.gather(*orders)
+            self._imported = action.code
         except NowhereWhole as e:
             logger.warning("generation %d does not open: %s", action.generation, e)
             self._post(ev.GenerationFailed(at=0, generation=action.generation, node=e.node, error=str(e), kind="state"))

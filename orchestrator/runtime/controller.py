@@ -225,8 +225,8 @@ class Controller:
 
     async def _update(self, body: Body, overrides: list[str], code: str | None, by: str) -> list[str]:
         new = job_update.updated(self._spec, overrides)
-        changes = job_update.changes(self._spec, new)
-        before = self._supervisor.state.code
+        changes, undo = job_update.changes(self._spec, new), job_update.changes(new, self._spec)
+        before, number = self._supervisor.state.code, self._supervisor.state.n_updates + 1
         code = before if code is None else code
         if not changes and code == before:
             raise ValueError("nothing changes: the job has these values, and its workers this code")
@@ -243,6 +243,8 @@ class Controller:
             await body.prepare_code(code)
         # Before any change of the job: a controller that reads what follows need not read what came before with it.
         await self._snapshots.write(self._journal, self._supervisor.state)
+        if number != self._supervisor.state.n_updates + 1:
+            raise ValueError("the run has taken its last update back meanwhile: ask again, if it is still wanted")
         self._post(
             ev.UpdateRequested(
                 at=0,
@@ -253,6 +255,8 @@ class Controller:
                 total_steps=new.total_steps,
                 restarts=code != before or new.worker_config != self._spec.worker_config,
                 chooses_interval=any(name in job_update.CHOOSES_INTERVAL for name in changes),
+                undo=undo,
+                number=number,
             )
         )
         new_code = [f"the workers' code = {code[:12] or 'as installed'}"] if code != before else []

@@ -37,9 +37,17 @@ def newer_code(folder: Path, spec: JobSpec, line: str) -> str:
     return codes.publish(spec.run.url, codes.pack(folder))
 
 
-def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(cluster: Cluster, tmp_path: Path) -> None:
-    calm = spec_of(job("not-updated", tmp_path, run=RUN))
-    assert train(calm)[0].exit_code == 0
+@pytest.fixture(scope="module")
+def untouched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Names the final state of the job that nobody changes."""
+    spec = spec_of(job("not-updated", tmp_path_factory.mktemp("not-updated"), run=RUN))
+    assert train(spec)[0].exit_code == 0
+    return final_digest(spec)
+
+
+def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(
+    cluster: Cluster, untouched: str, tmp_path: Path
+) -> None:
     spec = spec_of(job("updated", tmp_path, run=RUN, recovery=TIME_TO_PARK))
     slow = cluster.faults / "updated.py"
     slow.write_text("import time; time.sleep(0.3)")
@@ -88,7 +96,32 @@ def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(cluster: C
     assert "this is the new loop" in log
     # The controller that came back saves as the first had been told to.
     assert {14, 21, 28} & set(status.checkpoints) and 20 not in status.checkpoints, status.checkpoints
-    assert final_digest(spec) == final_digest(calm)
+    assert final_digest(spec) == untouched
+    await_nothing_left(tmp_path / "ram")
+
+
+def test_an_update_that_fails_in_training_is_taken_back(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
+    """Its code can be imported, and its learning rate is one: only the first step tells."""
+    spec = spec_of(job("misled", tmp_path, run=RUN))
+    slow = cluster.faults / "misled.py"
+    slow.write_text("import time; time.sleep(0.3)")
+    asked: list[list[str]] = []
+
+    def mislead(status: Status) -> None:
+        if status.job == "training" and status.step >= 4 and not asked:
+            broken = "def train_step(session):\n    raise RuntimeError('this loop is broken')"
+            asked.append(change(spec, "optimizer.lr=0.5", code=newer_code(tmp_path / "new", spec, broken)))
+            slow.unlink()
+
+    status, told = train(spec, mislead)
+    assert status.exit_code == 0, told
+    assert asked and asked[0][0] == "optimizer.lr = 0.5"
+    ((cause, lost, generations),) = [(i.cause, i.steps_lost, status.generation) for i in status.incidents]
+    assert (cause, lost, generations) == ("update", 0, 3), told
+    assert any("the job is again what it was before update 1" in line for line in told), told
+    assert any("is taken back (not one step was done with it" in line for line in told), told
+    assert identity.changes(spec) == []
+    assert final_digest(spec) == untouched
     await_nothing_left(tmp_path / "ram")
 
 

@@ -502,6 +502,8 @@ class Body:
                 total_steps=self.total_steps,
                 restarts=code != self.supervisor.state.code or self.tape.below(2) == 1,
                 chooses_interval=self.tape.below(2) == 1,
+                undo={"optimizer.lr": self.supervisor.state.changes.get("optimizer.lr", "as declared")},
+                number=self.supervisor.state.n_updates + 1,
             )
         )
 

@@ -19,6 +19,7 @@ from orchestrator.core import (
     recovery,
     supervisor,
     trust,
+    updates,
 )
 from orchestrator.core import events as ev
 from orchestrator.core.actions import InjectFault, UpdateJob
@@ -406,6 +407,21 @@ def new_code_is_not_ordered(patch: Patch) -> None:
     patch.setattr(interruption, "_open_from", broken)
 
 
+def an_update_is_taken_back_that_was_saved_from(patch: Patch) -> None:
+    patch.setattr(updates, "saved", lambda s, generation, step: None)
+
+
+def what_is_taken_back_keeps_its_code(patch: Patch) -> None:
+    take_back = updates.take_back
+
+    def broken(s: State) -> Any:
+        code, job = s.code, take_back(s)
+        s.code = code
+        return job
+
+    patch.setattr(updates, "take_back", broken)
+
+
 SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     lost_nodes_are_used,
     a_node_fills_two_places,
@@ -454,6 +470,8 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     a_job_changes_in_the_middle_of_a_step,
     a_new_controller_forgets_the_update,
     new_code_is_not_ordered,
+    an_update_is_taken_back_that_was_saved_from,
+    what_is_taken_back_keeps_its_code,
 )
 """What a random history shows. Of the others, one shows in its replay, and those that random histories seldom come to
 show in tests/golden: retention_while_starting, rewind, head_lost_and_resumed."""

@@ -77,6 +77,13 @@ class Watch:
         """What somebody has asked for and is not carried out."""
         self._changes: dict[str, str] = {}
         self._code, self._updates = "", 0
+        self._before: tuple[dict[str, str], str] | None = None
+        """Changes and code before the newest update, while nothing was saved with it."""
+        self._updated_at = (0, 0)
+        """Generation and step."""
+        self._trained = False
+        """Whether a step was done with it."""
+        self._without_progress = self._step = 0
         self._faults = 0
         self._retired = False
         """Whether a checkpoint was ever deleted for its age."""
@@ -91,6 +98,11 @@ class Watch:
             self._learn_of_readings(supervisor, event)
             self._learn(supervisor, event)
         committed_one = isinstance(event, ev.CheckpointCommitted) and len(self.books.committed) > before
+        if isinstance(event, ev.CheckpointCommitted):
+            known = supervisor.state.checkpoints.get(event.step)
+            later = event.generation >= self._updated_at[0] and event.step > self._updated_at[1]
+            if known is not None and known.generation == event.generation and later:
+                self._before = None
         self._ended = supervisor.state.job == "ended"
         state = supervisor.state
         state.check()
@@ -125,6 +137,7 @@ class Watch:
             held_back = self.books.pinned | set(self.books.doubts) | set(self.books.certified()[-1:])
             assert len(set(self.books.good(self._steps)) - held_back) <= keep, "too many checkpoints are kept"
         self._check_trust(supervisor)
+        self._without_progress, self._step = state.recoveries_without_progress, state.step
 
     def _learn_of_readings(self, supervisor: Supervisor, event: ev.Event) -> None:
         asked = self._verifying
@@ -192,7 +205,7 @@ class Watch:
                 self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
-                self._update, self._changes, self._code = None, {}, ""
+                self._update, self._changes, self._code, self._before = None, {}, "", None
                 self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
             case ev.UpdateRequested():
                 self._update = self._update or event
@@ -215,6 +228,8 @@ class Watch:
                 self._learn_of_verdict(supervisor, event, self._asked.pop(event.number))
             case ev.TimerFired() if event.timer.startswith("third/"):
                 self._asked.pop(int(event.timer.removeprefix("third/")), None)
+            case ev.StepsDone() if self._job == "training" and event.generation == current and event.last > self._step:
+                self._trained = True
             case ev.GenerationReady():
                 self._ready = max(self._ready, event.generation)
             case ev.WorkerFailed(kind="state") if event.generation == current:
@@ -350,11 +365,25 @@ class Watch:
 
     def _check_update(self, supervisor: Supervisor, event: ev.Event, action: ac.UpdateJob) -> None:
         asked, self._update = self._update, None
+        if not isinstance(event, ev.StepsDone):
+            return self._check_taken_back(action)
         assert asked is not None, "a job that nobody has asked for"
-        assert isinstance(event, ev.StepsDone) and self._job == "training", "a job is changed in the middle of a step"
+        assert self._job == "training", "a job is changed in the middle of a step"
+        self._before, self._trained = (self._changes | asked.undo, self._code), False
+        self._updated_at = (max(self._opened), supervisor.state.step)
         self._updates, self._changes, self._code = self._updates + 1, self._changes | asked.changes, asked.code
         assert (action.number, action.changes) == (self._updates, self._changes), "another job than was asked for"
         assert (supervisor.state.job == "halting") == asked.restarts, "workers begin anew for nothing, or do not"
+
+    def _check_taken_back(self, action: ac.UpdateJob) -> None:
+        assert self._before is not None, "an update is taken back that was saved from"
+        repeated = max(self._errors.values(), default=0) >= LIMITS.same_error_tries
+        corrupt = max((len(nodes) for nodes in self._struck.values()), default=0) >= 2
+        in_vain = self._without_progress >= LIMITS.recoveries_without_progress
+        assert repeated or corrupt or in_vain or not self._trained, "an update is taken back for nothing"
+        (self._changes, self._code), self._before, self._updates = self._before, None, self._updates + 1
+        self._errors, self._struck = {}, {}
+        assert (action.number, action.changes) == (self._updates, self._changes), "the job is not what it was before"
 
     def _check_health(self, supervisor: Supervisor) -> None:
         """Nobody is kept away for nothing, or for another's word alone, and never too many are."""

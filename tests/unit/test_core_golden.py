@@ -123,15 +123,17 @@ def _hung(at: int, w: list[str]) -> ev.WorkerHung:
 
 def _update(at: int, w: list[str]) -> ev.UpdateRequested:
     options = dict(word.split("=") for word in w if "=" in word)
+    steps, code = int(options.pop("steps")), options.pop("code", "")
     return ev.UpdateRequested(
         at=at,
         by="the operator",
-        total_steps=int(options.pop("steps")),
-        code=options.pop("code", ""),
+        total_steps=steps,
+        code=code,
         restarts="in-place" not in w,
         chooses_interval="keeps-interval" not in w,
         limits=_run(at, ["mesh=1x1x1x1", "steps=1"]).limits,
-        changes=options,
+        changes={name: value for name, value in options.items() if not name.startswith("was:")},
+        undo={name.removeprefix("was:"): value for name, value in options.items() if name.startswith("was:")},
     )
 
 
@@ -261,7 +263,7 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "certified": _certified,
     # pinned STEP ...
     "pinned": lambda at, w: ev.CheckpointsPinned(at=at, steps=tuple(int(step) for step in w)),
-    # update steps=N [code=NAME] [in-place] [keeps-interval] FIELD=VALUE ...
+    # update steps=N [code=NAME] [in-place] [keeps-interval] [FIELD=VALUE was:FIELD=VALUE] ...
     "update": _update,
     # interval STEPS WHY
     "interval": lambda at, w: ev.IntervalChosen(
@@ -400,6 +402,12 @@ def test_a_changed_answer_is_seen() -> None:
     text = TRACES[0].read_text()
     changed: Any = text.replace("open g1", "open g2", 1)
     assert changed != text and play(changed) == text
+
+
+def test_an_update_that_was_saved_from_and_is_taken_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (GOLDEN / "update_taken_back.trace").read_text()
+    core_breakages.an_update_is_taken_back_that_was_saved_from(monkeypatch)
+    assert play(text) != text
 
 
 @pytest.mark.parametrize("moment", ["_on_interval_chosen", "_on_generation_ready", "_on_epoch_began"])

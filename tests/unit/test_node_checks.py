@@ -68,10 +68,9 @@ def test_a_lost_node_that_is_counted_on_is_seen(which: str) -> None:
         state.check_nodes()
 
 
-def test_more_in_quarantine_than_the_limit_is_seen() -> None:
+def test_more_in_quarantine_than_an_update_allows_is_no_fault() -> None:
+    """Nobody is let go for it; who is to come there finds no room."""
     state = training()
     state.move_node("n3", "quarantined")
-    state.check_nodes()
     state.limits = replace(state.declared_limits, quarantined_at_most=0)
-    with pytest.raises(AssertionError):
-        state.check_nodes()
+    state.check_nodes()
