@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util import get_placement_group, remove_placement_group
 
 from orchestrator.chaos import late, net
 from orchestrator.chaos import node as chaos
@@ -778,7 +779,8 @@ class Agent:
             await asyncio.sleep(PARENT_INTERVAL_S)
             if self._is_abandoned():
                 why = f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s"
-                await self._die(why, keep_snapshots=True)  # it may be the run that is lost, and not this node
+                # It may be the run that is lost, and not this node.
+                await self._die(why, keep_snapshots=True, give_back=True)
         assert self._reporter is not None
         head_lost = time.monotonic() - self._reporter.answered_at > HEAD_LOST_S
         await self._die("the raylet of this node is gone", keep_snapshots=head_lost)
@@ -789,8 +791,12 @@ class Agent:
             return False
         return time.monotonic() - max(self._moved_at, self._reporter.answered_at) > ABANDONED_S
 
-    async def _die(self, why: str, keep_snapshots: bool = False) -> None:
-        """End this process, of one of its own tasks: that one is not cancelled by the end."""
+    async def _die(self, why: str, keep_snapshots: bool = False, give_back: bool = False) -> None:
+        """End this process, of one of its own tasks: that one is not cancelled by the end.
+
+        Args:
+            give_back: the node, to Ray: there is no controller that would.
+        """
         logger.error("agent %s ends: %s", self._node, why)
         self._loop.call_later(DIE_DEADLINE_S, os._exit, 1)
         self._tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -801,8 +807,11 @@ class Agent:
                 # With the server goes the line: to the controller this node is gone.
                 await asyncio.gather(at_once, self._peer.close())
                 await self._leave_nothing(DIE_DEADLINE_S / 2)
+            if give_back:  # Ray ends this process with it
+                group = await asyncio.to_thread(get_placement_group, f"{self._namespace}/{self._node}")
+                await asyncio.to_thread(remove_placement_group, group)
         except Exception:
-            logger.exception("agent %s may leave snapshots behind", self._node)
+            logger.exception("agent %s may leave something behind", self._node)
         finally:
             os._exit(1)  # the zygote and its workers end with this process
 

@@ -2,7 +2,8 @@
 
 When a worker's process imports trainer.loop, its `train_step` first runs the file `<run>.py` of the folder that
 SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
-imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. The node whose
+imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. An agent that
+comes up while there is a file `impatient` there takes its controller for gone after ten seconds. The node whose
 raylet's process id stands in a file `wrong-node` there computes wrong products when it is checked.
 
 Where SHEPHERD_TEST_DEVICE is "cuda", all workers train on the first GPU. NCCL refuses ranks on one GPU unless it takes
@@ -36,6 +37,11 @@ def _patch_loop(module):
 def _patch_fan_in(module):
     if Path(os.environ["SHEPHERD_TEST_FAULTS"], "fan-ins").exists():
         module.FAN_IN_FROM_NODES, module.FAN_IN_NODES = 3, 2
+
+
+def _patch_agent(module):
+    if Path(os.environ["SHEPHERD_TEST_FAULTS"], "impatient").exists():
+        module.ABANDONED_S = 10.0
 
 
 def _compute_wrong():
@@ -90,6 +96,7 @@ if "SHEPHERD_TEST_NODE" in os.environ:
 if "SHEPHERD_TEST_FAULTS" in os.environ:
     sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
     sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))
+    sys.meta_path.insert(0, _Patch("orchestrator.runtime.agent", _patch_agent))
     if os.environ.get("SHEPHERD_TEST_DEVICE") == "cuda":
         sys.meta_path.insert(0, _Patch("trainer.worker", _share_one_gpu))
     wrong_node = Path(os.environ["SHEPHERD_TEST_FAULTS"], "wrong-node")

@@ -11,10 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import Cluster
-from herd import await_nothing_left, command, free_port, job, look, ray_started, spec_file, spec_of, train, wait_for
+from herd import (
+    await_nothing_left,
+    command,
+    free_port,
+    job,
+    leftovers,
+    look,
+    ray_started,
+    spec_file,
+    spec_of,
+    train,
+    wait_for,
+)
+from ray.util.placement_group import placement_group_table
 
+from orchestrator import preflight
 from orchestrator.runtime import driver
+from orchestrator.runtime.controller import namespace_of
+from orchestrator.spec import JobSpec
 from storage.commits import list_commits
 
 pytestmark = pytest.mark.timeout(300)
@@ -98,6 +115,37 @@ def test_a_lost_driver_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=10)
     await_nothing_left(tmp_path / "ram")
+
+
+def test_a_controller_that_is_gone_for_good_keeps_no_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Its agents end, and Ray has the nodes back. What they have kept in memory is the resume's."""
+    spec = spec_of(job("forsaken", tmp_path))
+    impatient, held = cluster.faults / "impatient", cluster.faults / "forsaken.py"
+    impatient.touch()
+    held.write_text("import time; time.sleep(600 if session.state.step == 20 else 0.1)")
+    try:
+        preflight.check_local(spec, resume=False)
+        controller, _ = driver.start(spec, detached=True)
+        wait_for(lambda: list_commits(spec.run.url) == [10], 120, "a checkpoint")
+        assert len(reserved(spec)) == 2
+        ray.kill(controller, no_restart=True)
+        wait_for(lambda: not reserved(spec), 120, "Ray to have the nodes back")
+    finally:
+        impatient.unlink()
+        held.unlink()
+    wait_for(lambda: not leftovers(tmp_path / "nothing"), 30, "the agents to end")
+    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 30, "Ray to say so")
+    status, told = train(spec, resume=True)
+    assert status.exit_code == 0, told
+    assert any("opens at step 20 from shared memory" in line for line in told), told
+    await_nothing_left(tmp_path / "ram")
+
+
+def reserved(spec: JobSpec) -> list[str]:
+    """Ray's names of what it keeps for a run."""
+    prefix = f"{namespace_of(spec.run.name)}/"
+    rows = placement_group_table().values()
+    return [row["name"] for row in rows if row["name"].startswith(prefix) and row["state"] != "REMOVED"]
 
 
 @pytest.fixture
