@@ -43,7 +43,7 @@ def _interrupt(s: State, evidence: Evidence) -> list[Action]:
     recovery.note(s.incident, evidence)
     s.job, s.growing = "halting", False
     new_code = s.order is not None and s.order.code != s.code
-    on_trial = s.trial is not None and s.trial.code != s.code  # the code before it may be what comes next
+    on_trial = any(trial.code != s.code for trial in s.trials)  # the code before it may be what comes next
     s.parked = "park" in s.capabilities and not s.incident.spent and not new_code and not on_trial
     s.awaiting = _still_active(s, evidence.node)
     if not s.awaiting:

@@ -233,17 +233,18 @@ class Fault:
 
 @dataclass(kw_only=True)
 class Trial:
-    """What the job was before its newest update, while that can be taken back (updates.py)."""
+    """What the job was before an update, while that can be taken back (updates.py)."""
 
     generation: int
+    """The first with the update."""
     step: int
     """Completed when the job changed."""
     limits: Limits
     total_steps: int
     code: str
     interval: IntervalChosen | None
-    changes: dict[str, str]
-    """Those by which the job as it is now becomes what it was."""
+    undo: dict[str, str]
+    """See UpdateRequested.undo."""
     trained: bool = False
     """Whether a step was done since."""
 
@@ -267,8 +268,8 @@ class State:
     """Names the code that workers import from the next generation on; empty: the installed one."""
     n_updates: int = 0
     """That were ever carried out, those included that took one back."""
-    trial: Trial | None = None
-    """Until the newest update has proven itself."""
+    trials: list[Trial] = field(default_factory=list)
+    """Of the updates that have not proven themselves, the oldest first."""
 
     epoch: int = 0
     job: JobState = "waiting"
@@ -359,7 +360,8 @@ class State:
     damaged_copies: dict[str, str] = field(default_factory=dict)
     """Copies of snapshots that were found damaged, and the evidence: each is one strike."""
     unclean: dict[int, int] = field(default_factory=dict)
-    """Generation to the first step at which its state was found corrupt; outlives the incident, as snapshots do."""
+    """Generation to the first step at which its state was found corrupt, or was made by an update that is taken back;
+    outlives the incident, as snapshots do."""
 
     awaiting: dict[str, None] = field(default_factory=dict)
     """While halting: the nodes that have not reported yet."""
@@ -486,6 +488,10 @@ class State:
         may have been theirs.
         """
         return any(generation <= g and step >= first for g, first in self.unclean.items())
+
+    def distrust(self, generation: int, step: int) -> None:
+        """What `generation`, and those before it, had in memory from `step` on is not known to be clean."""
+        self.unclean[generation] = min(step, self.unclean.get(generation, step))
 
     @property
     def is_open_ended(self) -> bool:

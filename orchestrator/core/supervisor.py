@@ -101,7 +101,7 @@ class Supervisor:
         s.run, s.layout, s.limits = event.run, event.layout, event.limits
         s.total_steps, s.capabilities = event.total_steps, event.capabilities
         s.job, s.exit_code, s.verdict, s.stopping = "waiting", None, "", ""
-        s.interval, s.update, s.trial, s.changes, s.code = None, None, None, {}, ""  # the document says what it is now
+        s.interval, s.update, s.trials, s.changes, s.code = None, None, [], {}, ""  # the document says what it is now
         s.mesh, s.nodes, s.inventory, s.order, s.awaiting = (), {}, {}, None, {}
         s.replicas = s.shapes[s.generation + 1] = event.layout.dp_replicate
         s.fallback = None
@@ -246,7 +246,7 @@ class Supervisor:
             revoked += checkpoints.revoke_what_came_of(s, asked.generation, asked.step, asked.judge)
             heirs = [g for g in s.lineage if s.is_made_of(asked.generation, asked.step, upto=(g, asked.step))]
             for last in heirs[-1:]:  # what is held of it by those before is not clean, either: see is_unclean
-                s.unclean[last] = min(asked.step, s.unclean.get(last, asked.step))
+                s.distrust(last, asked.step)
         # A step may be audited before it is told that every rank has done it.
         here = [d for d in settled if s.is_made_of(d.generation, d.step, upto=(s.generation, max(s.step, d.step)))]
         if here and s.job in (*_HOLDS_SLOTS, "committing"):
@@ -561,7 +561,7 @@ class Supervisor:
             The steps of checkpoints that are revoked.
         """
         s = self.state
-        s.unclean[s.generation] = min(step, s.unclean.get(s.generation, step))
+        s.distrust(s.generation, step)
         if step > order.step:
             return checkpoints.revoke(s, s.generation, step, by)
         return checkpoints.revoke(s, order.snapshot_generation, step, by) if order.source == "ram" else []

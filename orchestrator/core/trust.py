@@ -236,8 +236,7 @@ def rewind(state: State, step: int, by: str) -> list[int]:
     trusted = max((s for s, c in state.checkpoints.items() if c.trust == "certified" and s < step), default=None)
     if trusted is None:
         return []
-    newest = state.generation
-    state.unclean[newest] = min(trusted + 1, state.unclean.get(newest, trusted + 1))
+    state.distrust(state.generation, trusted + 1)
     why = f"newer than checkpoint {trusted}, the newest certified when an audit proved step {step} wrong"
     return revoke_if(state, by, why, lambda writer, held: held > trusted)
 

@@ -43,10 +43,12 @@ def notices(event: Event, actions: list[Action], state: State) -> list[str]:
                 )
                 if state.incident is None and state.high_water > action.step:
                     lines.append(f"lost: steps {action.step + 1} to {state.high_water}, which are computed again")
-            case UpdateJob() if isinstance(event, (ev.StepsDone, ev.EpochBegan)):
+            case UpdateJob() if isinstance(event, ev.EpochBegan):
+                lines.append(f"update {action.number}: the job is the one that it has made")
+            case UpdateJob() if isinstance(event, ev.StepsDone):
                 lines.append(f"update {action.number}: the job is now the one that was asked for")
             case UpdateJob():
-                lines.append(f"update {action.number}: the job is again what it was before update {action.number - 1}")
+                lines.append(f"update {action.number}: the newest one that is on trial is taken back")
             case PublishTrust():
                 why = f": {textwrap.shorten(action.detail, 160)}" if action.trust in ("damaged", "revoked") else ""
                 by = f", says {action.by}" if action.by else ""

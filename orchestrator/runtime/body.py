@@ -202,8 +202,8 @@ class Body:
         )
         self._layout = spec.layout
         """Of the generation that was opened last."""
-        self._imported = ""
-        """The code of the last generation that every node has taken."""
+        self._imported: str | None = ""
+        """The code that every node of the last generation has taken; None if it did not come to that."""
         self._filled: dict[int, tuple[str, ...]] = {}
         """Generation to its nodes in mesh order, of the newest MESHES_KEPT."""
         self._keepers: dict[int, str] = {}
@@ -461,6 +461,7 @@ class Body:
             # Code that was in use before, or is new to a node, may have to be imported first.
             deadline_s = ORDER_DEADLINE_S if action.code == self._imported else CODE_DEADLINE_S
             orders = (call(self._agent(n).actor.open.remote(self._epoch, p), deadline_s) for n, p in plans)
+            self._imported = None
             await asyncio.gather(*orders)
             self._imported = action.code
         except NowhereWhole as e:

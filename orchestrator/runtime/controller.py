@@ -107,6 +107,8 @@ class Controller:
         self._observes = False
         self._updating = False
         """Somebody's update is being made ready."""
+        self._update_number = 0
+        """The last update by which the job has become what it is here; the supervisor may be ahead of that."""
         self._orders: list[tuple[int, Action]] = []
         """What was decided and is not performed yet, each with the time of its event."""
         self._must_publish = False
@@ -226,7 +228,7 @@ class Controller:
     async def _update(self, body: Body, overrides: list[str], code: str | None, by: str) -> list[str]:
         new = job_update.updated(self._spec, overrides)
         changes, undo = job_update.changes(self._spec, new), job_update.changes(new, self._spec)
-        before, number = self._supervisor.state.code, self._supervisor.state.n_updates + 1
+        before, number = self._supervisor.state.code, self._update_number + 1
         code = before if code is None else code
         if not changes and code == before:
             raise ValueError("nothing changes: the job has these values, and its workers this code")
@@ -243,7 +245,7 @@ class Controller:
             await body.prepare_code(code)
         # Before any change of the job: a controller that reads what follows need not read what came before with it.
         await self._snapshots.write(self._journal, self._supervisor.state)
-        if number != self._supervisor.state.n_updates + 1:
+        if number != self._update_number + 1:
             raise ValueError("the run has taken its last update back meanwhile: ask again, if it is still wanted")
         self._post(
             ev.UpdateRequested(
@@ -338,6 +340,7 @@ class Controller:
         if restarted:  # a resume's document says all of it anew
             self._go_by(self._supervisor.state.changes)
             spec = self._spec
+        self._update_number = self._supervisor.state.n_updates
         if self._retuner is not None:
             self._retuner.recall(self._supervisor.state)
         self._last_at = self._supervisor.state.ledger.mark
@@ -554,6 +557,7 @@ class Controller:
             self._over = True
         elif isinstance(action, UpdateJob):
             self._go_by(action.changes)
+            self._update_number = action.number
             self._body.update(self._spec, action, in_force(self._spec.checkpoint, self._supervisor.state))
         elif isinstance(action, SetTimer):
             # It runs from when its order could be given: a hold must not use up somebody's deadline.

@@ -101,7 +101,7 @@ def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(
 
 
 def test_an_update_that_fails_in_training_is_taken_back(cluster: Cluster, untouched: str, tmp_path: Path) -> None:
-    """Its code can be imported, and its learning rate is one: only the first step tells."""
+    """Its code can be imported, and its learning rate be one: only the first step tells."""
     spec = spec_of(job("misled", tmp_path, run=RUN))
     slow = cluster.faults / "misled.py"
     slow.write_text("import time; time.sleep(0.3)")
@@ -118,7 +118,7 @@ def test_an_update_that_fails_in_training_is_taken_back(cluster: Cluster, untouc
     assert asked and asked[0][0] == "optimizer.lr = 0.5"
     ((cause, lost, generations),) = [(i.cause, i.steps_lost, status.generation) for i in status.incidents]
     assert (cause, lost, generations) == ("update", 0, 3), told
-    assert any("the job is again what it was before update 1" in line for line in told), told
+    assert any("update 2: the newest one that is on trial is taken back" in line for line in told), told
     assert any("is taken back (not one step was done with it" in line for line in told), told
     assert identity.changes(spec) == []
     assert final_digest(spec) == untouched

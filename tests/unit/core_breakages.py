@@ -422,6 +422,27 @@ def what_is_taken_back_keeps_its_code(patch: Patch) -> None:
     patch.setattr(updates, "take_back", broken)
 
 
+def what_is_taken_back_keeps_its_limits(patch: Patch) -> None:
+    take_back = updates.take_back
+
+    def broken(s: State) -> Any:
+        limits, job = s.limits, take_back(s)
+        s.limits = limits
+        return job
+
+    patch.setattr(updates, "take_back", broken)
+
+
+def what_was_trained_with_it_is_restored(patch: Patch) -> None:
+    take_back = updates.take_back
+
+    def broken(s: State) -> Any:
+        s.trials[-1].trained = False
+        return take_back(s)
+
+    patch.setattr(updates, "take_back", broken)
+
+
 SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     lost_nodes_are_used,
     a_node_fills_two_places,
@@ -472,6 +493,8 @@ SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
     new_code_is_not_ordered,
     an_update_is_taken_back_that_was_saved_from,
     what_is_taken_back_keeps_its_code,
+    what_is_taken_back_keeps_its_limits,
+    what_was_trained_with_it_is_restored,
 )
 """What a random history shows. Of the others, one shows in its replay, and those that random histories seldom come to
 show in tests/golden: retention_while_starting, rewind, head_lost_and_resumed."""

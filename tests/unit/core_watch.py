@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from core_books import Books
 
 from orchestrator.core import actions as ac
@@ -26,6 +28,20 @@ LIMITS = Limits(
     probation_us=100_000_000,
     grow_settle_us=10_000_000,
 )
+
+
+class Trial(NamedTuple):
+    """What the job was before an update."""
+
+    generation: int
+    """The first with the update."""
+    step: int
+    code: str
+    terms: tuple[Limits | None, int, ev.IntervalChosen | None]
+    """Limits, steps, and how often a checkpoint is made."""
+    undo: dict[str, str]
+    trained: bool
+
 
 Want = tuple[tuple[str, ...], list[int], list[int]]
 """Nodes, the slots of which a snapshot at one of them serves as it stands, and those that serve after a copy."""
@@ -72,17 +88,13 @@ class Watch:
         self._leaving: set[str] = set()
         self._parked: set[str] = set()
         """Nodes that have said so since the newest generation was opened."""
-        self._limits = LIMITS
+        self._limits, self._interval = LIMITS, None
         self._update: ev.UpdateRequested | None = None
         """What somebody has asked for and is not carried out."""
         self._changes: dict[str, str] = {}
         self._code, self._updates = "", 0
-        self._before: tuple[dict[str, str], str] | None = None
-        """Changes and code before the newest update, while nothing was saved with it."""
-        self._updated_at = (0, 0)
-        """Generation and step."""
-        self._trained = False
-        """Whether a step was done with it."""
+        self._trials: list[Trial] = []
+        """What the job was before each of the newest updates, while nothing was saved with it."""
         self._without_progress = self._step = 0
         self._faults = 0
         self._retired = False
@@ -100,9 +112,9 @@ class Watch:
         committed_one = isinstance(event, ev.CheckpointCommitted) and len(self.books.committed) > before
         if isinstance(event, ev.CheckpointCommitted):
             known = supervisor.state.checkpoints.get(event.step)
-            later = event.generation >= self._updated_at[0] and event.step > self._updated_at[1]
-            if known is not None and known.generation == event.generation and later:
-                self._before = None
+            if known is not None and known.generation == event.generation:
+                made = (event.generation, event.step)
+                self._trials = [t for t in self._trials if made[0] < t.generation or made[1] <= t.step]
         self._ended = supervisor.state.job == "ended"
         state = supervisor.state
         state.check()
@@ -205,10 +217,13 @@ class Watch:
                 self._first_generation = 1 + current
                 self._lost, self._joined, self._inventory, self._errors, self._stops = set(), set(), {}, {}, 0
                 self._convicted, self._replaced, self._struck = set(), set(), {}
-                self._update, self._changes, self._code, self._before = None, {}, "", None
+                self._update, self._changes, self._code, self._trials = None, {}, "", []
                 self._named, self._asked, self._leaving, self._limits = set(), {}, set(), event.limits
+                self._interval = None
             case ev.UpdateRequested():
                 self._update = self._update or event
+            case ev.IntervalChosen():
+                self._interval = event
             case ev.NodeJoined() if event.node not in self._joined:
                 self._joined.add(event.node)
                 self._inventory[event.node] = self._usable(event.snapshots)
@@ -229,7 +244,7 @@ class Watch:
             case ev.TimerFired() if event.timer.startswith("third/"):
                 self._asked.pop(int(event.timer.removeprefix("third/")), None)
             case ev.StepsDone() if self._job == "training" and event.generation == current and event.last > self._step:
-                self._trained = True
+                self._trials = [t._replace(trained=True) for t in self._trials]
             case ev.GenerationReady():
                 self._ready = max(self._ready, event.generation)
             case ev.WorkerFailed(kind="state") if event.generation == current:
@@ -366,24 +381,34 @@ class Watch:
     def _check_update(self, supervisor: Supervisor, event: ev.Event, action: ac.UpdateJob) -> None:
         asked, self._update = self._update, None
         if not isinstance(event, ev.StepsDone):
-            return self._check_taken_back(action)
+            return self._check_taken_back(supervisor, action)
         assert asked is not None, "a job that nobody has asked for"
         assert self._job == "training", "a job is changed in the middle of a step"
-        self._before, self._trained = (self._changes | asked.undo, self._code), False
-        self._updated_at = (max(self._opened), supervisor.state.step)
+        first = max(self._opened) + asked.restarts
+        terms = (self._limits, self._steps, self._interval)
+        self._trials.append(Trial(first, supervisor.state.step, self._code, terms, asked.undo, trained=False))
+        self._limits, self._steps = asked.limits, asked.total_steps
+        self._interval = None if asked.chooses_interval else self._interval
         self._updates, self._changes, self._code = self._updates + 1, self._changes | asked.changes, asked.code
         assert (action.number, action.changes) == (self._updates, self._changes), "another job than was asked for"
         assert (supervisor.state.job == "halting") == asked.restarts, "workers begin anew for nothing, or do not"
 
-    def _check_taken_back(self, action: ac.UpdateJob) -> None:
-        assert self._before is not None, "an update is taken back that was saved from"
+    def _check_taken_back(self, supervisor: Supervisor, action: ac.UpdateJob) -> None:
+        assert self._trials, "an update is taken back that was saved from"
+        before, state = self._trials.pop(), supervisor.state
         repeated = max(self._errors.values(), default=0) >= LIMITS.same_error_tries
         corrupt = max((len(nodes) for nodes in self._struck.values()), default=0) >= 2
         in_vain = self._without_progress >= LIMITS.recoveries_without_progress
-        assert repeated or corrupt or in_vain or not self._trained, "an update is taken back for nothing"
-        (self._changes, self._code), self._before, self._updates = self._before, None, self._updates + 1
+        failed_start = not before.trained and state.incident is not None and bool(state.incident.rungs)
+        assert repeated or corrupt or in_vain or failed_start, "an update is taken back for nothing"
+        self._changes, self._code, self._updates = self._changes | before.undo, before.code, self._updates + 1
+        self._limits, self._steps, self._interval = before.terms
         self._errors, self._struck = {}, {}
+        if before.trained:
+            self._corrupt.add((max(self._opened), before.step + 1))
         assert (action.number, action.changes) == (self._updates, self._changes), "the job is not what it was before"
+        now = (state.limits, state.total_steps, state.interval)
+        assert now == before.terms, "limits, steps or interval are not what they were before"
 
     def _check_health(self, supervisor: Supervisor) -> None:
         """Nobody is kept away for nothing, or for another's word alone, and never too many are."""

@@ -123,7 +123,7 @@ def _hung(at: int, w: list[str]) -> ev.WorkerHung:
 
 def _update(at: int, w: list[str]) -> ev.UpdateRequested:
     options = dict(word.split("=") for word in w if "=" in word)
-    steps, code = int(options.pop("steps")), options.pop("code", "")
+    steps, code, number = int(options.pop("steps")), options.pop("code", ""), int(options.pop("number", "0"))
     return ev.UpdateRequested(
         at=at,
         by="the operator",
@@ -134,6 +134,7 @@ def _update(at: int, w: list[str]) -> ev.UpdateRequested:
         limits=_run(at, ["mesh=1x1x1x1", "steps=1"]).limits,
         changes={name: value for name, value in options.items() if not name.startswith("was:")},
         undo={name.removeprefix("was:"): value for name, value in options.items() if name.startswith("was:")},
+        number=number,
     )
 
 
@@ -263,7 +264,7 @@ _EVENTS: dict[str, Callable[[int, list[str]], ev.Event]] = {
     "certified": _certified,
     # pinned STEP ...
     "pinned": lambda at, w: ev.CheckpointsPinned(at=at, steps=tuple(int(step) for step in w)),
-    # update steps=N [code=NAME] [in-place] [keeps-interval] [FIELD=VALUE was:FIELD=VALUE] ...
+    # update steps=N [number=N] [code=NAME] [in-place] [keeps-interval] [FIELD=VALUE was:FIELD=VALUE] ...
     "update": _update,
     # interval STEPS WHY
     "interval": lambda at, w: ev.IntervalChosen(
