@@ -114,7 +114,7 @@ def _decide(s: State) -> tuple[recovery.Decision, list[Action]]:
     if not why:
         return decision, []
     void = f", and what {s.update.by} has asked for since is void" if s.update is not None else ""
-    undone: list[Action] = [updates.take_back(s)]
+    undone = updates.take_back(s)
     decision = recovery.decide(s)
     reason = f"the job's newest update is taken back ({why}){void}; {decision.reason}"
     return replace(decision, reason=reason), undone
@@ -128,16 +128,17 @@ def open_mesh(s: State, at: int, why: str, at_least: int | None = None) -> list[
     if s.n_usable < (at_least or (s.declared_layout.nodes if s.incident is None else recovery.fewest_nodes(s))):
         return []
     actions = health.quarantine_convicts(s, at)
+    undone: list[Action] = []
     if s.incident is not None:
-        decision = recovery.decide(s)
+        decision, undone = _decide(s)
         s.incident.reason = decision.reason
     else:
         found = recovery.largest_mesh(s, s.usable(), at_most=s.declared_layout.nodes)
         assert found is not None
         decision = recovery.first_decision(s, *found, why)
     if decision.rung == "fail":
-        return end(s, decision.exit_code, decision.reason)
-    return actions + _open_from(s, at, decision)
+        return undone + end(s, decision.exit_code, decision.reason)
+    return actions + undone + _open_from(s, at, decision)
 
 
 def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
@@ -157,6 +158,7 @@ def _open_from(s: State, at: int, decision: recovery.Decision) -> list[Action]:
     first = s.incident is None
     s.generation += 1
     s.lineage[s.generation] = (_parent(s, decision), decision.step)
+    updates.opened(s, decision.step)
     s.mesh, s.job = decision.mesh, "starting"
     if layout != s.mesh_layout:
         s.replicas = s.shapes[s.generation] = layout.dp_replicate

@@ -238,7 +238,7 @@ class Trial:
     generation: int
     """The first with the update."""
     step: int
-    """Completed when the job changed."""
+    """The last that was done without the update, of those of which there may still be something."""
     limits: Limits
     total_steps: int
     code: str

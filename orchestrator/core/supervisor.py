@@ -356,7 +356,7 @@ class Supervisor:
     def _on_checkpoints_found(self, event: ev.CheckpointsFound) -> list[Action]:
         checkpoints.found(self.state, event)
         for step, checkpoint in self.state.checkpoints.items():  # also one whose commit was told to nobody
-            if checkpoint.trust != "written":
+            if checkpoint.trust in USABLE:
                 updates.saved(self.state, checkpoint.generation, step)
         return checkpoints.retire(self.state) + self._finish_if_saved()
 

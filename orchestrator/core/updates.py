@@ -9,8 +9,8 @@ all the same, a little later.
 
 from __future__ import annotations
 
-from orchestrator.core import recovery
-from orchestrator.core.actions import UpdateJob
+from orchestrator.core import checkpoints, recovery, trust
+from orchestrator.core.actions import Action, UpdateJob
 from orchestrator.core.events import UpdateRequested
 from orchestrator.core.state import EXIT_CRASH_LOOP, EXIT_JOB_FAULT, State, Trial
 
@@ -37,6 +37,12 @@ def carry_out(s: State, asked: UpdateRequested) -> UpdateJob:
     if asked.chooses_interval:
         s.interval = None
     return _changed(s, asked.changes)
+
+
+def opened(s: State, step: int) -> None:
+    """A generation begins at `step`: all that comes after it is trained with what is on trial."""
+    for trial in s.trials:
+        trial.step = step if trial.generation == s.generation else min(trial.step, step)
 
 
 def trained(s: State) -> None:
@@ -66,8 +72,8 @@ def why_back(s: State, decision: recovery.Decision) -> str:
     return f"not one step was done with it: {recovery.told(cause)}"
 
 
-def take_back(s: State) -> UpdateJob:
-    """The job is again what it was before its newest update.
+def take_back(s: State) -> list[Action]:
+    """The job is again what it was before its newest update; what was trained with that is not to be restored.
 
     One that was asked for since is void: it was checked against the job that is no more. Nor do the failures count any
     more, or the rungs that failed.
@@ -76,9 +82,10 @@ def take_back(s: State) -> UpdateJob:
     assert s.incident is not None
     s.limits, s.total_steps, s.code, s.interval = before.limits, before.total_steps, before.code, before.interval
     s.errors, s.recoveries_without_progress, s.incident.spent = {}, 0, []
-    if before.trained:
-        s.distrust(s.generation, before.step + 1)
-    return _changed(s, before.undo)
+    s.distrust(s.generation, before.step + 1)
+    why = "it was made with an update that is taken back"
+    revoked = checkpoints.revoke_if(s, "", why, lambda writer, step: writer >= before.generation and step > before.step)
+    return [_changed(s, before.undo), *(action for step in revoked for action in trust.publish(s, step))]
 
 
 def _changed(s: State, changes: dict[str, str]) -> UpdateJob:

@@ -202,8 +202,8 @@ class Body:
         )
         self._layout = spec.layout
         """Of the generation that was opened last."""
-        self._imported: str | None = ""
-        """The code that every node of the last generation has taken; None if it did not come to that."""
+        self._imported: str | None = None
+        """The code that every node of the last generation has taken; None if that is not known."""
         self._filled: dict[int, tuple[str, ...]] = {}
         """Generation to its nodes in mesh order, of the newest MESHES_KEPT."""
         self._keepers: dict[int, str] = {}

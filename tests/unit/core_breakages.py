@@ -437,8 +437,9 @@ def what_was_trained_with_it_is_restored(patch: Patch) -> None:
     take_back = updates.take_back
 
     def broken(s: State) -> Any:
-        s.trials[-1].trained = False
-        return take_back(s)
+        unclean, jobs = dict(s.unclean), take_back(s)
+        s.unclean = unclean
+        return jobs
 
     patch.setattr(updates, "take_back", broken)
 

@@ -36,6 +36,7 @@ class Trial(NamedTuple):
     generation: int
     """The first with the update."""
     step: int
+    """The last that was done without it."""
     code: str
     terms: tuple[Limits | None, int, ev.IntervalChosen | None]
     """Limits, steps, and how often a checkpoint is made."""
@@ -404,8 +405,8 @@ class Watch:
         self._changes, self._code, self._updates = self._changes | before.undo, before.code, self._updates + 1
         self._limits, self._steps, self._interval = before.terms
         self._errors, self._struck = {}, {}
-        if before.trained:
-            self._corrupt.add((max(self._opened), before.step + 1))
+        self._corrupt.add((max(self._opened), before.step + 1))
+        self.books.revoke_if(lambda writer, step: writer >= before.generation and step > before.step)
         assert (action.number, action.changes) == (self._updates, self._changes), "the job is not what it was before"
         now = (state.limits, state.total_steps, state.interval)
         assert now == before.terms, "limits, steps or interval are not what they were before"
@@ -428,6 +429,9 @@ class Watch:
         self._opened[order.generation] = order
         writer = self.books.committed.get(order.step, 0) if order.source == "durable" else order.snapshot_generation
         self._parents[order.generation] = (writer, order.step)
+        for n, trial in enumerate(self._trials):
+            first = trial.generation == order.generation
+            self._trials[n] = trial._replace(step=order.step if first else min(trial.step, order.step))
         mesh = self._mesh(order.generation)
         assert mesh in list(self._layout.meshes), "a mesh that nobody can train"
         assert len(order.nodes) == len(set(order.nodes)) == mesh.nodes, "a slot is filled twice, or not at all"
