@@ -91,6 +91,8 @@ TRACEBACK_CHARS = 8_000
 # Damaged blocks of one copy: more of them say no more.
 DAMAGED_TOLD = 4
 
+STAGE_MESSAGES = ("failed to run forward:", "Failed to run stage backward")
+"""Of torch.distributed.pipelining, around whatever a stage's own code has raised."""
 MEMORY_MESSAGES = ("can't allocate memory", "out of memory")
 
 FailureKind = Literal["exception", "collective", "memory", "state", "store", "audit", "corrupt", "diverged", "unclean"]
@@ -446,10 +448,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _cause_in_stage(error: BaseException) -> BaseException:
+    """What torch's pipelining tells of by the shapes of the stage's tensors, and not by what has failed."""
+    while error.__cause__ is not None and any(message in str(error) for message in STAGE_MESSAGES):
+        error = error.__cause__
+    return error
+
+
 def tell_failure(agent: Agent, assign: Assign, step: int, error: Exception, kind: FailureKind) -> None:
     """This rank's last words in a generation."""
     in_haste = kind in (*UNCLEAN, "collective")
     detail = "".join(_without_sources(error) if in_haste else traceback.format_exception(error))
+    named = _cause_in_stage(error)
     sys.stderr.write(detail)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -460,7 +470,7 @@ def tell_failure(agent: Agent, assign: Assign, step: int, error: Exception, kind
             step=step,
             kind=kind,
             # Redacted before they are cut: half a URL's credentials are not known as such.
-            error=redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:ERROR_CHARS],
+            error=redacted(" ".join(f"{type(named).__name__}: {named}".split()))[:ERROR_CHARS],
             traceback=redacted(detail)[-TRACEBACK_CHARS:],
         )
     )

@@ -13,6 +13,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from traced import trace
 
+TRIES, ONE_TRY_S = 3, 90
+"""It takes 6 s; its writer's threads were once seen to stand still under the tracer, once in some hundred runs."""
+
 
 def tensors() -> dict[str, torch.Tensor]:
     return {f"w{n}": torch.full((300, 100), float(n)) for n in range(8)}
@@ -49,7 +52,14 @@ def loaded(path: Path) -> str:
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="said of torch 2.13; a newer one may be mended")
 def test_dcp_tells_success_with_data_missing(tmp_path, tally):
-    silent = in_clean_process(dcp_on_a_full_disk, tmp_path / "dcp")
+    silent = None
+    for number in range(TRIES):
+        try:
+            silent = in_clean_process(dcp_on_a_full_disk, tmp_path / f"dcp-{number}", timeout_s=ONE_TRY_S)
+            break
+        except AssertionError:
+            if number == TRIES - 1:
+                raise
     missing = [told for told in silent if not told.endswith("whole")]
     assert missing, silent
     tally("torch DCP on a full disk", "saves that tell success, data missing", count=len(missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ from trainer.groups import GroupConnections, leave_a_group_open
 STEPS = 16
 SQUARE = config_of(ParallelConfig(dp_replicate=2, tp=2), n_layers=2, steps=STEPS, validation_interval_steps=STEPS)
 RANKS = range(4)
+TRIES = 3
 
 
 def step_is(least: int) -> Callable[[Any], bool]:
@@ -46,9 +48,34 @@ def order_to_park(group: Sequence[Process], generation: int) -> None:
     await_parked(group, generation)
 
 
+class ForgottenError(Exception):
+    """gloo has lost track of an exchange, and the worker has ended, as it should then (trainer/link.py). Seldom; an
+    agent has another worker take its place, and here there is no agent."""
+
+
+def tried_again(test: Callable[[Path, dict[int, tuple[float, float]]], None]) -> Callable[..., None]:
+    """For a test in which all ranks must park: with other processes, when one of them could not."""
+
+    @functools.wraps(test)
+    def tried(tmp_path: Path, untouched: dict[int, tuple[float, float]]) -> None:
+        for number in range(TRIES):
+            folder = tmp_path / f"try-{number}"
+            (folder / "ram").mkdir(parents=True)
+            try:
+                return test(folder, untouched)
+            except ForgottenError:
+                if number == TRIES - 1:
+                    raise
+
+    del tried.__wrapped__  # pytest asks it for the fixtures
+    return tried
+
+
 def await_parked(group: Sequence[Process], generation: int) -> None:
     for member in group:
         member.read_until(parked_in(generation))
+        if not parked_in(generation)(member.messages[-1]) and member.exit_code() == contract.EXIT_CANNOT_PARK:
+            raise ForgottenError
         assert parked_in(generation)(member.messages[-1]), member.messages[-1]
         assert member.process.is_alive()
 
@@ -98,6 +125,7 @@ def held_by(group: Sequence[Process]) -> list[tuple[int, int]]:
     return [tuple(len(os.listdir(f"/proc/{m.process.pid}/{what}")) for what in ("fd", "task")) for m in group]
 
 
+@tried_again
 def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
     folder: Path, untouched: dict[int, tuple[float, float]]
 ) -> None:
@@ -125,6 +153,7 @@ def test_parked_workers_go_on_in_their_processes_and_nothing_piles_up(
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="who waits on the device is woken by an order to park alone")
+@tried_again
 def test_survivors_of_a_kill_park_by_themselves_even_without_a_link_to_the_dead(
     folder: Path, untouched: dict[int, tuple[float, float]]
 ) -> None:
@@ -141,6 +170,7 @@ def test_survivors_of_a_kill_park_by_themselves_even_without_a_link_to_the_dead(
         del store
 
 
+@tried_again
 def test_a_parked_worker_takes_another_place(folder: Path, untouched: dict[int, tuple[float, float]]) -> None:
     with workers(SQUARE, folder, INIT) as group:
         group[0].read_until(step_is(3))
@@ -195,6 +225,7 @@ def until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+@tried_again
 def test_a_store_that_hangs_keeps_nobody_from_parking_and_nothing_is_saved_until_it_answers(
     folder: Path, untouched: dict[int, tuple[float, float]]
 ) -> None:

@@ -22,6 +22,7 @@ import torch
 from parallel_pool import CONTEXT, share_one_gpu
 from rank_sessions import DEVICE, SeededTokens, config_of, order_of
 from torch import distributed
+from torch.distributed.pipelining._backward import stage_backward
 
 from storage.commits import create_commit
 from storage.durable import CheckpointFailed
@@ -311,6 +312,29 @@ def raised(error: Exception) -> Exception:
         raise error
     except Exception as e:
         return e
+
+
+class Broken(torch.autograd.Function):
+    """Has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        raise LookupError("no such row")
+
+
+def test_what_fails_in_a_pipeline_stage_is_named_and_not_the_stages_tensors() -> None:
+    x = torch.ones(1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Failed to run stage backward") as caught:
+        stage_backward((Broken.apply(x),), (torch.ones(1),), [x])
+    said: list[Any] = []
+    order = SimpleNamespace(generation=1, rank=1)
+    worker.tell_failure(SimpleNamespace(emit=said.append), order, 5, caught.value, "exception")  # type: ignore[arg-type]
+    assert said[0].error == "LookupError: no such row"
+    assert "Failed to run stage backward" in said[0].traceback
 
 
 @pytest.mark.parametrize(
