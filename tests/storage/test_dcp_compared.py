@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from traced import trace
 
 TRIES, ONE_TRY_S = 3, 90
-"""It takes 6 s; its writer's threads were once seen to stand still under the tracer, once in some hundred runs."""
+"""It takes 6 s; once it was seen to stand still."""
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -411,37 +412,28 @@ def an_update_is_taken_back_that_was_saved_from(patch: Patch) -> None:
     patch.setattr(updates, "saved", lambda s, generation, step: None)
 
 
-def what_is_taken_back_keeps_its_code(patch: Patch) -> None:
+def _keeps_through_the_way_back(patch: Patch, name: str) -> None:
+    """A field of the state is afterwards what it was with the update."""
     take_back = updates.take_back
 
     def broken(s: State) -> Any:
-        code, job = s.code, take_back(s)
-        s.code = code
-        return job
+        kept, orders = copy(getattr(s, name)), take_back(s)
+        setattr(s, name, kept)
+        return orders
 
     patch.setattr(updates, "take_back", broken)
+
+
+def what_is_taken_back_keeps_its_code(patch: Patch) -> None:
+    _keeps_through_the_way_back(patch, "code")
 
 
 def what_is_taken_back_keeps_its_limits(patch: Patch) -> None:
-    take_back = updates.take_back
-
-    def broken(s: State) -> Any:
-        limits, job = s.limits, take_back(s)
-        s.limits = limits
-        return job
-
-    patch.setattr(updates, "take_back", broken)
+    _keeps_through_the_way_back(patch, "limits")
 
 
 def what_was_trained_with_it_is_restored(patch: Patch) -> None:
-    take_back = updates.take_back
-
-    def broken(s: State) -> Any:
-        unclean, jobs = dict(s.unclean), take_back(s)
-        s.unclean = unclean
-        return jobs
-
-    patch.setattr(updates, "take_back", broken)
+    _keeps_through_the_way_back(patch, "unclean")
 
 
 SEEN_AT_ONCE: tuple[Callable[[Patch], None], ...] = (
