@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from orchestrator.core import events as ev
 from orchestrator.core.events import Snapshot
 from orchestrator.core.recovery import UNCLEAN
-from orchestrator.runtime import hangs
+from orchestrator.runtime import blame, hangs
 from orchestrator.runtime.stragglers import WINDOW_STEPS, Slow, StragglerWatch
 from trainer import contract
 
@@ -301,7 +301,7 @@ class MeshFold:
     """The newest step whose loss and norm are told."""
     versions: dict[str, str] = field(default_factory=dict)
     """The numeric class that all nodes share; what differs between them reads "mixed"."""
-    watch: hangs.MeshWatch = field(init=False)
+    watch: blame.MeshWatch = field(init=False)
     stages: int = 1
     """Pipeline stages: the ranks of each do the same work, as far as `loads` says so."""
     loads: tuple[int, ...] = (1,)
@@ -328,7 +328,7 @@ class MeshFold:
     """Newest step of which a failed save was told to the core."""
 
     def __post_init__(self) -> None:
-        self.watch = hangs.MeshWatch(self.nodes, self.ranks // self.stages)
+        self.watch = blame.MeshWatch(self.nodes, self.ranks // self.stages)
         self._stragglers = StragglerWatch(self.nodes, self.ranks, self.stages, self.slow_before, self.loads)
         self._newest = dict.fromkeys(self.nodes, 0)
         self._standing = Counter({0: len(self.nodes)})
@@ -445,7 +445,7 @@ class MeshFold:
             workload=found.workload,
         )
 
-    def _hung(self, at: int, verdicts: list[hangs.Hung]) -> list[ev.Event]:
+    def _hung(self, at: int, verdicts: list[blame.Hung]) -> list[ev.Event]:
         self.unseen += [verdict.seen for verdict in verdicts]
         self.unrecorded += dict.fromkeys(teller for verdict in verdicts for teller in verdict.recorded)
         return [
@@ -460,7 +460,7 @@ class MeshFold:
             for verdict in verdicts
         ]
 
-    def _evidence(self, verdict: hangs.Hung) -> str:
+    def _evidence(self, verdict: blame.Hung) -> str:
         told = f"stack in {stack_name(self.generation, verdict.seen[1])}"
         records = [record_name(self.generation, rank) for _, rank in verdict.recorded]
         return f"{told} and flight records in {', '.join(records)}" if records else told

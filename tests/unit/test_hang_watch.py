@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from orchestrator.core import events as ev
 from orchestrator.runtime import hangs
-from orchestrator.runtime.hangs import FirstSteps, Hung, MeshWatch, NodeWatch, Patience, Sighting, Silent, Stalled
+from orchestrator.runtime.blame import Hung, MeshWatch
+from orchestrator.runtime.hangs import FirstSteps, NodeWatch, Patience, Sighting, Silent, Stalled
 from orchestrator.runtime.reports import Exited, MeshFold, NodeStep
 from orchestrator.spec import parse
 from trainer import contract
