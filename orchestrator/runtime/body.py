@@ -6,13 +6,9 @@ It holds no judgement. Every action becomes a task with a deadline; what comes o
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import json
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -22,7 +18,6 @@ from orchestrator import identity
 from orchestrator.chaos import ordered
 from orchestrator.chaos.orders import NOT_DONE
 from orchestrator.core import events as ev
-from orchestrator.core import placement
 from orchestrator.core.actions import (
     Action,
     AskStop,
@@ -42,23 +37,21 @@ from orchestrator.core.actions import (
     UpdateJob,
     VerifyCheckpoint,
 )
-from orchestrator.core.events import Layout
 from orchestrator.core.state import State
 from orchestrator.runtime import links, nodes
 from orchestrator.runtime.agent import ADMISSION_DEADLINE_S, ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
-from orchestrator.runtime.assignment import NodeAssignment
 from orchestrator.runtime.checkpoints import PUBLISH_DEADLINE_S, CheckpointOrders
 from orchestrator.runtime.collect import FanIns
+from orchestrator.runtime.evidence import Evidence
 from orchestrator.runtime.groups import Told
-from orchestrator.runtime.hangs import PACE_FACTOR
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, last_line, release, start_agent
+from orchestrator.runtime.plans import Plans
 from orchestrator.runtime.reporting import NodeGone
-from orchestrator.runtime.reports import MeshFold, NodeStep, Report, record_name, stack_name
+from orchestrator.runtime.reports import MeshFold, NodeStep, Report
+from orchestrator.runtime.silence import SilenceWatch
 from orchestrator.spec import JobSpec
 from storage import wires
-from storage.manifest import ManifestError, commit_name
-from storage.redact import redacted
-from storage.urls import write_exclusive
+from storage.manifest import ManifestError
 from trainer import contract
 
 logger = logging.getLogger(__name__)
@@ -83,31 +76,6 @@ LINE_RETRIES = 2
 LINE_RETRY_S = 1.0
 LINE_SOUND_S = 60.0
 """A line that has held for this long breaks anew, not again."""
-TRACEBACKS = 16
-TRACEBACKS_OF_ONE = 4
-"""Of one generation; a program's fault raises on every rank."""
-STACK_DEADLINE_S = 10.0
-"""For an agent to tell the stacks that it has read, three seconds after it began to at the latest. Flight
-records are there by then."""
-CUT_OFF_S = 60.0
-"""How long a node of the mesh may be silent while the steps of its peers show that it lives: it is cut off from the
-controller, which cannot commit what is saved meanwhile. So long cuts are no accident of a switch any more."""
-ASK_PEERS_S = 1.5
-"""A node of the mesh is silent for so long before its peers are asked whether its agent answers them, and from then on
-each time that so long has passed since it did."""
-ANSWER_S = links.REACH_S + 1.0
-"""For a peer to say."""
-ASKED_ABOUT = 64
-"""Silent nodes whose peers are asked at a time: should all be silent, it is this node that is cut off."""
-PACES = 64
-"""Steps whose time is remembered."""
-LOOK_INTERVAL_S = 0.5
-"""Between two looks at who is silent: a ninth of recovery.node_silence_s."""
-MESHES_KEPT = 8
-"""Generations of which it is known who filled them: snapshots are of the last one that made steps."""
-STALL_S = 2.0
-"""From here on this controller's own inattention counts as no silence of the nodes. Less is common when many events
-come at once, and leaves the nodes most of recovery.node_silence_s."""
 
 
 class OtherData(RuntimeError):
@@ -150,6 +118,14 @@ class Body:
         self._code = code
         """Of the workers of the next generation."""
         self.agents: dict[str, AgentHandle] = {}
+        self.evidence = Evidence(spec.run.url, epoch, self._agent, self._spawn)
+        self._plans = Plans(spec, epoch, self.agents, self._agent)
+        self._silence = SilenceWatch(
+            self.agents,
+            lambda: (self._spec.recovery.node_silence_s, self.fold.nodes if self.fold is not None else ()),
+            self._spawn,
+            self._lost,
+        )
         self._fan_ins = FanIns(epoch, token, self.agents, self._hear_group, behind, standing)
         self.fold: MeshFold | None = None
         self._slow_before: dict[int, dict[int, str]] = {}
@@ -157,10 +133,7 @@ class Body:
         do than its peers."""
         self.rates: list[tuple[float, int, int]] = []
         """(monotonic seconds, step, tokens) of the newest steps, for the throughput that people see."""
-        self._consequences: set[str] = set()
         self._opening: asyncio.Task[Any] | None = None
-        self.tracebacks: dict[str, str] = {}
-        """The last words of failed workers, newest last."""
         self._places = spec.layout.nodes + spec.layout.spares
         self._without_place = without_place
         """How many agents hold no place, being quarantined or about to leave: others may join for them."""
@@ -177,47 +150,34 @@ class Body:
         """Nodes whose loss has been posted. While nothing can be decided it would be seen again each second."""
         self._let_go: set[str] = set()
         """Nodes that are no part of the run any more; one that was cut off hears of it when it comes back."""
-        self._furthest, self._moved_at = 0, 0.0
-        """The newest step that any node has told of in the generation that trains, and the monotonic second of it."""
-        self._paces_s: deque[float] = deque(maxlen=PACES)
-        """How long the newest steps of the generation that trains took, passes of validation and saves among them."""
-        self._asking: set[str] = set()
-        """Silent nodes whose peers are being asked whether they reach them."""
         self._used_names: set[str] = set()
         self._trained_on = self._data_digest = trained_on
         """Digest of the run's data, and what its checkpoints say of it; empty as long as nobody has told."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._rests_until: dict[str, float] = {}
         """Ray nodes that have just been lost, and when they may be tried again."""
-        self._save_every_steps = spec.checkpoint.interval_steps
         self._checkpoints = CheckpointOrders(
             spec.run.name,
             spec.run.url,
             epoch,
-            lambda: (self.fold, self._layout, self._data_digest),
+            lambda: (self.fold, self._plans.layout, self._data_digest),
             self._agent,
             self._spawn,
             post,
             notice,
         )
-        self._layout = spec.layout
-        """Of the generation that was opened last."""
         self._imported: str | None = None
         """The code that every node of the last generation has taken; None if that is not known."""
-        self._filled: dict[int, tuple[str, ...]] = {}
-        """Generation to its nodes in mesh order, of the newest MESHES_KEPT."""
-        self._keepers: dict[int, str] = {}
-        """Slot to the node that keeps copies of its snapshots, in the generation that was opened last."""
-        self._copied_step = self._restored_step = 0
-        """The newest step that was copied from every node, and that of the restore, in the generation opened last."""
         self._joins: set[asyncio.Task[Any]] = set()
         self._releases: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[Any] | None = None
+        """Over silent nodes; agents that end are silent."""
         self._closing = False
 
     def start(self) -> None:
         """Begin to look for nodes and to watch those that are there."""
         self._spawn(self._discover_forever())
-        self._spawn(self._watch_silence())
+        self._watching = self._spawn(self._silence.watch())
 
     # --- what agents say ------------------------------------------------------------------------------------------
 
@@ -264,68 +224,21 @@ class Body:
         if not tellers:
             return []
         if isinstance(report, contract.Failed):
-            self._keep_traceback(tellers[0], report)
+            self.evidence.keep_traceback(tellers[0], report)
         if isinstance(report, NodeStep) and report.loss is not None:
             self.rates = [*self.rates[-63:], (time.monotonic(), report.step, report.tokens)]
         if isinstance(report, NodeStep) and self.fold is not None and report.generation == self.fold.generation:
-            self._note_moved(report)
+            self._silence.moves(report)
         try:
             events = self.fold.feed(0, tellers, report) if self.fold is not None else []
             while self.fold is not None and self.fold.unseen:
-                self._spawn(self._keep_stack(*self.fold.unseen.pop(), self.fold.generation))
+                self._spawn(self.evidence.keep_stack(*self.fold.unseen.pop(), self.fold.generation))
             while self.fold is not None and self.fold.unrecorded:
-                self._spawn(self._keep_record(*self.fold.unrecorded.pop(), self.fold.generation))
+                self._spawn(self.evidence.keep_record(*self.fold.unrecorded.pop(), self.fold.generation))
             return events
         except Exception:  # one report that contradicts others must not keep the agents from sending the rest
             logger.exception("%s sent what cannot be: %r", tellers, report)
             return []
-
-    def _note_moved(self, report: NodeStep) -> None:
-        if report.step > self._furthest:
-            self._furthest, self._moved_at = report.step, time.monotonic()
-            self._paces_s.append(report.step_us / 1e6)
-
-    def _keep_traceback(self, node: str, failed: contract.Failed) -> None:
-        """Of each generation the first few, and a peer's broken exchange only when nothing else was said."""
-        key = f"g{failed.generation}-r{failed.rank}"
-        prefix = f"g{failed.generation}-"
-        if failed.kind != "collective":
-            for other in [k for k in self._consequences if k.startswith(prefix)]:
-                self.tracebacks.pop(other, None)
-        told = [k for k in self.tracebacks if k.startswith(prefix)]
-        if key in told or len(told) >= TRACEBACKS_OF_ONE or (failed.kind == "collective" and told):
-            return
-        self.tracebacks[key] = redacted(failed.traceback)
-        if failed.kind == "collective":
-            self._consequences.add(key)
-        while len(self.tracebacks) > TRACEBACKS:
-            self.tracebacks.pop(next(iter(self.tracebacks)))
-        text = f"node {node}, rank {failed.rank}, generation {failed.generation}, step {failed.step}\n"
-        evidence = (text + self.tracebacks[key]).encode()
-        self._spawn(asyncio.to_thread(write_exclusive, self._spec.run.url, f"evidence/{key}.txt", evidence))
-
-    async def _keep_stack(self, node: str, rank: int, generation: int) -> None:
-        """Where a rank that hangs stands goes into the evidence that its incident names; or why that is not known."""
-        try:
-            handle = self._agent(node)
-            text = await call(handle.actor.stack.remote(self._epoch, generation, rank), STACK_DEADLINE_S)
-        except Exception as e:
-            text = f"no stack: the agent of {node} does not tell it: {type(e).__name__}: {e}"
-        evidence = redacted(f"node {node}, rank {rank}, generation {generation}\n{text}")
-        name = stack_name(generation, rank)
-        await asyncio.to_thread(write_exclusive, self._spec.run.url, name, evidence.encode())
-
-    async def _keep_record(self, node: str, rank: int, generation: int) -> None:
-        """What a rank's flight recorder told goes into the evidence, as one JSON object; or why it is not known."""
-        told: dict[str, Any] = {"node": node, "rank": rank, "generation": generation}
-        try:
-            handle = self._agent(node)
-            entries = await call(handle.actor.flight_record.remote(self._epoch, generation, rank), STACK_DEADLINE_S)
-            told["entries"] = json.loads(redacted(entries))
-        except Exception as e:
-            told["error"] = redacted(f"the agent of {node} does not tell it: {type(e).__name__}: {e}")
-        name = record_name(generation, rank)
-        await asyncio.to_thread(write_exclusive, self._spec.run.url, name, json.dumps(told, indent=1).encode())
 
     # --- what the supervisor orders -------------------------------------------------------------------------------
 
@@ -334,21 +247,20 @@ class Body:
         match action:
             case OpenGeneration():
                 if self.fold is None or self.fold.generation != action.generation:
-                    self._note_copied(action.step)
-                    self._layout = self._layout_of(action)
+                    last = self.fold.last if self.fold is not None else None
+                    self._plans.begin(action, last.copied_step if last is not None else 0)
+                    layout = self._plans.layout
                     self.fold = MeshFold(
                         generation=action.generation,
                         nodes=action.nodes,
-                        ranks=self._layout.slots,
+                        ranks=layout.slots,
                         done=action.step,
-                        stages=self._layout.pp,
-                        slow_before=self._slow_before.setdefault(self._layout.slots, {}),
-                        loads=self._loads(),
+                        stages=layout.pp,
+                        slow_before=self._slow_before.setdefault(layout.slots, {}),
+                        loads=self._plans.loads(),
                     )
-                    self._note_filled(action)
                 self.rates = []
-                self._furthest, self._moved_at = action.step, 0.0
-                self._paces_s.clear()
+                self._silence.begin(action.step)
                 self._stop_opening()
                 self._opening = self._spawn(self._open(action))
                 self._spawn(self._look_for_cuts())
@@ -361,7 +273,7 @@ class Body:
                 for node in self.fold.nodes if self.fold else ():
                     self._spawn(self._order(node, "ask_stop", self._epoch, action.generation))
             case SaveEvery():
-                self._save_every_steps = action.steps
+                self._plans.save_every_steps = action.steps
                 if self.fold is not None:  # rank 0 decides for all, and fills the first node's first slot
                     order = (self._epoch, action.generation, action.steps)
                     self._spawn(self._order(self.fold.nodes[0], "save_every", *order))
@@ -392,7 +304,8 @@ class Body:
 
     def update(self, spec: JobSpec, action: UpdateJob, save_every_steps: int) -> None:
         """The job is another from now on; its workers hear it when they are assigned."""
-        self._spec, self._save_every_steps = spec, save_every_steps
+        self._spec = self._plans.spec = spec
+        self._plans.save_every_steps = save_every_steps
         for node in self.agents:
             self._spawn(self._order(node, "update", self._epoch, spec.document(), self._code()))
         self._spawn(self._put_on_record(action))
@@ -419,31 +332,6 @@ class Body:
 
         await asyncio.gather(*(prepare(handle) for handle in self.agents.values() if handle.line is not None))
 
-    def _note_copied(self, step: int) -> None:
-        """Before a generation opens at `step`: what was copied before is known of the last one's steps only."""
-        last = self.fold.last if self.fold is not None else None
-        before = min(self._copied_step, self._restored_step)
-        self._copied_step, self._restored_step = max(before, last.copied_step if last is not None else 0), step
-
-    def _loads(self) -> tuple[int, ...]:
-        """Microbatches that each replica of the mesh takes in a step."""
-        if self._spec.is_script:
-            return (1,)
-        config = self._spec.worker_config.on_mesh(self._layout.degrees)
-        return tuple(len(config.microbatches_of(replica)) for replica in range(self._layout.dp_replicate))
-
-    def _layout_of(self, action: OpenGeneration) -> Layout:
-        return self._spec.layout.sized(action.dp_replicate, action.fallback)
-
-    def _writers_of(self, action: OpenGeneration) -> Layout:
-        """The mesh whose slots the snapshots are numbered by."""
-        return self._spec.layout.sized(action.snapshot_dp_replicate, action.snapshot_fallback)
-
-    def _note_filled(self, action: OpenGeneration) -> None:
-        self._filled[action.generation] = action.nodes
-        while len(self._filled) > MESHES_KEPT:
-            del self._filled[min(self._filled)]
-
     def _stop_opening(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
@@ -451,16 +339,15 @@ class Body:
     async def _open(self, action: OpenGeneration) -> None:
         """Copies first, then the store, then every node's assignment."""
         try:
-            without = {transfer.to_node for transfer in action.transfers}
-            await asyncio.gather(*(self._transfer(action, transfer, without) for transfer in action.transfers))
+            await asyncio.gather(*(self._transfer(action, *copy) for copy in self._plans.copies(action)))
             lead = self._agent(action.nodes[0])
             port = await call(lead.actor.open_store.remote(self._epoch, action.generation), STORE_PORT_DEADLINE_S)
             assert lead.info is not None
-            plans = self._plans(action, lead.info.host, port)
-            self._keepers = self._kept_by(action)
+            parts = self._plans.assignments(action, lead.info.host, port, self._data_digest)
+            self._plans.opened(action)
             # Code that was in use before, or is new to a node, may have to be imported first.
             deadline_s = ORDER_DEADLINE_S if action.code == self._imported else CODE_DEADLINE_S
-            orders = (call(self._agent(n).actor.open.remote(self._epoch, p), deadline_s) for n, p in plans)
+            orders = (call(self._agent(n).actor.open.remote(self._epoch, p), deadline_s) for n, p in parts)
             self._imported = None
             await asyncio.gather(*orders)
             self._imported = action.code
@@ -473,113 +360,10 @@ class Body:
             # Whose fault it is cannot be told from here; a node that is dead is reported by its line.
             self._post(ev.GenerationFailed(at=0, generation=action.generation, node="", error=error))
 
-    def _plans(self, action: OpenGeneration, host: str, port: int) -> list[tuple[str, NodeAssignment]]:
-        layout, writers = self._layout_of(action), self._writers_of(action)
-        config = self._spec.worker_config.on_mesh(layout.degrees)
-        checkpoint = dataclasses.replace(config.checkpoint, interval_steps=self._save_every_steps)
-        config = dataclasses.replace(config, checkpoint=checkpoint, data_digest=self._data_digest)
-        restore = contract.Restore(
-            source=action.source,  # type: ignore[arg-type]
-            step=action.step,
-            generation=action.snapshot_generation,
-            commit=commit_name(action.step) if action.source == "durable" else "",
-            reshard=action.source == "ram" and not layout.has_shards_of(writers),
-        )
-        renumbered = action.source == "ram" and layout != writers and not restore.reshard
-        return [
-            (
-                node,
-                NodeAssignment(
-                    epoch=self._epoch,
-                    generation=action.generation,
-                    group_rank=index,
-                    group_world_size=len(action.nodes),
-                    ranks=tuple(placement.slots_of(layout, index)),
-                    world_size=layout.slots,
-                    store_host=host,
-                    store_port=port,
-                    restore=restore,
-                    config=config,
-                    ram_dir="",  # each agent knows its own
-                    code=action.code,
-                    keeper=self._address(action.nodes[action.buddies[index]]) if action.buddies else "",
-                    copied_step=self._copied_step,
-                    holders=self._holders_for(action, index),
-                    snapshot_slots={
-                        rank: self._snapshot_slots(action, rank)
-                        for rank in (placement.slots_of(layout, index) if renumbered else ())
-                    },
-                ),
-            )
-            for index, node in enumerate(action.nodes)
-        ]
-
-    def _snapshot_slots(self, action: OpenGeneration, rank: int) -> range:
-        """The slots that held the rank's shard, as numbered by the generation that wrote the snapshots."""
-        shard = placement.shard_of(self._layout_of(action), rank)
-        return placement.slots_of_shard(self._writers_of(action), shard)
-
-    def _address(self, node: str) -> str:
-        info = self._agent(node).info
-        assert info is not None
-        return info.address
-
-    def _holders_for(self, action: OpenGeneration, index: int) -> dict[int, tuple[contract.Holder, ...]]:
-        """By rank of this place: who else may hold what it restores from shared memory."""
-        if action.source != "ram":
-            return {}
-        layout, writers, node = self._layout_of(action), self._writers_of(action), action.nodes[index]
-        ranks = placement.slots_of(layout, index)
-        if not layout.has_shards_of(writers):
-            here = self._offered_by(action, node)
-            return dict.fromkeys(ranks, tuple(h for slot in here for h in self._holders(action, slot, {node})))
-        same = layout == writers
-        return {
-            rank: self._holders(action, rank if same else self._snapshot_slots(action, rank)[0], {node})
-            for rank in ranks
-        }
-
-    def _offered_by(self, action: OpenGeneration, node: str) -> list[int]:
-        """The slots whose snapshots a node can be supposed to hold, as the generation that wrote them numbered them."""
-        filled = self._filled.get(action.snapshot_generation, ())
-        own = placement.slots_of(self._spec.layout, filled.index(node)) if node in filled else ()
-        kept = (slot for slot, keeper in self._keepers.items() if keeper == node)
-        fetched = (transfer.slot for transfer in action.transfers if transfer.to_node == node)
-        return sorted({*own, *kept, *fetched})
-
-    def _holders(self, action: OpenGeneration, slot: int, without: Collection[str]) -> tuple[contract.Holder, ...]:
-        """Who else may hold the snapshot of `slot`, but for nodes `without` it: one of its replicas' nodes, and who
-        kept copies of it until now. They are asked only for what is damaged, and may not have it.
-
-        Slots are numbered as by the generation that wrote the snapshot; where this one has another mesh, the nodes are
-        that one's, too, as far as it is known.
-        """
-        layout = self._writers_of(action)
-        renumbered = layout != self._layout_of(action)
-        nodes = self._filled.get(action.snapshot_generation, ()) if renumbered else action.nodes
-        copies = placement.slots_of_shard(layout, placement.shard_of(layout, slot))
-        at = ((copy, nodes[copy // layout.slots_per_node]) for copy in (copies if nodes else ()))
-        replica = next((pair for pair in at if pair[1] not in without and (renumbered or pair[0] != slot)), None)
-        keeper = self._keepers.get(slot)
-        kept = (slot, keeper) if keeper is not None and keeper not in without else None
-        asked = [pair for pair in (replica, kept) if pair is not None and pair[1] in self.agents]
-        return tuple(self._holder(node, copy) for copy, node in asked)
-
-    def _kept_by(self, action: OpenGeneration) -> dict[int, str]:
-        """Slot to the node that keeps copies of its snapshots."""
-        return {
-            slot: action.nodes[keeper]
-            for place, keeper in enumerate(action.buddies)
-            for slot in placement.slots_of(self._spec.layout, place)
-        }
-
-    def _holder(self, node: str, slot: int) -> contract.Holder:
-        return contract.Holder(node=node, address=self._address(node), ray_node=self._agent(node).ray_node, slot=slot)
-
-    async def _transfer(self, action: OpenGeneration, transfer: Transfer, without: set[str]) -> None:
+    async def _transfer(
+        self, action: OpenGeneration, transfer: Transfer, source: contract.Holder, others: tuple[contract.Holder, ...]
+    ) -> None:
         """Raises NowhereWhole when no node that may hold the snapshot has all of it whole."""
-        source = self._holder(transfer.from_node, transfer.from_slot)
-        others = self._holders(action, transfer.slot, {*without, transfer.from_node})
         snapshot = ev.Snapshot(generation=action.snapshot_generation, step=action.step)
         order = (self._epoch, action.generation, transfer.slot, snapshot, source, others)
         try:
@@ -669,21 +453,20 @@ class Body:
         self._leaving = set(state.leaving)
         self._drained = {name[:NAME_LENGTH] for name in state.drained}
         if state.interval is not None:
-            self._save_every_steps = state.interval.every_steps
+            self._plans.save_every_steps = state.interval.every_steps
         if state.order is not None:
-            self._layout = self._layout_of(state.order)
-            self._note_filled(state.order)
+            self._plans.adopt(state.order)
+            layout = self._plans.layout
             self.fold = MeshFold(
                 generation=state.generation,
                 nodes=state.order.nodes,
-                ranks=self._layout.slots,
+                ranks=layout.slots,
                 done=state.step,
-                stages=self._layout.pp,
-                slow_before=self._slow_before.setdefault(self._layout.slots, {}),
-                loads=self._loads(),
+                stages=layout.pp,
+                slow_before=self._slow_before.setdefault(layout.slots, {}),
+                loads=self._plans.loads(),
                 unclean=state.generation in state.unclean,
             )
-            self._keepers = self._kept_by(state.order)
         alive = [name for name, node in state.nodes.items() if node.state != "lost"]
         await asyncio.gather(*(self._adopt(node, state.step) for node in alive))
 
@@ -841,63 +624,6 @@ class Body:
         if not self._closing and handle.node in self.agents:
             self._lost(handle.node, "its connection closed")
 
-    async def _watch_silence(self) -> None:
-        """Notice nodes that fall silent; while this process stands still, what they send waits to be read."""
-        for handle in self.agents.values():  # to adopt them may have taken long
-            handle.heard_at = time.monotonic()
-        while not self._closing:
-            began = time.monotonic()
-            await asyncio.sleep(LOOK_INTERVAL_S)
-            now = time.monotonic()
-            stood_still_s = now - began - LOOK_INTERVAL_S
-            if stood_still_s >= STALL_S:
-                self._moved_at = min(now, self._moved_at + stood_still_s)
-                for handle in self.agents.values():
-                    handle.heard_at = min(now, handle.heard_at + stood_still_s)
-                    handle.reached_at = min(now, handle.reached_at + stood_still_s)
-            self._check_silence()
-
-    def _check_silence(self) -> None:
-        silence_s, now = self._spec.recovery.node_silence_s, time.monotonic()
-        mesh = self.fold.nodes if self.fold is not None else ()
-        moves = now - self._moved_at <= silence_s
-        longest_s = PACE_FACTOR * max(self._paces_s, default=0.0)
-        may_move = silence_s < longest_s and now - self._moved_at <= longest_s
-        for handle in list(self.agents.values()):
-            silent_s = now - handle.heard_at
-            # No rank completes a step without all the others: a mesh that goes on shows that all its nodes live. In a
-            # step that takes longer than that, so do the node's peers, if its agent answers them.
-            lives = moves or (may_move and now - handle.reached_at <= silence_s)
-            if silent_s > silence_s and not (handle.node in mesh and lives and silent_s <= CUT_OFF_S):
-                self._lost(handle.node, f"silent for {silent_s:.3g} s")
-            elif silent_s > ASK_PEERS_S and may_move and handle.node in mesh and now - handle.reached_at > ASK_PEERS_S:
-                self._ask_about(handle, mesh, now)
-
-    def _ask_about(self, handle: AgentHandle, mesh: Sequence[str], now: float) -> None:
-        if handle.node in self._asking or len(self._asking) >= ASKED_ABOUT:
-            return
-        known = (self.agents[node] for node in links.whom_to_try(mesh)[handle.node] if node in self.agents)
-        self._asking.add(handle.node)
-        self._spawn(self._ask_peers(handle, [peer for peer in known if now - peer.heard_at <= ASK_PEERS_S]))
-
-    async def _ask_peers(self, handle: AgentHandle, peers: Sequence[AgentHandle]) -> None:
-        """Whether the agent of a node that is silent here answers most of the others that are asked."""
-        assert handle.info is not None
-        address = handle.info.address
-        asked = [asyncio.ensure_future(call(peer.actor.hears_from.remote(address), ANSWER_S)) for peer in peers]
-        answered = 0
-        try:
-            for each in asyncio.as_completed(asked):
-                with contextlib.suppress(Exception):  # who cannot say is not counted for it
-                    answered += bool(await each)
-                if 2 * answered > len(asked):
-                    handle.reached_at = time.monotonic()
-                    return
-        finally:
-            self._asking.discard(handle.node)
-            for task in asked:
-                task.cancel()
-
     def _lost(self, node: str, cause: str) -> None:
         if node not in self._losses_told:
             self._losses_told.add(node)
@@ -915,8 +641,9 @@ class Body:
         self._closing = True
         self._fan_ins.end()
         joins = list(self._joins)
-        for task in (*joins, *([self._opening] if self._opening else [])):
-            task.cancel()  # an agent that is coming up is released on the way out
+        for task in (*joins, self._opening, self._watching):
+            if task is not None:
+                task.cancel()  # an agent that is coming up is released on the way out
         deadline_s = self._spec.recovery.halt_deadline_s + 5
         ends = (self._end_agent(handle, deadline_s) for handle in self.agents.values())
         await asyncio.gather(*ends, *joins, *self._releases, return_exceptions=True)

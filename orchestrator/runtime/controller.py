@@ -664,7 +664,7 @@ class Controller:
             metrics_address=_reachable(self._spec.metrics.bind, self._metrics_port),
             newest=body.fold.last if body and body.fold else None,
             rates=body.rates if body else [],
-            tracebacks=body.tracebacks if body else {},
+            tracebacks=body.evidence.tracebacks if body else {},
         )
 
 

@@ -16,7 +16,7 @@ from orchestrator.core import events as ev
 from orchestrator.core.actions import ReleaseNode
 from orchestrator.core.state import Node, State
 from orchestrator.runtime import body as bodies
-from orchestrator.runtime import reporting
+from orchestrator.runtime import reporting, silence
 from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.body import Body, CutOff
 from orchestrator.runtime.nodes import AgentHandle
@@ -63,10 +63,10 @@ def test_a_silent_node_whose_peers_do_new_steps_lives_and_is_left_alone(tmp_path
     told: list[ev.Event] = []
     body = mesh(tmp_path, told)
     body.hear("a", [(1, step(1))])
-    body._check_silence()
+    body._silence.check()
     assert lost(told) == []
-    body.agents["b"].heard_at -= bodies.CUT_OFF_S
-    body._check_silence()
+    body.agents["b"].heard_at -= silence.CUT_OFF_S
+    body._silence.check()
     assert lost(told) == ["b"], "but not for ever: nothing can be committed meanwhile"
 
 
@@ -75,7 +75,7 @@ def test_without_new_steps_a_silent_node_is_lost(tmp_path, news):
     told: list[ev.Event] = []
     body = mesh(tmp_path, told)
     body.hear("a", [(n + 1, report) for n, report in enumerate(news)])
-    body._check_silence()
+    body._silence.check()
     assert lost(told) == ["b"]
 
 
@@ -95,13 +95,14 @@ def test_in_a_step_longer_than_the_silence_a_nodes_peers_say_whether_it_lives(tm
     """Two steps of 12 s, and in the third b falls silent."""
     told: list[ev.Event] = []
     now = [time.monotonic()]
-    monkeypatch.setattr(bodies, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (bodies, silence):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def call(ref: Any, deadline_s: float) -> Any:
         return await ref
 
     async def work() -> None:
-        monkeypatch.setattr(bodies, "call", call)
+        monkeypatch.setattr(silence, "call", call)
         body = mesh(tmp_path, told)
         body.agents["a"].actor = actor("hears_from", lambda address: answers and address == "b:1")
         for number in (1, 2):
@@ -109,13 +110,13 @@ def test_in_a_step_longer_than_the_silence_a_nodes_peers_say_whether_it_lives(tm
         body.agents["b"].heard_at = now[0]
         for _ in range(8):
             body.agents["a"].heard_at = now[0]
-            body._check_silence()
+            body._silence.check()
             await asyncio.gather(*body._tasks)
             now[0] += 1.0
         assert lost(told) == ([] if answers else ["b"])
         for _ in range(30):
             body.agents["a"].heard_at = now[0]
-            body._check_silence()
+            body._silence.check()
             await asyncio.gather(*body._tasks)
             now[0] += 1.0
         assert lost(told) == ["b"], "three times as long as a step takes, nothing has moved"
@@ -128,9 +129,9 @@ def test_steps_that_are_old_or_told_again_show_nothing(tmp_path, monkeypatch):
     body = mesh(tmp_path, told)
     body.hear("a", [(1, step(1))])
     now = time.monotonic() + SILENT_S
-    monkeypatch.setattr(bodies.time, "monotonic", lambda: now)
+    monkeypatch.setattr(silence.time, "monotonic", lambda: now)
     body.hear("a", [(2, step(1))])
-    body._check_silence()
+    body._silence.check()
     assert lost(told) == ["b"]
 
 
@@ -138,7 +139,7 @@ def test_steps_of_the_mesh_say_nothing_of_a_spare(tmp_path):
     told: list[ev.Event] = []
     body = mesh(tmp_path, told, spare="c")
     body.hear("a", [(1, step(1))])
-    body._check_silence()
+    body._silence.check()
     assert lost(told) == ["c"]
 
 

@@ -15,6 +15,7 @@ from orchestrator.core import events as ev
 from orchestrator.core.actions import AskStop, HaltGeneration, InjectFault, OpenGeneration, ProbeNode, SaveEvery
 from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
+from orchestrator.runtime import silence
 from orchestrator.runtime.agent import NotAdmitted
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle, RayNode
@@ -25,16 +26,16 @@ from trainer import contract
 DEADLINE_S = 30.0
 
 
-def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
-    """Of a mesh that wants four nodes."""
-    document = {
+def body_of(tmp_path: Any, events: list[ev.Event], document: dict[str, Any] | None = None) -> Body:
+    """Of this job; else of a mesh that wants four nodes."""
+    four_nodes = {
         "run": {"name": "r", "url": str(tmp_path), "steps": 9},
         "model": {"preset": "tiny"},
         "parallel": {"dp_replicate": 4},
         "recovery": {"min_replicas": 4},
     }
-    body = Body(
-        parse(document),
+    return Body(
+        parse(document or four_nodes),
         "namespace",
         "token",
         1,
@@ -48,8 +49,6 @@ def body_of(tmp_path: Any, events: list[ev.Event]) -> Body:
         lambda node: "good",
         lambda: "",
     )
-    assert body._spec.layout.nodes == 4
-    return body
 
 
 def there(*names: str) -> list[RayNode]:
@@ -87,16 +86,16 @@ def test_the_loss_of_a_node_is_told_once_however_often_it_is_seen(tmp_path):
     events: list[ev.Event] = []
     body = body_of(tmp_path, events)
     body.agents["a"] = AgentHandle(node="a", ray_node="x", actor=None, group=None, heard_at=0.0)
-    body._check_silence()
+    body._silence.check()
     body.agents["a"].heard_at = 0.0
-    body._check_silence()
+    body._silence.check()
     assert [type(event) for event in events] == [ev.NodeLost]
 
 
 def test_this_controllers_own_standstill_is_no_silence_of_the_nodes(tmp_path, monkeypatch):
     """A node that is heard stays, whatever standstills there are; one that is not heard is lost in spite of them."""
-    monkeypatch.setattr(bodies, "LOOK_INTERVAL_S", 0.05)
-    monkeypatch.setattr(bodies, "STALL_S", 0.4)
+    monkeypatch.setattr(silence, "LOOK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(silence, "STALL_S", 0.4)
     events: list[ev.Event] = []
     body = body_of(tmp_path, events)
     body._spec = body._spec.model_copy(
@@ -107,7 +106,7 @@ def test_this_controllers_own_standstill_is_no_silence_of_the_nodes(tmp_path, mo
         for node in "ab":
             handle = AgentHandle(node=node, ray_node=node, actor=None, group=None, heard_at=time.monotonic())
             body.agents[node] = handle
-        watch = asyncio.create_task(body._watch_silence())
+        watch = asyncio.create_task(body._silence.watch())
         for _ in range(3):
             body.hear("a", [])
             await asyncio.sleep(0)
@@ -123,6 +122,35 @@ def test_this_controllers_own_standstill_is_no_silence_of_the_nodes(tmp_path, mo
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
     assert [event.node for event in events if isinstance(event, ev.NodeLost)] == ["b"]
+
+
+def test_agents_that_end_with_the_run_are_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(silence, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(bodies.nodes, "eligible", lambda spec: [])
+    events: list[ev.Event] = []
+    body = body_of(tmp_path, events)
+
+    async def shut_down(epoch: int) -> None:
+        body.agents["a"].heard_at -= 10 * body._spec.recovery.node_silence_s
+        await asyncio.sleep(0.1)  # some looks
+
+    async def call(work: Any, deadline_s: float) -> None:
+        await work
+
+    async def release(handle: AgentHandle) -> None:
+        pass
+
+    async def work() -> None:
+        monkeypatch.setattr(bodies, "call", call)
+        monkeypatch.setattr(bodies, "release", release)
+        actor = SimpleNamespace(shutdown=SimpleNamespace(remote=shut_down))
+        body.agents["a"] = AgentHandle(node="a", ray_node="a", actor=actor, group=None, heard_at=time.monotonic())
+        body.start()
+        await asyncio.sleep(0)
+        await body.end()
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))
+    assert events == []
 
 
 class Order:
@@ -214,7 +242,7 @@ def opened(*nodes: str) -> OpenGeneration:
 
 def assigned_intervals(body: Body) -> list[int]:
     order = opened("a", "b")
-    return [plan.config.checkpoint.interval_steps for _, plan in body._plans(order, "host", 1)]
+    return [plan.config.checkpoint.interval_steps for _, plan in body._plans.assignments(order, "host", 1, "")]
 
 
 def test_an_interval_goes_to_rank_0s_node_and_into_what_is_assigned_from_then_on(tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ from orchestrator.core import events as ev
 from orchestrator.core.actions import OpenGeneration, Transfer
 from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
+from orchestrator.runtime import plans
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle
 from orchestrator.runtime.reports import MeshFold, NodeStep
-from orchestrator.spec import parse
 from storage.manifest import ManifestError
 from storage.wires import PeerError
 from trainer.contract import Degrees, ParallelConfig
@@ -71,7 +71,7 @@ SPARE = (Transfer(slot=3, to_node="s", from_slot=0, from_node="a"),)
 def test_a_copy_for_a_spare_names_who_else_holds_the_snapshot(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     body = body_of(tmp_path, [])
     calls = Calls(body, monkeypatch)
-    body._keepers = {3: "k", 2: "a"}
+    body._plans._keepers = {3: "k", 2: "a"}
     asyncio.run(body._open(order(transfers=SPARE)))
     ((epoch, generation, slot, snapshot, source, others),) = calls.fetched
     assert (epoch, generation, slot, snapshot) == (1, 3, 3, ev.Snapshot(generation=2, step=12))
@@ -80,7 +80,7 @@ def test_a_copy_for_a_spare_names_who_else_holds_the_snapshot(tmp_path: Any, mon
     holders = {node: plan.holders for node, plan in calls.opened.items()}
     assert [(h.node, h.slot) for h in holders["s"][3]] == [("a", 0), ("k", 3)]
     assert [(h.node, h.slot) for h in holders["c"][2]] == [("a", 0), ("a", 2)]
-    assert body._keepers == {}, "nobody keeps copies of this generation"
+    assert body._plans._keepers == {}, "nobody keeps copies of this generation"
 
 
 @pytest.mark.parametrize("source", ["init", "durable"])
@@ -90,7 +90,7 @@ def test_nobody_is_looked_for_where_nothing_is_restored_from_memory(
     """Of 16,384 slots with 2,048 replicas each, that took 15 s."""
     body = body_of(tmp_path, [])
     calls = Calls(body, monkeypatch)
-    monkeypatch.setattr(body, "_holders", lambda *args: pytest.fail("looked for"))
+    monkeypatch.setattr(body._plans, "_holders", lambda *args: pytest.fail("looked for"))
     asyncio.run(body._open(order(source)))
     assert [plan.holders for plan in calls.opened.values()] == [{}] * 4
 
@@ -99,10 +99,10 @@ def test_replicas_are_looked_at_until_one_is_found(tmp_path: Any, monkeypatch: p
     body = body_of(tmp_path, [])
     Calls(body, monkeypatch)
     looked: list[int] = []
-    slots = bodies.placement.slots_of_shard
+    slots = plans.placement.slots_of_shard
     watched = lambda *args: (looked.append(slot) or slot for slot in slots(*args))  # noqa: E731
-    monkeypatch.setattr(bodies.placement, "slots_of_shard", watched)
-    assert [h.node for h in body._holders(order(), 3, {"s"})] == ["a"]
+    monkeypatch.setattr(plans.placement, "slots_of_shard", watched)
+    assert [h.node for h in body._plans._holders(order(), 3, {"s"})] == ["a"]
     assert looked == [0]
 
 
@@ -131,14 +131,20 @@ def told(step: int, copied_step: int) -> NodeStep:
     )  # fmt: skip
 
 
-def test_what_was_copied_is_known_over_generations(tmp_path: Any) -> None:
+def test_what_was_copied_is_known_over_generations(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     body = body_of(tmp_path, [])
+    calls = Calls(body, monkeypatch)
     known = []
-    for step, last in ((12, (12, 10)), (12, None), (9, (13, 12)), (10, (10, 0)), (14, (14, 13))):
-        body.fold = MeshFold(generation=1, nodes=MESH, ranks=4, done=0)
-        body.fold.last = told(*last) if last is not None else None
-        body._note_copied(step)
-        known.append(body._copied_step)
+
+    async def work() -> None:
+        for step, last in ((12, (12, 10)), (12, None), (9, (13, 12)), (10, (10, 0)), (14, (14, 13))):
+            body.fold = MeshFold(generation=1, nodes=MESH, ranks=4, done=0)
+            body.fold.last = told(*last) if last is not None else None
+            body.perform(order(step=step))
+            await body._opening
+            known.append(calls.opened["a"].copied_step)
+
+    asyncio.run(work())
     assert known == [10, 10, 12, 9, 13], "one that never trained takes nothing along; after a rewind, no later step"
 
 
@@ -152,8 +158,7 @@ def test_a_smaller_mesh_has_its_own_numbers_and_restores_by_the_old_ones(
         "data": {"global_batch": 8},
         "parallel": {"pp": 2, "dp_replicate": 2, "microbatches": 2},
     }
-    body = body_of(tmp_path, [])
-    body._spec = parse(document)
+    body = body_of(tmp_path, [], document)
     calls = Calls(body, monkeypatch)
 
     async def work() -> None:
@@ -166,7 +171,7 @@ def test_a_smaller_mesh_has_its_own_numbers_and_restores_by_the_old_ones(
             body.agents.pop("a", None)
 
     asyncio.run(work())
-    assert (body.fold.ranks, body.fold.loads, body._layout.dp_replicate) == (2, (4,), 1)
+    assert (body.fold.ranks, body.fold.loads, body._plans.layout.dp_replicate) == (2, (4,), 1)
     plans = [calls.opened[node] for node in ("b", "c")]
     assert [(plan.ranks, plan.world_size, plan.group_world_size) for plan in plans] == [((0,), 2, 2), ((1,), 2, 2)]
     assert [plan.snapshot_slots for plan in plans] == [{0: range(0, 2)}, {1: range(2, 4)}]
@@ -187,8 +192,7 @@ def test_a_mesh_with_other_shards_has_each_node_offer_what_it_holds(
         "parallel": {"pp": 4, "microbatches": 4},
         "recovery": {"fallback_meshes": [{}]},
     }
-    body = body_of(tmp_path, [])
-    body._spec = parse(document)
+    body = body_of(tmp_path, [], document)
     calls = Calls(body, monkeypatch)
     copies = tuple(Transfer(slot=slot, to_node="a", from_slot=slot, from_node="b") for slot in (1, 3))
     declared = {"dp_replicate": 1, "snapshot_dp_replicate": 1}
@@ -203,24 +207,23 @@ def test_a_mesh_with_other_shards_has_each_node_offer_what_it_holds(
             body.agents.pop("s", None)
 
     asyncio.run(work())
-    assert (body.fold.ranks, body.fold.stages, body.fold.loads, body._layout.degrees) == (1, 1, (4,), Degrees())
+    assert (body.fold.ranks, body.fold.stages, body.fold.loads, body._plans.layout.degrees) == (1, 1, (4,), Degrees())
     before, plan = calls.opened["c"], calls.opened["a"]
     assert not before.restore.reshard and plan.restore.reshard
     assert (plan.ranks, plan.world_size, plan.snapshot_slots) == ((0,), 1, {})
     assert (plan.config.parallel, plan.config.samples) == (ParallelConfig(microbatches=4), before.config.samples)
     assert [(h.node, h.slot) for h in plan.holders[0]] == [("c", 0), ("b", 1), ("c", 2), ("b", 3)]
     state = State(nodes={}, generation=3, order=order(nodes=("a",), fallback=Degrees(), **declared))
-    again = body_of(tmp_path, [])
-    again._spec = body._spec
+    again = body_of(tmp_path, [], document)
     asyncio.run(again.adopt(state))
-    assert (again.fold.ranks, again.fold.stages, again._layout) == (1, 1, body._layout)
+    assert (again.fold.ranks, again.fold.stages, again._plans.layout) == (1, 1, body._plans.layout)
 
 
 def test_a_copy_in_another_meshs_numbers_names_holders_by_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mesh grows: the third replica is copied from the first of two; the second has the same."""
     body = body_of(tmp_path, [])
     calls = Calls(body, monkeypatch)
-    body._filled = {2: ("a", "b")}
+    body._plans._filled = {2: ("a", "b")}
     copy = Transfer(slot=0, to_node="c", from_slot=0, from_node="a")
     asyncio.run(body._open(order(transfers=(copy,), nodes=("a", "b", "c", "s"), snapshot_dp_replicate=2)))
     ((*_, source, others),) = calls.fetched

@@ -30,7 +30,7 @@ HOLD_S = 0.5
 class RecordingBody:
     """Notes what it is ordered; what agents report are events already."""
 
-    fold, rates, tracebacks = None, (), {}  # type: ignore[var-annotated]
+    fold, rates, evidence = None, (), SimpleNamespace(tracebacks={})
 
     def __init__(self) -> None:
         self.performed: list[Action] = []
