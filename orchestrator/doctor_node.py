@@ -29,8 +29,8 @@ from typing import Any
 import psutil
 
 from orchestrator.preflight import bind_problem
-from orchestrator.runtime.agent import worker_env
 from orchestrator.runtime.controller import metadata_version
+from orchestrator.runtime.preparation import worker_env
 from orchestrator.spec import JobSpec, parse
 from storage.redact import redacted
 from storage.urls import probe, read_bytes, remove, write_exclusive

@@ -15,9 +15,9 @@ import ray
 
 from orchestrator import identity
 from orchestrator.runtime import journal
-from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.controller import namespace_of
 from orchestrator.runtime.nodes import HEAD_RESOURCE, bundle_of, eligible, sweep
+from orchestrator.runtime.preparation import run_log_dir
 from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec
 from storage.urls import StoreError, probe

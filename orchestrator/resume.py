@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.core.state import USABLE, State
 from orchestrator.runtime import journal
-from orchestrator.runtime.agent import run_log_dir
+from orchestrator.runtime.preparation import run_log_dir
 from orchestrator.spec import JobSpec
 from storage.commits import list_commits
 

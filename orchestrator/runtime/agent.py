@@ -12,15 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -30,11 +27,12 @@ from orchestrator.chaos import late, net
 from orchestrator.chaos import node as chaos
 from orchestrator.core.actions import InjectFault, VerifyCheckpoint
 from orchestrator.core.events import Snapshot
-from orchestrator.runtime import bandwidth, copies, fanin, links
+from orchestrator.runtime import bandwidth, copies, fanin, links, preparation
 from orchestrator.runtime import code as codes
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
 from orchestrator.runtime.hangs import LOOK_US, FirstSteps, NodeWatch, is_momentary, suspects
+from orchestrator.runtime.preparation import run_log_dir, worker_env
 from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
 from orchestrator.runtime.reports import (
@@ -50,7 +48,6 @@ from orchestrator.runtime.reports import (
 )
 from orchestrator.runtime.stacks import DEADLINE_S as STACK_DEADLINE_S
 from orchestrator.runtime.stacks import Stacks
-from orchestrator.scripts import script_problems
 from orchestrator.spec import JobSpec, parse
 from storage import faults, peer, ram, ram_owners, transfer, wires
 from storage.blocks import BadBlock
@@ -77,18 +74,8 @@ PARENT_INTERVAL_S = 0.1
 """Ray looks for its raylet each second, and then ends the process: this agent must be first."""
 DIE_DEADLINE_S = 60.0
 """For an agent that ends by itself to leave nothing behind: the kernel takes seconds for hundreds of gigabytes."""
-PREPARE_DEADLINE_S = 1800.0
-"""Training a tokenizer and tokenizing a corpus; gigabytes of text take minutes a core."""
 ZYGOTE_DEADLINE_S = 240.0
 """Importing torch takes 3 s alone and 37 s for eight at once on two cores."""
-
-
-ADMISSION_DEADLINE_S = 300.0
-"""For the known products on each device of the node; the process imports torch first, and opens eight devices."""
-
-
-class NotAdmitted(RuntimeError):
-    """A device of this node computes what is wrong."""
 
 
 class StaleOrder(RuntimeError):
@@ -236,11 +223,11 @@ class Agent:
             asyncio.create_task(self._stay_ready()),
         ]
         if self._spec.is_script:
-            self._check_script()
+            preparation.check_script(self._spec, self._node)
         else:
-            self._data_digest = await self._prepare_data()
+            self._data_digest = await preparation.prepare_data(self._spec, self._node)
         if self._spec.checks_admission:
-            await self._check_devices()
+            await preparation.check_devices(self._spec, self._node)
         await asyncio.to_thread(self._workers.start, ZYGOTE_DEADLINE_S)
         self._address = await self._peer.start()
         return await self.describe()
@@ -285,7 +272,7 @@ class Agent:
             NotAdmitted: a device is wrong.
         """
         self._accept(epoch)
-        return await self._check_devices()
+        return await preparation.check_devices(self._spec, self._node)
 
     async def describe(self) -> NodeInfo:
         """This node, prepared."""
@@ -768,7 +755,7 @@ class Agent:
             for slot, headers in held.items()
         }
 
-    # --- its end, and its data ---------------------------------------------------------------------------------------
+    # --- its end ---------------------------------------------------------------------------------------
 
     async def _watch_parent(self) -> None:
         """A killed raylet leaves its actors behind: such a node must not go on by itself.
@@ -815,74 +802,6 @@ class Agent:
         finally:
             os._exit(1)  # the zygote and its workers end with this process
 
-    def _check_script(self) -> None:
-        problems = script_problems(self._spec.script)
-        if problems:
-            raise RuntimeError(f"on node {self._node}: {'; '.join(problems)}")
-
-    async def _prepare_data(self) -> str:
-        document = {
-            "data": asdict(self._spec.data),
-            "vocab_size": self._spec.model.vocab_size,
-            "seed": self._spec.run.seed,
-        }
-        told, error = await self._tool("trainer.data.prepare", document, PREPARE_DEADLINE_S)
-        if error:
-            raise RuntimeError(f"the data cannot be prepared on {self._node}: {error}")
-        return str(told["digest"])
-
-    async def _check_devices(self) -> str:
-        document = {"device": self._spec.cluster.device}
-        told, error = await self._tool("trainer.admission", document, ADMISSION_DEADLINE_S)
-        if error:
-            raise RuntimeError(f"the devices of {self._node} cannot be checked: {error}")
-        wrong = [f"{device['name']}: {device['problem']}" for device in told if device["problem"]]
-        if wrong:
-            raise NotAdmitted(f"{self._node} computes what is wrong: {'; '.join(wrong)}")
-        seen = ", ".join(f"{each['name']} {each['tflops']:.3g} TFLOP/s" for each in told)
-        logger.info("%s: %s", self._node, seen)
-        return seen
-
-    async def _tool(self, module: str, document: dict[str, Any], deadline_s: float) -> tuple[Any, str]:
-        """What a process prints that is started as workers are, and what it says of its failure, if it fails."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            module,
-            env={**os.environ, **worker_env(self._spec)},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), deadline_s)
-        except TimeoutError:
-            process.kill()
-            raise
-        if process.returncode != 0:
-            return None, err.decode(errors="replace").strip() or f"exit code {process.returncode}"
-        return json.loads(out.decode().strip().splitlines()[-1]), ""
-
 
 def _now_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-def run_log_dir(spec: JobSpec) -> Path:
-    """The node-local folder of this run's logs and journal tail."""
-    return Path(spec.cluster.log_dir).expanduser() / spec.run.name
-
-
-def worker_env(spec: JobSpec, packages: Path = codes.INSTALLED) -> dict[str, str]:
-    """Environment of this node's worker and tool processes, the same on every node: it is part of the numeric class.
-
-    Args:
-        packages: folder of the packages that they import; what is not there is the installed one.
-    """
-    inherited = [str(codes.INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        "OMP_NUM_THREADS": str(max(1, int(spec.cluster.cpus_per_slot))),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([str(packages), *inherited])),
-    }

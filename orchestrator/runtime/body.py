@@ -39,13 +39,14 @@ from orchestrator.core.actions import (
 )
 from orchestrator.core.state import State
 from orchestrator.runtime import links, nodes
-from orchestrator.runtime.agent import ADMISSION_DEADLINE_S, ZYGOTE_DEADLINE_S, NotAdmitted, StaleOrder
+from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, StaleOrder
 from orchestrator.runtime.checkpoints import PUBLISH_DEADLINE_S, CheckpointOrders
 from orchestrator.runtime.collect import FanIns
 from orchestrator.runtime.evidence import Evidence
 from orchestrator.runtime.groups import Told
 from orchestrator.runtime.nodes import AgentHandle, RayNode, agent_name, call, last_line, release, start_agent
 from orchestrator.runtime.plans import Plans
+from orchestrator.runtime.preparation import ADMISSION_DEADLINE_S, NotAdmitted
 from orchestrator.runtime.reporting import NodeGone
 from orchestrator.runtime.reports import MeshFold, NodeStep, Report
 from orchestrator.runtime.silence import SilenceWatch

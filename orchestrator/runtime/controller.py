@@ -39,10 +39,10 @@ from orchestrator.observe.exporter import serve_metrics
 from orchestrator.observe.notices import notices
 from orchestrator.observe.status import Status, status_of
 from orchestrator.runtime import journal as journals
-from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.body import NAME_LENGTH, Body
 from orchestrator.runtime.groups import halts_joined
 from orchestrator.runtime.nodes import sweep
+from orchestrator.runtime.preparation import run_log_dir
 from orchestrator.runtime.reports import Report
 from orchestrator.runtime.retune import Retuner, in_force
 from orchestrator.runtime.snapshot_writer import SnapshotWriter

@@ -18,10 +18,10 @@ from typing import Any
 import ray
 
 from orchestrator.observe.status import Status
-from orchestrator.runtime.agent import run_log_dir
 from orchestrator.runtime.body import CODE_DEADLINE_S
 from orchestrator.runtime.controller import Controller, namespace_of
 from orchestrator.runtime.nodes import HEAD_RESOURCE
+from orchestrator.runtime.preparation import run_log_dir
 from orchestrator.spec import JobSpec
 
 POLL_INTERVAL_S = 0.5

@@ -25,7 +25,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.runtime import bandwidth
-from orchestrator.runtime.agent import PREPARE_DEADLINE_S, ZYGOTE_DEADLINE_S, Agent, NodeInfo
+from orchestrator.runtime.agent import ZYGOTE_DEADLINE_S, Agent, NodeInfo
+from orchestrator.runtime.preparation import PREPARE_DEADLINE_S
 from orchestrator.spec import JobSpec
 
 HEAD_RESOURCE = "node:__internal_head__"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from orchestrator.runtime.agent import Agent, NotAdmitted
-from orchestrator.spec import parse
+from orchestrator.runtime.preparation import NotAdmitted, check_devices
+from orchestrator.spec import JobSpec, parse
 from trainer import admission
 
 CPU = torch.device("cpu")
@@ -54,23 +53,21 @@ def test_every_sum_is_exact_in_float32() -> None:
     assert max(admission.SIZE.values()) * admission.LARGEST**2 <= 2**24
 
 
-def agent_of(tmp_path: Path, **cluster: str) -> Agent:
-    """As far as the check needs one."""
-    made = Agent.__new__(Agent)
-    made._node = "a"
-    made._spec = parse({"run": {"name": "r", "url": str(tmp_path)}, "cluster": cluster})
-    return made
+def job(tmp_path: Path, **cluster: str) -> JobSpec:
+    return parse({"run": {"name": "r", "url": str(tmp_path)}, "cluster": cluster})
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_an_agent_checks_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+def test_a_node_checks_its_devices_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
     if wrong:  # what Python runs when it starts
         (tmp_path / "sitecustomize.py").write_text(
             "import torch; right = torch.Tensor.__matmul__\n"
             "torch.Tensor.__matmul__ = lambda a, b: right(a, b) * (2 if a.is_floating_point() else 1)\n"
         )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    checking: Any = agent_of(tmp_path, admission="on")._check_devices()
+    checking = check_devices(job(tmp_path, admission="on"), "a")
     if wrong:
         with pytest.raises(NotAdmitted, match="a computes what is wrong: cpu: 512 of 512 rows"):
             asyncio.run(checking)
@@ -85,4 +82,4 @@ def test_an_agent_checks_in_a_process_of_its_own(tmp_path: Path, monkeypatch: py
 def test_it_is_for_cuda_unless_the_job_says_otherwise(
     tmp_path: Path, admission: str, device: str, checks: bool
 ) -> None:
-    assert agent_of(tmp_path, admission=admission, device=device)._spec.checks_admission is checks
+    assert job(tmp_path, admission=admission, device=device).checks_admission is checks

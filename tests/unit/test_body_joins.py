@@ -13,9 +13,10 @@ from test_body_nodes import DEADLINE_S, body_of, there
 from orchestrator.core import events as ev
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime import nodes
-from orchestrator.runtime.agent import NodeInfo, NotAdmitted
+from orchestrator.runtime.agent import NodeInfo
 from orchestrator.runtime.body import START_TRIES, Body
 from orchestrator.runtime.nodes import AgentHandle
+from orchestrator.runtime.preparation import NotAdmitted
 from storage import wires
 
 (NEW,) = there("new" + 53 * "0")

@@ -16,9 +16,9 @@ from orchestrator.core.actions import AskStop, HaltGeneration, InjectFault, Open
 from orchestrator.core.state import State
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime import silence
-from orchestrator.runtime.agent import NotAdmitted
 from orchestrator.runtime.body import Body
 from orchestrator.runtime.nodes import AgentHandle, RayNode
+from orchestrator.runtime.preparation import NotAdmitted
 from orchestrator.runtime.reports import MeshFold
 from orchestrator.spec import parse
 from trainer import contract
