@@ -91,7 +91,8 @@ def load_copies(
     # The first rank's view counts for all.
     reader = PlanReader(places, _reach(held), FAR_BLOCKS if far else NEAR_BLOCKS)
     with dcp_errors():
-        named = named_tensors(state, rank_of(group) if same_world else None)
+        part = state.without_missing({place.chunk.fqn for place in places}, rank_of(group))
+        named = named_tensors(part, rank_of(group) if same_world else None)
         dcp_load(dict(named), storage_reader=reader, planner=LoadPlanner(), process_group=group)
     # DCP's plan is every rank's; from here on, an error on one is met by all at the next agreement.
     load = _Load(places, held, reader, far, group)
@@ -108,7 +109,7 @@ def load_copies(
     except BaseException:
         spoil(state, named.values())
         raise
-    state.step = indices[0].step
+    state.restored(part, indices[0].step)
     return load.bad
 
 

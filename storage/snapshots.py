@@ -216,19 +216,20 @@ class RamTier:
             raise ManifestError(f"snapshot of slot {header.slot}, step {step}: it is cut off")
         payload = file.payload(header.n_bytes)
         index = checked_index(header, payload[header.payload_bytes :].tobytes())
-        chunks = self._matching(index, header, state)
+        own = header.origin_slot == self._place[3]
+        part = state.without_missing({chunk.fqn for chunk in index.chunks}, self._place[3]) if own else state
+        chunks = self._matching(index, header, part)
         bad = [] if bad is None else bad
         for chunk in chunks:
             _check(index, chunk, payload.data, header.node, holders, bad)
-        own = header.origin_slot == self._place[3]
         if not own and state.per_rank:
             origin = header.origin_slot
             log.warning("slot %d takes over the shard of slot %d; per-rank values stay", self._place[3], origin)
-        targets = _tensors(state) if own else _tensors(state)[: len(state.tensors)]
+        targets = _tensors(part) if own else _tensors(part)[: len(part.tensors)]
         with torch.no_grad():
             for tensor, chunk in zip(targets, chunks, strict=True):
                 _copy_in(payload[chunk.file_offset : chunk.file_offset + chunk.n_bytes], local_tensor(tensor))
-        state.step = step
+        state.restored(part, step)
 
     def _found(self, slots: Sequence[int], step: int, generation: int | None) -> Path:
         """The file on this node that holds the snapshot of the first of `slots` of which there is one."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing
@@ -24,11 +24,28 @@ class TrainState:
     `tensors` are global: a name means the same tensor on every rank, such as ``model/layers.3.attention.wq.weight`` or
     ``exp_avg/layers.3.attention.wq.weight``. A DTensor is saved in parts, one from each shard; a plain tensor must be
     equal on all ranks that hold it. `per_rank` are plain tensors that belong to this rank alone, such as ``rng``.
+    `optional` are names of either kind that what is restored may lack: they are taken out of the state then.
     """
 
     step: int
     tensors: dict[str, torch.Tensor]
     per_rank: dict[str, torch.Tensor]
+    optional: frozenset[str] = frozenset()
+
+    def without_missing(self, held: Collection[str], rank: int) -> TrainState:
+        """This state less what is optional and not among the names `held`, as a data file's index knows them."""
+        if not self.optional:
+            return self
+        prefix = f"{RANK_PREFIX}{rank:05d}/"
+        return replace(
+            self,
+            tensors={n: t for n, t in self.tensors.items() if n in held or n not in self.optional},
+            per_rank={n: t for n, t in self.per_rank.items() if prefix + n in held or n not in self.optional},
+        )
+
+    def restored(self, part: TrainState, step: int) -> None:
+        """`part` of this state has been filled, with that of `step`: no other tensors belong to it any more."""
+        self.tensors, self.per_rank, self.step = part.tensors, part.per_rank, step
 
 
 def named_tensors(state: TrainState, rank: int | None) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import MutableMapping
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -26,7 +26,7 @@ from trainer.contract import CopyStep, Phase, SaveFailed, ShardWritten, StepDone
 from trainer.copies import Copies
 from trainer.link import Agent, Assignment
 from trainer.saves import TRIES, SavePolicy, retry_wait_s
-from trainer.script_state import begin_optimizers, take_over, train_state
+from trainer.script_state import take_over, to_restore, train_state
 from trainer.worker import CLOSE_DEADLINE_S, checkpointer_of, restore
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Managed:
     @property
     def saves(self) -> bool:
         """Whether the script keeps snapshots, so that a run that is to stop can wait for one."""
-        return self._checkpointer is not None
+        return self._checkpointer is not None or self._order.restore.source != "init"
 
     # --- the three calls ----------------------------------------------------------------------------------------------
 
@@ -71,8 +71,7 @@ class Managed:
         checkpointer, _, _ = self._tiers()
         if self._order.restore.source == "init":
             return None
-        begin_optimizers(state)
-        kept = train_state(state, step=0)
+        kept = to_restore(state)
         restore(checkpointer, kept, self._order, self._agent)
         take_over(state, kept)
         self._restores = False
@@ -85,11 +84,11 @@ class Managed:
         first = self._done == self._order.restore.step
         if step < self._done or (first and step == self._done):
             raise ValueError(f"session.step({step}): step {self._done} is done already; the first step is number 1")
-        if first or step == self._done:
-            self._agent.emit(self._compute_phase())
-        if step == self._done:
+        again, self._done = step == self._done, step
+        if first or again:
+            self._tell_phase("compute")
+        if again:
             return
-        self._done = step
         now_us = _now_us()
         self._agent.emit(
             StepDone(
@@ -147,6 +146,7 @@ class Managed:
         """
         if self._checkpointer is None:
             return
+        self._tell_phase("checkpoint")
         self._checkpointer.await_snapshot()
         self._checkpointer.wait()
         if not self._checkpointer.close(CLOSE_DEADLINE_S):
@@ -160,9 +160,11 @@ class Managed:
                 f"session.{call} before session.restore: this generation goes on from step {self._order.restore.step}"
             )
 
-    def _compute_phase(self) -> Phase:
-        order = self._order
-        return Phase(generation=order.generation, rank=order.rank, step=self.step, phase="compute")
+    def _tell_phase(self, phase: Literal["checkpoint", "compute"]) -> None:
+        """Once a step has been told: before that nobody judges how long anything takes."""
+        if self._done > self._order.restore.step:
+            order = self._order
+            self._agent.emit(Phase(generation=order.generation, rank=order.rank, step=self.step, phase=phase))
 
     def _tiers(self) -> tuple[Checkpointer, distributed.ProcessGroup | None, Copies]:
         """Made with the first call that needs them, by all ranks together, once the script has its process group."""
@@ -240,11 +242,16 @@ class Managed:
 
     def _save_now(self, checkpointer: Checkpointer, kept: TrainState) -> None:
         """Unless this very step is saved: a generation saves a step once."""
-        began_us = _now_us()
+        self._tell_phase("checkpoint")
         checkpointer.wait()
-        if self._saved_step == kept.step:
-            return
+        if self._saved_step != kept.step:
+            self._save_with_tries(checkpointer, kept)
+        self._tell_phase("compute")
+
+    def _save_with_tries(self, checkpointer: Checkpointer, kept: TrainState) -> None:
+        began_us = _now_us()
         for failures in range(1, TRIES + 1):
+            self._tell_phase("checkpoint")  # a sign of progress: each try may last
             try:
                 part = checkpointer.save(kept)
             except (OSError, CheckpointFailed, ManifestError) as error:  # alike on every rank

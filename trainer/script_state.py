@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, MutableMapping, MutableSequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,24 +44,37 @@ def train_state(state: Mapping[str, Any], step: int) -> TrainState:
     )
 
 
-def begin_optimizers(state: Mapping[str, Any]) -> None:
-    """Give optimizers that have made no step the tensors that one would have made, so that they can be filled."""
-    for node in state.values():
-        if isinstance(node, Optimizer):
-            _init_optim_state(node)
-        elif isinstance(node, Mapping):
-            begin_optimizers(node)
+def to_restore(state: Mapping[str, Any]) -> TrainState:
+    """What storage is to fill. Optimizers that have made no step are given the tensors that one would have made, for
+    all their parameters; of which parameters there were any when it was kept, is found when it is restored.
+
+    Raises:
+        ValueError: see `train_state`.
+    """
+    begun = [path for path, optimizer in _optimizers("", state) if not optimizer.state]
+    for path, optimizer in _optimizers("", state):
+        if path in begun:
+            _init_optim_state(optimizer)
+    asked = train_state(state, step=0)
+    moments = tuple(f"{PREFIX}{path}/state/" for path in begun)
+    names = (*asked.tensors, *asked.per_rank)
+    return replace(asked, optional=frozenset(name for name in names if name.startswith(moments)))
 
 
 def take_over(state: MutableMapping[str, Any], restored: TrainState) -> None:
-    """After storage has filled the tensors of `restored`, which are those of `state`: put the values in place, too.
+    """After storage has filled `restored`, which is `to_restore` of `state`: put all that it holds in place.
 
     Raises:
         ManifestError: the values are damaged.
         StateMismatch: they are of another state.
     """
     values = _unpacked(restored.per_rank[VALUES])
-    _filled(state, "", values)
+    tensors = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in (*restored.tensors.items(), *restored.per_rank.items())
+        if name.startswith(PREFIX)
+    }
+    _filled(state, "", tensors, values)
     optim.set_random_state(restored.per_rank)
 
 
@@ -86,6 +100,16 @@ def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, values
 
 
+def _optimizers(path: str, node: Any) -> Iterator[tuple[str, Optimizer]]:
+    """Those below a node, by the path under which their state is kept."""
+    for key, child in _children(node):
+        below = f"{path}/{key}" if path else str(key)
+        if isinstance(child, Optimizer):
+            yield below, child
+        elif not _is_stateful(child):
+            yield from _optimizers(below, child)
+
+
 def _is_stateful(node: Any) -> bool:
     return hasattr(node, "state_dict") and hasattr(node, "load_state_dict")
 
@@ -103,24 +127,39 @@ def _holds_tensors(node: Any) -> bool:
     )
 
 
-def _filled(node: Any, path: str, values: Mapping[str, Any]) -> Any:
-    """A node whose values are those that were kept; in place where that can be."""
+def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Any:
+    """A node whose content is what was kept; in place where that can be."""
     if isinstance(node, Tensor):
-        return node
+        if path not in tensors:
+            raise StateMismatch(f"state: {path} was not kept; restore with the state that is given to snapshot")
+        return tensors[path]  # a `state_dict` may give another tensor each time that it is asked
     if _is_stateful(node):
-        node.load_state_dict(_filled(node.state_dict(), path, values))
+        content = node.state_dict()
+        if isinstance(node, Optimizer):
+            content["state"] = {
+                key: entry
+                for key, entry in content["state"].items()
+                if _was_kept(f"{path}/state/{key}", tensors) or _was_kept(f"{path}/state/{key}", values)
+            }
+        node.load_state_dict(_filled(content, path, tensors, values))
         return node
     if path and not _holds_tensors(node):
         # An empty piece may have been none when it was kept, as an optimizer without parameters.
         if path not in values:
             raise StateMismatch(f"state: {path} was not kept; restore with the state that is given to snapshot")
         return _like(node, values[path])
-    filled = [(key, _filled(child, f"{path}/{key}" if path else str(key), values)) for key, child in _children(node)]
+    filled = [
+        (key, _filled(child, f"{path}/{key}" if path else str(key), tensors, values)) for key, child in _children(node)
+    ]
     if isinstance(node, (MutableMapping, MutableSequence)):
         for key, child in filled:
             node[key] = child
         return node
     return type(node)(child for _, child in filled)
+
+
+def _was_kept(path: str, kept: Mapping[str, Any]) -> bool:
+    return any(name == path or name.startswith(f"{path}/") for name in kept)
 
 
 def _like(template: Any, value: Any) -> Any:

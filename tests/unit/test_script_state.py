@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from storage.manifest import ManifestError, StateMismatch
-from trainer.script_state import VALUES, begin_optimizers, take_over, train_state
+from trainer.script_state import VALUES, take_over, to_restore, train_state
 
 
 def trained(steps: int, seed: int = 0) -> dict[str, Any]:
@@ -41,8 +41,9 @@ def kept(state: dict[str, Any], step: int) -> Any:
 
 
 def restored(state: dict[str, Any], source: Any) -> None:
-    begin_optimizers(state)
-    target = train_state(state, 0)
+    target = to_restore(state)
+    part = target.without_missing({f"rank/00000/{name}" for name in source.per_rank}, 0)
+    target.restored(part, source.step)
     assert target.per_rank.keys() == source.per_rank.keys()
     for name, tensor in target.per_rank.items():
         assert (tensor.shape, tensor.dtype) == (source.per_rank[name].shape, source.per_rank[name].dtype), name
@@ -94,10 +95,71 @@ def test_a_restored_state_trains_on_as_the_one_that_was_kept() -> None:
 def test_an_optimizer_that_is_begun_changes_nothing() -> None:
     state = trained(0)
     before = {name: tensor.clone() for name, tensor in state["model"].state_dict().items()}
-    begin_optimizers({"nested": state})
+    to_restore({"nested": state})
     assert len(state["optimizer"].state) == 4
     assert state["optimizer"].param_groups[0]["lr"] == 0.1
     assert all(torch.equal(before[name], tensor) for name, tensor in state["model"].state_dict().items())
+
+
+class Sampler:
+    """Tells its state in a tensor that is made when it is asked, as `generator.get_state()` is."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": torch.tensor(self.position)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = int(state["position"])
+
+
+def test_an_object_whose_state_is_made_when_it_is_asked_gets_what_was_kept() -> None:
+    target = {"sampler": Sampler(0)}
+    restored(target, kept({"sampler": Sampler(500)}, 1))
+    assert target["sampler"].position == 500
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.5),
+    "plain sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "tensor lr": lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(0.1)),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_moments_come_back_for_those_parameters_that_had_any(kind: str, steps: int) -> None:
+    """Of three heads one is never used, and one from the next step on; the optimizers stand in a list."""
+
+    def heads(steps: int) -> dict[str, Any]:
+        torch.manual_seed(steps)
+        used, later, never = (nn.Linear(2, 2) for _ in range(3))
+        parameters = [*never.parameters(), *used.parameters(), *later.parameters()]
+        state = {"heads": nn.ModuleList((used, later, never)), "optimizers": [OPTIMIZERS[kind](parameters)]}
+        for _ in range(steps):
+            go_on(state, used)
+        return state
+
+    def go_on(state: dict[str, Any], *heads: nn.Module) -> None:
+        for head in heads:
+            head(torch.ones(1, 2)).square().sum().backward()
+        state["optimizers"][0].step()
+        state["optimizers"][0].zero_grad()
+
+    source = heads(steps)
+    snapshot = kept(source, steps)
+    target = heads(0)
+    restored(target, snapshot)
+    its, mine = source["optimizers"][0].state_dict(), target["optimizers"][0].state_dict()
+    assert its["state"].keys() == mine["state"].keys()
+    assert its["param_groups"] == mine["param_groups"]
+    for state in (source, target):
+        go_on(state, *state["heads"][:2])
+    for one, other in zip(source["heads"].parameters(), target["heads"].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

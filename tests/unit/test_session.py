@@ -128,7 +128,8 @@ def test_steps_are_told_with_their_parts(tmp_path: Path) -> None:
     assert all(0 < d.snapshot_us <= d.step_us for d in done)
     assert done[1].save_us > 0, "the save of step 2"
     assert [d.snapshot_step for d in done][-1] >= 2
-    assert [(p.phase, p.step) for p in rank.agent.of(contract.Phase)] == [("compute", 1), ("compute", 3)]
+    told = [(p.phase, p.step) for p in rank.agent.of(contract.Phase)]
+    assert told == [("compute", 1), ("compute", 3), ("checkpoint", 3)], "the last: what was begun may last"
     assert [w.step for w in rank.agent.of(contract.ShardWritten)] == [2]
 
 
@@ -147,6 +148,50 @@ def test_a_durable_checkpoint_is_restored(tmp_path: Path) -> None:
     second.session.snapshot(2, second.state, durable=True)
     second.managed.close()
     assert second.agent.of(contract.ShardWritten) == [], "it is what was restored"
+
+
+@pytest.mark.parametrize("source", ["ram", "durable"])
+def test_moments_that_were_not_kept_are_not_restored(tmp_path: Path, source: str) -> None:
+    """Of a head that is not used yet."""
+
+    def rank(restore: Restore = INIT, generation: int = 1) -> Rank:
+        made = Rank(tmp_path, restore, generation)
+        heads = torch.nn.ModuleList((torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
+        made.state |= {"heads": heads, "optimizer": torch.optim.AdamW(heads.parameters())}
+        assert made.session.restore(made.state) == (None if restore is INIT else 1)
+        return made
+
+    first = rank()
+    first.state["heads"][0](torch.ones(1, 2)).sum().backward()
+    first.state["optimizer"].step()
+    first.advance(1, durable=True)
+    first.managed.close()
+    durable = committed(tmp_path, first.agent, 1)
+    order = durable if source == "durable" else Restore(source="ram", step=1, generation=1)
+    second = rank(order, generation=2)
+    mine, its = second.state["optimizer"].state_dict()["state"], first.state["optimizer"].state_dict()["state"]
+    assert mine.keys() == its.keys() == {0, 1}
+    assert all(torch.equal(mine[n]["exp_avg"], its[n]["exp_avg"]) for n in its)
+    second.advance(2)
+    second.managed.close()
+
+
+def test_a_durable_save_between_steps_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    """So that nobody takes it for a hang of the script."""
+    rank = Rank(tmp_path)
+    rank.session.restore(rank.state)
+    rank.advance(1, durable=True)
+    assert rank.agent.of(contract.Phase)[:-1] == [], "before the first step nobody judges"
+    rank.advance(2, durable=True)
+    told = [type(m).__name__ if not isinstance(m, contract.Phase) else m.phase for m in rank.agent.messages]
+    assert told[2:] == ["StepDone", "checkpoint", "checkpoint", "ShardWritten", "compute", "StepDone"]
+    rank.managed.close()
+
+
+def test_a_state_that_waits_to_be_restored_is_not_stopped_without_a_checkpoint(tmp_path: Path) -> None:
+    """The script still imports, or builds its model; SIGTERM would end it, and what is in memory with it."""
+    assert not Rank(tmp_path).managed.saves
+    assert Rank(tmp_path, Restore(source="ram", step=2, generation=1), generation=2).managed.saves
 
 
 def test_a_stop_saves_and_ends_the_script(tmp_path: Path) -> None:
