@@ -7,6 +7,7 @@ nothing. A rank's groups have the same names in every mesh of one shape, so what
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -30,7 +31,9 @@ def prepare(order: Prepare) -> None:
     try:
         _prepare(order)
     finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        for thread in map(int, os.listdir("/proc/self/task")):  # those that it has started have it from this one
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _prepare(order: Prepare) -> None:

@@ -425,6 +425,7 @@ class Agent:
         self._copied_step = min(copied_step, plan.restore.step)
         if copied_step > plan.restore.step:
             self._supposed_copied = plan.restore.step
+        self._refuse_ended(plan.generation)  # again: other code may have been imported
         here = dataclasses.replace(
             plan, ram_dir=self._ram_dir, copied_step=self._copied_step, token=self._token if plan.holders else ""
         )

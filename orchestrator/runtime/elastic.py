@@ -475,16 +475,29 @@ class _ElasticAgent(SimpleElasticAgent):
         slots = len(plan.ranks)
         fitting = [w for w in parked if w.rank % slots == worker.local_rank and w.status is None]
         if not fitting:
-            return self._forks.fork(
-                generation=plan.generation,
-                rank=worker.global_rank,
-                env=self._env(plan, worker),
-                deadline_s=FORK_DEADLINE_S,
-            )
+            return self._fork(plan, worker)
         taken = max(fitting, key=lambda w: (w.rank == worker.global_rank, w.generation))
         parked.remove(taken)
         taken.assign(plan.generation, worker.global_rank)
         return taken
+
+    def _fork(self, plan: NodeAssignment, worker: ElasticWorker) -> Worker:
+        def wanted() -> bool:
+            return self._controller.is_current(plan.generation)
+
+        env = self._env(plan, worker)
+        try:
+            return self._forks.fork(
+                generation=plan.generation,
+                rank=worker.global_rank,
+                env=env,
+                deadline_s=FORK_DEADLINE_S,
+                wanted=wanted,
+            )
+        except ZygoteError as error:
+            if wanted():
+                raise
+            raise RendezvousGracefulExitError(f"generation {plan.generation} was ended") from error
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         ended = [worker for worker in self._forks.live() if worker.generation > 0 and not worker.parked]

@@ -32,9 +32,10 @@ BACKEND = "shepherd"
 # How long `next_rendezvous` waits before it says that nothing came; the agent's loop then asks again. An idle spare may
 # wait for days, so this is only there for that no wait is for ever.
 ASSIGNMENT_WAIT_S = 600.0
-# How long a generation may take to exchange its ranks through its store. The controller sends all assignments at once,
-# and ends a generation that does not come up by its own, shorter deadlines, so this is met only without a controller.
-STORE_DEADLINE_S = 120.0
+# How long a generation may take to exchange its ranks through its store. The controller sends all assignments at once;
+# a node may have to fetch and import other code first, for minutes. It ends a generation that does not come up by its
+# own, shorter deadlines, so this is met only without a controller.
+STORE_DEADLINE_S = 1800.0
 # One attempt to connect to the store; between attempts it is seen that the generation was ended meanwhile.
 STORE_CONNECT_S = 2.0
 # How often the store is asked for a key that is not there yet: far below the cost of a generation's start (0.4 s).

@@ -35,6 +35,10 @@ SEND_TIMEOUT_S = 20.0
 # hours, so one that lives a minute was started rightly and was killed from outside (for memory, or by a chaos test).
 ZYGOTE_STARTS_MAX = 5
 ZYGOTE_SOUND_LIFE_S = 60.0
+# Where one has worked before, what keeps the next from it (no memory, a file system that is away) may pass.
+ZYGOTE_RETRY_S = 15.0
+# How often a fork that waits for a zygote looks whether it is still wanted.
+WANTED_POLL_S = 0.1
 # What is read at once; a pipe holds 64 KiB, a socket about 208 KiB.
 READ_BYTES = 256 * 1024
 # What is still read from a dead worker: more than both buffers hold, so only a descendant's endless output is cut.
@@ -73,7 +77,12 @@ class Workers:
         self._fork_id = 0
         self._zygote: ZygoteProcess | None = None
         self._failure = ""
+        """Why there is no zygote, and none under way."""
         self._starts = 0
+        self._worked = False
+        """Whether any zygote has ever been ready."""
+        self._retry_at: float | None = None
+        """Monotonic second at which another is tried after a failure."""
 
     def start(self, deadline_s: float) -> None:
         """Start the zygote and wait until it has imported the preload module.
@@ -84,15 +93,26 @@ class Workers:
         self._thread.start()
         self._await_zygote(time.monotonic() + deadline_s)
 
-    def fork(self, *, generation: int, rank: int, env: dict[str, str], deadline_s: float) -> Worker:
+    def fork(
+        self,
+        *,
+        generation: int,
+        rank: int,
+        env: dict[str, str],
+        deadline_s: float,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Worker:
         """A new worker process; `env` comes on top of the zygote's environment.
 
+        Args:
+            wanted: asked while there is no zygote yet; when it says no, the wait for one is over.
+
         Raises:
-            ZygoteError: no worker within `deadline_s`, or the zygote died.
+            ZygoteError: no worker within `deadline_s`, the zygote died, or the worker is not wanted any more.
         """
         assert threading.current_thread() is not self._thread, "called from a callback"
         deadline = time.monotonic() + deadline_s
-        self._await_zygote(deadline)
+        self._await_zygote(deadline, wanted)
         control, control_of_worker = socket.socketpair()
         log, log_of_worker = os.pipe2(os.O_CLOEXEC)
         fork = _Fork(generation=generation, rank=rank, control=control, log=log)
@@ -173,30 +193,37 @@ class Workers:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if not self._thread.is_alive():
-            return
-        self.end(self.live(), deadline_s=deadline_s)
-        os.eventfd_write(self._wake, 1)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self.end(self.live(), deadline_s=deadline_s)
+            os.eventfd_write(self._wake, 1)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             raise TimeoutError(f"the thread that listens to the workers did not end within {deadline_s:g} s")
+        if self._wake >= 0:  # not in the thread: it may end by itself before it is woken
+            os.close(self._wake)
+            self._wake = -1
 
     def _await_end(self, workers: list[Worker], timeout_s: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: all(w.status is not None for w in workers), timeout_s)
 
-    def _await_zygote(self, deadline: float) -> None:
+    def _await_zygote(self, deadline: float, wanted: Callable[[], bool] = lambda: True) -> None:
         def settled() -> bool:
             return self._closing or bool(self._failure) or (self._zygote is not None and self._zygote.ready)
 
-        with self._changed:
-            in_time = self._changed.wait_for(settled, max(0.0, deadline - time.monotonic()))
-            if self._failure:
-                raise ZygoteError(self._failure)
-            if self._closing or not in_time:
-                raise ZygoteError(
-                    "closed" if self._closing else f"no zygote with {self._preload!r} within the deadline"
-                )
+        while wanted():
+            left_s = deadline - time.monotonic()
+            with self._changed:
+                in_time = self._changed.wait_for(settled, max(0.0, min(left_s, WANTED_POLL_S)))
+                if self._failure:
+                    raise ZygoteError(self._failure)
+                if self._closing:
+                    raise ZygoteError("closed")
+                if in_time:
+                    return
+            if left_s <= 0:
+                raise ZygoteError(f"no zygote with {self._preload!r} within the deadline")
+        raise ZygoteError("not wanted any more")
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +231,8 @@ class Workers:
         self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
         self._start_zygote()
         while not (self._closing and not self._live):
-            for key, _ in self._selector.select():
+            self._retry()
+            for key, _ in self._selector.select(self._until_retry_s()):
                 try:
                     if key.fd in self._selector.get_map():  # an earlier event of this round may have taken it away
                         key.data()
@@ -218,7 +246,6 @@ class Workers:
         for fork in orphans:
             fork.fail("closed")
         self._selector.close()
-        os.close(self._wake)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake)
@@ -247,7 +274,7 @@ class Workers:
         message = json.loads(packet)
         if "ready" in message:
             with self._changed:
-                zygote.ready = True
+                zygote.ready = self._worked = True
                 self._changed.notify_all()
         elif "forked" in message:
             self._forked(self._take_fork(message["forked"]), message["pid"], descriptors[0])
@@ -264,6 +291,24 @@ class Workers:
         with self._changed:
             self._failure = reason
             self._changed.notify_all()
+        if self._worked:
+            self._retry_at = time.monotonic() + ZYGOTE_RETRY_S
+
+    def _until_retry_s(self) -> float | None:
+        return None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
+
+    def _retry(self) -> None:
+        """Try another zygote, some time after one has failed."""
+        if self._until_retry_s() != 0.0 or self._closing:
+            return
+        if self._zygote is not None:  # the one that failed is about to end
+            self._retry_at = time.monotonic() + ZYGOTE_RETRY_S
+            return
+        logger.warning("trying another zygote")
+        self._retry_at = None
+        with self._changed:
+            self._failure, self._starts = "", 0
+        self._start_zygote()
 
     def _take_fork(self, fork_id: int) -> _Fork:
         with self._changed:
@@ -376,6 +421,8 @@ class Workers:
             fork.fail(f"the zygote died (exit status {zygote.process.returncode})")
         killed = ExitStatus(exit_code=None, signal=signal.SIGKILL)
         for worker in orphans:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(worker.pid, signal.SIGKILL)  # what it has started itself is no child of the zygote
             self._selector.register(worker.pidfd, selectors.EVENT_READ, partial(self._ended, worker, killed))
         if time.monotonic() - zygote.started > ZYGOTE_SOUND_LIFE_S:
             self._starts = 0

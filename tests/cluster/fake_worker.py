@@ -65,12 +65,14 @@ def serve(sock: socket.socket, incoming: Iterator[object], assign: contract.Assi
                 say("compute")
         case ["garbage"]:
             sock.sendall(b"\xff" * 64)
-        case ["descendant"]:
+        case ["descendant", *then]:
             # It ignores SIGTERM and holds the worker's output open, as a forgotten data loader may.
             child = subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; sleep 100"], stdout=subprocess.PIPE)
             assert child.stdout is not None
             child.stdout.readline()
             say("build", pid=child.pid)
+            if then:
+                threading.Event().wait()
             return 0
         case ["shout", lines]:
             for number in range(int(lines)):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from traceback import extract_stack
 from typing import Any
 
 import psutil
@@ -66,6 +67,7 @@ class Node:
         preload: str = "fake_worker",
         on_message: Any = None,
         warm_workers: int = 0,
+        path: Path = HERE,
     ) -> None:
         self.messages: queue.Queue = queue.Queue()
         self.exits: queue.Queue[tuple[float, WorkerExit]] = queue.Queue()
@@ -78,7 +80,7 @@ class Node:
             host=HOST,
             slots=slots,
             log_dir=log_dir,
-            env={"PYTHONPATH": str(HERE), "EXTRA": "given", "OMP_NUM_THREADS": "1"},
+            env={"PYTHONPATH": os.pathsep.join(map(str, {path: 0, HERE: 0})), "EXTRA": "given", "OMP_NUM_THREADS": "1"},
             preload=preload,
             on_message=on_message or self.messages.put,
             on_exit=lambda exit_: self.exits.put((time.monotonic(), exit_)),
@@ -88,13 +90,16 @@ class Node:
         self._known = before
 
     def zygote_pid(self) -> int:
+        (zygote,) = self.zygotes()
+        return zygote
+
+    def zygotes(self) -> list[int]:
         zygotes = []
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):  # other tests' processes end
                 if child.pid not in self._known and "zygote" in " ".join(child.cmdline()):
                     zygotes.append(child.pid)
-        assert len(zygotes) == 1, zygotes
-        return zygotes[0]
+        return zygotes
 
     def begin(self, generation: int, behaviour: str, *, epoch: int = 1, ranks: tuple[int, ...] | None = None) -> None:
         """A generation of this node alone."""
@@ -513,6 +518,14 @@ def test_what_a_worker_leaves_behind_is_killed_with_it(node: Node) -> None:
     assert gone([descendant], WAIT_S)
 
 
+def test_what_workers_have_started_dies_with_the_zygote_too(node: Node) -> None:
+    node.begin(1, "descendant wait", ranks=(0,))
+    descendant = node.next_message().step
+    os.kill(node.zygote_pid(), signal.SIGKILL)
+    assert node.next_exit().signal == signal.SIGKILL
+    assert gone([descendant], WAIT_S)
+
+
 def test_killed_zygote_takes_its_workers_along_and_is_replaced(node: Node) -> None:
     node.begin(1, "wait")
     pids = node.pids()
@@ -526,7 +539,8 @@ def test_killed_zygote_takes_its_workers_along_and_is_replaced(node: Node) -> No
     assert node.zygote_pid() != zygote
 
 
-def test_zygote_that_dies_again_and_again_is_given_up(node: Node) -> None:
+def test_zygote_that_dies_again_and_again_is_given_up_for_a_while(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "ZYGOTE_RETRY_S", 5.0)
     for generation in range(1, 6):
         node.begin(generation, "wait")
         node.pids()
@@ -535,6 +549,37 @@ def test_zygote_that_dies_again_and_again_is_given_up(node: Node) -> None:
     node.begin(6, "wait")
     exit_ = node.next_exit()
     assert exit_.pid == 0 and "5 zygotes died one after the other" in exit_.error
+    assert node.next_exit().pid == 0
+    deadline = time.monotonic() + WAIT_S
+    while not node.zygotes():
+        assert time.monotonic() < deadline, "what kept it from starting may have passed"
+        select.select([], [], [], 0.05)
+    node.workers.halt(10)
+    node.begin(7, "wait")
+    assert set(node.pids()) == {0, 1}
+
+
+def test_a_halt_ends_the_wait_for_a_new_zygote(tmp_path: Path) -> None:
+    """Which has to import all that workers need, for longer than a halt may take."""
+    (tmp_path / "slow_worker.py").write_text(
+        f"import pathlib, threading\nfrom fake_worker import main\nflag = pathlib.Path({str(tmp_path / 'slow')!r})\n"
+        "if flag.exists():\n    threading.Event().wait(60)\nflag.touch()\n"
+    )
+    node = Node(tmp_path, preload="slow_worker", path=tmp_path)
+    try:
+        killed = node.zygote_pid()
+        os.kill(killed, signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
+        while node.zygotes() in ([], [killed]):  # until another imports
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.05)
+        node.begin(1, "wait")
+        while not any(at.name == "_await_zygote" for f in sys._current_frames().values() for at in extract_stack(f)):
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.01)
+        node.workers.halt(5)
+    finally:
+        node.workers.shutdown(20)
 
 
 def test_killed_agent_leaves_no_process(tmp_path: Path) -> None:
