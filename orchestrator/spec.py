@@ -155,7 +155,8 @@ class RecoverySection(_Section):
     rank_silence_s: float = Field(
         default=4.5,
         ge=3,
-        description="A rank silent for so long hangs, and is replaced. Workers give a sign of life each second.",
+        description="A rank silent for so long hangs, and is replaced; one whose process is not stopped, after "
+        "stall_floor_s, if that is more. Workers give a sign of life each second.",
     )
     stall_floor_s: float = Field(
         default=4.5,

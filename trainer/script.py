@@ -8,7 +8,10 @@ a tenth of a second.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
+import gc
+import io
 import os
 import runpy
 import signal
@@ -55,13 +58,19 @@ def main(sock: socket.socket) -> int:
     work.on_inject = partial(harm.obey, victim=victim)
     threading.Thread(target=_terminate_when_stopped, args=(work, managed), name="stop", daemon=True).start()
     os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(order.store_host, order.store_port)
+    own = os.getpid()
     try:
         run(order.config.script)
+        if os.getpid() != own:  # a child that the script has forked
+            sys.exit()
         managed.close()
         _shut_down()
     except Exception as error:
+        if os.getpid() != own:
+            raise
         error.__traceback__ = _own_frames(error.__traceback__)
         tell_failure(agent, order, managed.step, error, failure_kind(error))
+        _flush_files()
         os._exit(EXIT_FAILED)
     # One that has told no step is a step as a whole.
     step = managed.step or 1
@@ -130,6 +139,15 @@ def _shut_down() -> None:
     """What Python itself does at its end, which a forked worker does not come to."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    _flush_files()
+
+
+def _flush_files() -> None:
+    """Python closes at its end what a script has left open."""
+    for each in gc.get_objects():
+        if issubclass(type(each), io.IOBase):
+            with contextlib.suppress(Exception):  # closed, or its other end is
+                each.flush()
 
 
 def _own_frames(trace: TracebackType | None) -> TracebackType | None:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util import get_placement_group, remove_placement_group
@@ -134,7 +134,8 @@ class Agent:
         self._records: dict[int, contract.Recorded] = {}
         """What flight recorders have told, by rank; a new generation's take the place of an older one's."""
         self._store = (0, 0)
-        self._ended_generation = 0
+        self._ended_generation = self._stopped_generation = 0
+        """The newest that was halted here, and the newest that was asked to stop."""
         self._leaving: asyncio.Task[None] | None = None
         """This agent ends: it takes no generation any more, and no copy."""
         self._outbox = Outbox()
@@ -460,7 +461,10 @@ class Agent:
         deadline_s = self._spec.recovery.halt_deadline_s
         park_s = min(self._spec.recovery.park_deadline_s, deadline_s / 2)
         words_s = min(LAST_WORDS_S, deadline_s / 4) if hear_out else 0.0
-        if hear_out and not await asyncio.to_thread(self._workers.hear_out, words_s):
+        if self._spec.is_script and generation == self._stopped_generation and not self._kept:
+            # All have got SIGTERM, and the first to end is no reason to break off what others still do about it.
+            words_s = deadline_s / 2
+        if words_s > 0 and not await asyncio.to_thread(self._workers.hear_out, words_s):
             logger.warning("%s ends generation %d before all its ranks have spoken", self._node, generation)
         return await asyncio.to_thread(self._workers.halt, deadline_s - words_s, park_s if park else 0.0)
 
@@ -468,6 +472,7 @@ class Agent:
         """Ask the workers to end at their next common step boundary."""
         self._accept(epoch)
         if self._fold is not None and self._fold.generation == generation:
+            self._stopped_generation = generation
             await asyncio.to_thread(self._workers.stop_gracefully)
 
     async def save_every(self, epoch: int, generation: int, steps: int) -> None:
@@ -705,6 +710,8 @@ class Agent:
     def _on_exit(self, exit_: WorkerExit) -> None:
         if self._fold is None or exit_.generation != self._fold.generation:
             return
+        if self._spec.is_script:
+            self._speak_for(exit_, self._fold)
         in_good_order = exit_.exit_code == contract.EXIT_FINISHED and exit_.rank in self._fold.finished
         if self._watch is not None:
             self._watch.exited(exit_.rank, in_good_order)
@@ -715,6 +722,24 @@ class Agent:
             self._fact(
                 Exited(generation=exit_.generation, rank=exit_.rank, exit_code=exit_.exit_code, signal=exit_.signal)
             )
+
+    def _speak_for(self, exit_: WorkerExit, fold: NodeFold) -> None:
+        """A script's process that has ended itself past Python's own end, as by os._exit, has told nothing of it."""
+        generation, rank, code = exit_.generation, exit_.rank, exit_.exit_code
+        if code is None or exit_.error or rank in fold.finished or rank in fold.failed:
+            return
+        step = fold.reached.get(rank, 0)
+        if code == contract.EXIT_FINISHED:
+            stopped = self._stopped_generation == generation
+            reason: Literal["completed", "stopped"] = "stopped" if stopped else "completed"
+            self._on_message(contract.Finished(generation=generation, rank=rank, step=step or 1, reason=reason))
+            return
+        error = f"the script has ended with exit code {code}"
+        self._on_message(
+            contract.Failed(
+                generation=generation, rank=rank, step=step, kind="exception", error=error, traceback=f"{error}\n"
+            )
+        )
 
     async def _watch_ranks(self) -> None:
         """Look for ranks that hang. What is found is told as long as it is true, and never when it is true no more."""

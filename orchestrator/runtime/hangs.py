@@ -2,8 +2,8 @@
 
 Pure: durations and messages in, findings out. There are two:
 
-- *silent*: no message of a rank for `rank_silence_us`. Its process is stopped, or its loop never lets go of the
-  interpreter.
+- *silent*: no message of a rank for `rank_silence_us`. Its process is stopped; or its loop never lets go of the
+  interpreter, for `stall_floor_us` at least.
 - *stalled*: no rank of the node has made progress (a step, a phase) for longer than the run's own pace explains.
   Who keeps the others waiting cannot be told here: the node says where its ranks stand, and the mesh's watch
   (`runtime/blame.py`) names them.
@@ -293,8 +293,10 @@ class NodeWatch:
             seen = look(number)
             if seen is None or seen.unread or seen.status in ("zombie", "dead"):
                 continue
-            # Opening a device can hold the interpreter for many seconds; that comes before the first step.
-            if seen.status in ("stopped", "tracing-stop") or rank.stepped:
+            # Opening a device can hold the interpreter for many seconds; that comes before the first step. Later a call
+            # that holds it may last as long as any other between two steps.
+            holds_on = rank.stepped and rank.silent_us(self._clock) > self.patience.stall_floor_us
+            if seen.status in ("stopped", "tracing-stop") or holds_on:
                 found.append(Silent(generation=self.generation, standing=self._standing(number, rank, seen)))
         return found
 

@@ -152,6 +152,8 @@ class NodeFold:
     phases: dict[int, contract.Phase] = field(default_factory=dict)
     """Where each rank is; the last one before a silence tells where it hangs."""
     failed: set[int] = field(default_factory=set)
+    reached: dict[int, int] = field(default_factory=dict)
+    """Rank to the newest step that it has told."""
     _done: int = 0
     """Newest step that was reported."""
     _steps: dict[int, dict[int, contract.StepDone]] = field(default_factory=dict)
@@ -164,6 +166,8 @@ class NodeFold:
     def feed(self, message: contract.FromWorker) -> list[Report]:
         """The reports that this message completes."""
         assert message.generation == self.generation, (message, self.generation)
+        if isinstance(message, (contract.Restored, contract.StepDone)):
+            self.reached[message.rank] = message.step
         match message:
             case contract.Phase():
                 self.phases[message.rank] = message

@@ -152,7 +152,7 @@ def test_workers_end_while_a_copy_does_not(monkeypatch: pytest.MonkeyPatch) -> N
         halted = asyncio.Event()
         on = agent()
         on._loop = asyncio.get_running_loop()
-        on._spec = SimpleNamespace(recovery=SimpleNamespace(halt_deadline_s=1.0, park_deadline_s=1.0))
+        on._spec = SimpleNamespace(is_script=False, recovery=SimpleNamespace(halt_deadline_s=1.0, park_deadline_s=1.0))
         on._workers = SimpleNamespace(halt=lambda within_s, park_s: on._loop.call_soon_threadsafe(halted.set))
         on._buddies = SimpleNamespace(end=halted.wait)  # a peer that has stopped
         on._held, on._facts, on._outbox, on._watch = {}, [], Outbox(), None

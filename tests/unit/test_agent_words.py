@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from orchestrator.runtime.agent import Agent
 from orchestrator.runtime.assignment import WorkerExit
 from orchestrator.runtime.copies import Copies
 from orchestrator.runtime.reporting import Outbox
-from orchestrator.runtime.reports import Exited, HaltedAlike, NodeFold, Report
+from orchestrator.runtime.reports import Exited, HaltedAlike, NodeFinished, NodeFold, Report
 from orchestrator.runtime.stacks import Stacks
 from storage.urls import scratch_folder
 from trainer import contract
@@ -29,8 +30,10 @@ def word(rank: int, kind: str) -> contract.Failed:
     return contract.Failed(generation=GENERATION, rank=rank, step=5, kind=kind, error="e", traceback="")
 
 
-def exit_of(rank: int) -> WorkerExit:
-    return WorkerExit(generation=GENERATION, rank=rank, pid=1, exit_code=contract.EXIT_FAILED, signal=None)
+def exit_of(rank: int, code: int | None = contract.EXIT_FAILED) -> WorkerExit:
+    return WorkerExit(
+        generation=GENERATION, rank=rank, pid=1, exit_code=code, signal=None if code is not None else signal.SIGKILL
+    )
 
 
 class Ranks:
@@ -45,6 +48,9 @@ class Ranks:
         self.log.append("heard")
         self.say()
         return True
+
+    def stop_gracefully(self) -> None:
+        self.log.append("asked")
 
     def halt(self, deadline_s: float, park_s: float) -> bool:
         assert 0 < deadline_s <= 10 and park_s in (0.0, 3.0)
@@ -63,9 +69,11 @@ def agent(ranks: Ranks, tmp_path: Any) -> Agent:
     spec = SimpleNamespace(
         recovery=SimpleNamespace(halt_deadline_s=10.0, park_deadline_s=3.0),
         run=SimpleNamespace(url=f"file://{tmp_path}/run"),
+        is_script=False,
     )
     made.__dict__.update(
-        _epoch=1, _ended_generation=0, _leaving=None, _copies={}, _node="a", _ray_node="x", _run="r",
+        _epoch=1, _ended_generation=0, _stopped_generation=0, _leaving=None, _copies={}, _node="a", _ray_node="x",
+        _run="r",
         _ram_dir=str(tmp_path / "ram"), _watch=None, _workers=ranks, _spec=spec,
         _fold=NodeFold(generation=GENERATION, ranks=(0, 1)), _facts=[],
         _kept=deque(), _held={}, _stacks=Stacks(), _records={}, _outbox=Outbox(), _loop=asyncio.get_running_loop(),
@@ -135,5 +143,54 @@ def test_a_halt_for_another_cause_waits_for_nobody_and_tells_that_state_was_corr
         await asyncio.wait_for(a.halt(1, GENERATION, hear_out=False, park=True), DEADLINE_S)
         assert ranks.log == ["parked"]
         assert told(a) == [word(0, "unclean"), HaltedAlike(generation=GENERATION, snapshots=(), parked=True)]
+
+    asyncio.run(work())
+
+
+# --- a script's processes, which may end past Python's own end --------------------------------------------------------
+
+
+def scripted(ranks: Ranks, tmp_path: Any) -> Agent:
+    made = agent(ranks, tmp_path)
+    made._spec.is_script = True
+    return made
+
+
+@pytest.mark.parametrize(("stops", "reason"), [(False, "completed"), (True, "stopped")])
+def test_a_script_that_ends_itself_with_0_has_finished(ranks: Ranks, tmp_path: Any, stops: bool, reason: str) -> None:
+    async def work() -> None:
+        a = scripted(ranks, tmp_path)
+        if stops:
+            await a.ask_stop(1, GENERATION)
+        a._on_exit(exit_of(0, code=0))
+        assert told(a) == []
+        a._on_message(contract.Finished(generation=GENERATION, rank=1, step=1, reason=reason))
+        assert told(a) == [NodeFinished(generation=GENERATION, step=1, reason=reason)]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("code", "kinds"), [(3, [contract.Failed, Exited]), (None, [Exited])])
+def test_another_exit_code_is_the_scripts_own_failure_and_a_signal_is_not(
+    ranks: Ranks, tmp_path: Any, code: int | None, kinds: list[type]
+) -> None:
+    async def work() -> None:
+        a = scripted(ranks, tmp_path)
+        a._on_exit(exit_of(0, code))
+        assert [type(report) for report in told(a)] == kinds
+        assert code is None or told(a)[0].error == "the script has ended with exit code 3"
+
+    asyncio.run(work())
+
+
+def test_the_first_to_end_of_sigterm_does_not_break_off_what_others_do_about_it(ranks: Ranks, tmp_path: Any) -> None:
+    async def work() -> None:
+        for stopped, log in ((False, ["ended"]), (True, ["asked", "heard", "ended"])):
+            ranks.log.clear()
+            a = scripted(ranks, tmp_path)
+            if stopped:
+                await a.ask_stop(1, GENERATION)
+            await asyncio.wait_for(a.halt(1, GENERATION, hear_out=False, park=False), DEADLINE_S)
+            assert ranks.log == log
 
     asyncio.run(work())

@@ -179,8 +179,21 @@ def test_who_stops_is_found_in_time_and_named(seed: int, nodes: int, per_node: i
         return
     assert (hung.node, hung.slot, hung.step) == (f"n{culprit.rank // per_node}", culprit.rank, culprit.step)
     # Silence: a pulse's distance, its lateness, a tick. A stall: also the step in which it began.
-    bound_us = PATIENCE.stall_floor_us + 8 * S if stuck == "loop" else PATIENCE.rank_silence_us + 4 * S
-    assert at - began <= bound_us
+    floor_us = PATIENCE.stall_floor_us
+    bounds_us = {"stop": PATIENCE.rank_silence_us + 4 * S, "grip": floor_us + 4 * S, "loop": floor_us + 8 * S}
+    assert at - began <= bounds_us[stuck]
+
+
+def test_a_call_that_holds_the_interpreter_may_last_as_long_as_any_other() -> None:
+    """A script that reads a big file between two steps is silent meanwhile; one that is stopped is not waited for."""
+    for stuck, named in (("grip", []), ("stop", [1])):
+        world = World(Random(0), nodes=2, per_node=2, slowest_us=2 * S, late_us=0)
+        world.run(world.now + 20 * S)
+        world.ranks[1].stuck = stuck
+        world.run(world.now + PATIENCE.rank_silence_us + 5 * S)
+        world.ranks[1].stuck = ""
+        world.run(world.now + 60 * S)
+        assert [hung.slot for _, hung in world.verdicts] == named
 
 
 @settings(max_examples=100, deadline=None)

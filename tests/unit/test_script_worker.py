@@ -153,6 +153,22 @@ def test_a_good_exit_is_the_end_of_the_run(tmp_path: Path) -> None:
     assert [finished.reason for finished in process.of(contract.Finished)] == ["completed"]
 
 
+@pytest.mark.parametrize("end", ["", "raise KeyError(3)"])
+def test_what_a_script_has_left_open_is_written_out(tmp_path: Path, end: str) -> None:
+    text = "log = open('log.csv', 'w')\ndef told():\n    log.write('1,2\\n')\ntold()\n"
+    with worker(tmp_path, text + end) as process:
+        assert process.exit_code() == (contract.EXIT_FAILED if end else contract.EXIT_FINISHED)
+    assert (tmp_path / "log.csv").read_text() == "1,2\n"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "raise KeyError(3)", ""])
+def test_a_child_that_a_script_has_forked_does_not_speak_for_it(tmp_path: Path, end: str) -> None:
+    text = f"import os, sys, time\npid = os.fork()\nif not pid:\n    {end or 'pass'}\nelse:\n    os.waitpid(pid, 0)\n"
+    with worker(tmp_path, text) as process:
+        assert process.exit_code() == contract.EXIT_FINISHED
+    assert len(process.of(contract.Finished)) == 1 and process.of(contract.Failed) == []
+
+
 def test_a_script_without_snapshots_is_stopped_by_sigterm(tmp_path: Path) -> None:
     with worker(tmp_path, "import time; print('up'); time.sleep(100)") as process:
         process.read_until(lambda message: isinstance(message, contract.Restored))
