@@ -226,6 +226,19 @@ def test_copies_of_what_was_given_up_are_neither_kept_nor_told(monkeypatch: pyte
     assert reported(on, 4, 12, 11) == 11
 
 
+def test_a_generation_that_is_halted_while_its_code_is_imported_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "NodeWatch", lambda *args: None)
+    on = opening()
+
+    async def use_code(epoch: int, code: str) -> None:
+        on._ended_generation = 2
+
+    on._use_code = use_code
+    on._workers = SimpleNamespace(assign=lambda plan: pytest.fail("it started"))
+    with pytest.raises(StaleOrder, match="2 is over"):
+        asyncio.run(on.open(1, plan_of(2, step=11)))
+
+
 # --- what is of no use any more ---------------------------------------------------------------------------------------
 
 
