@@ -91,8 +91,9 @@ def load_copies(
     # The first rank's view counts for all.
     reader = PlanReader(places, _reach(held), FAR_BLOCKS if far else NEAR_BLOCKS)
     with dcp_errors():
-        part = state.without_missing({place.chunk.fqn for place in places}, rank_of(group))
-        named = named_tensors(part, rank_of(group) if same_world else None)
+        rank = rank_of(group) if same_world else None
+        part = state.without_missing({place.chunk.fqn for place in places}, rank)
+        named = named_tensors(part, rank)
         dcp_load(dict(named), storage_reader=reader, planner=LoadPlanner(), process_group=group)
     # DCP's plan is every rank's; from here on, an error on one is met by all at the next agreement.
     load = _Load(places, held, reader, far, group)

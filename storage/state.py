@@ -32,15 +32,20 @@ class TrainState:
     per_rank: dict[str, torch.Tensor]
     optional: frozenset[str] = frozenset()
 
-    def without_missing(self, held: Collection[str], rank: int) -> TrainState:
-        """This state less what is optional and not among the names `held`, as a data file's index knows them."""
+    def without_missing(self, held: Collection[str], rank: int | None) -> TrainState:
+        """This state less what is optional and not among the names `held`, as a data file's index knows them.
+
+        For no `rank` the per-rank tensors are not looked at: they are not restored.
+        """
         if not self.optional:
             return self
-        prefix = f"{RANK_PREFIX}{rank:05d}/"
+        prefix = f"{RANK_PREFIX}{rank:05d}/" if rank is not None else ""
         return replace(
             self,
             tensors={n: t for n, t in self.tensors.items() if n in held or n not in self.optional},
-            per_rank={n: t for n, t in self.per_rank.items() if prefix + n in held or n not in self.optional},
+            per_rank={
+                n: t for n, t in self.per_rank.items() if rank is None or prefix + n in held or n not in self.optional
+            },
         )
 
     def restored(self, part: TrainState, step: int) -> None:

@@ -151,6 +151,7 @@ class Managed:
         self._checkpointer.wait()
         if not self._checkpointer.close(CLOSE_DEADLINE_S):
             raise TimeoutError(f"a snapshot or save has not ended in {CLOSE_DEADLINE_S:g} s")
+        self._tell_phase("compute")
 
     # --- parts --------------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ def main(sock: socket.socket) -> int:
     order = work.order
     managed = Managed(work, agent)
     session.install(managed)
+    os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(order.store_host, order.store_port)
     pulse.start(order.generation, order.rank, lambda: managed.step, agent.emit, waits_in_backward=True)
     _announce(work, agent)
     victim = harm.Victim(
@@ -57,16 +58,18 @@ def main(sock: socket.socket) -> int:
     )
     work.on_inject = partial(harm.obey, victim=victim)
     threading.Thread(target=_terminate_when_stopped, args=(work, managed), name="stop", daemon=True).start()
-    os.environ["GLOO_SOCKET_IFNAME"] = USERS_INTERFACE or interface_towards(order.store_host, order.store_port)
     own = os.getpid()
     try:
         run(order.config.script)
-        if os.getpid() != own:  # a child that the script has forked
+        if os.getpid() != own:
             sys.exit()
         managed.close()
         _shut_down()
-    except Exception as error:
-        if os.getpid() != own:
+    except BaseException as error:
+        if os.getpid() != own:  # a child that the script has forked: it ends as Python would have it, and tells nothing
+            _shut_down()
+            raise
+        if not isinstance(error, Exception):
             raise
         error.__traceback__ = _own_frames(error.__traceback__)
         tell_failure(agent, order, managed.step, error, failure_kind(error))
@@ -83,10 +86,10 @@ def run(script: ScriptConfig) -> None:
     """Run the script in this process and thread as `python` would.
 
     Raises:
-        ScriptExit: it has ended with another exit code than 0.
+        ScriptExit: it has ended with another exit code than 0. (A child that it has forked: SystemExit, with any.)
         Exception: what it has raised.
     """
-    target = script.target
+    target, own = script.target, os.getpid()
     os.chdir(script.folder)
     try:
         if target[0] == "-m":
@@ -98,6 +101,8 @@ def run(script: ScriptConfig) -> None:
             sys.path.insert(0, os.path.dirname(os.path.realpath(target[0])))
             runpy.run_path(os.path.abspath(target[0]), run_name="__main__")
     except SystemExit as end:
+        if os.getpid() != own:
+            raise
         if end.code not in (None, 0):
             told = ScriptExit(f"the script has ended with exit code {end.code}")
             raise told.with_traceback(_own_frames(end.__traceback__)) from None

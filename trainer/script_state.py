@@ -135,11 +135,11 @@ def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping
         return tensors[path]  # a `state_dict` may give another tensor each time that it is asked
     if _is_stateful(node):
         content = node.state_dict()
-        if isinstance(node, Optimizer):
+        if isinstance(node, Optimizer) and "state" in content:
             content["state"] = {
                 key: entry
                 for key, entry in content["state"].items()
-                if _was_kept(f"{path}/state/{key}", tensors) or _was_kept(f"{path}/state/{key}", values)
+                if _is_whole(entry, f"{path}/state/{key}", tensors)
             }
         node.load_state_dict(_filled(content, path, tensors, values))
         return node
@@ -158,8 +158,11 @@ def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping
     return type(node)(child for _, child in filled)
 
 
-def _was_kept(path: str, kept: Mapping[str, Any]) -> bool:
-    return any(name == path or name.startswith(f"{path}/") for name in kept)
+def _is_whole(node: Any, path: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all tensors below a node were kept."""
+    if isinstance(node, Tensor):
+        return path in tensors
+    return all(_is_whole(child, f"{path}/{key}", tensors) for key, child in _children(node))
 
 
 def _like(template: Any, value: Any) -> Any:

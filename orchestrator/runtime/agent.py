@@ -726,9 +726,9 @@ class Agent:
     def _speak_for(self, exit_: WorkerExit, fold: NodeFold) -> None:
         """A script's process that has ended itself past Python's own end, as by os._exit, has told nothing of it."""
         generation, rank, code = exit_.generation, exit_.rank, exit_.exit_code
-        if code is None or exit_.error or rank in fold.finished or rank in fold.failed:
+        if code is None or rank not in fold.reached or rank in fold.finished or rank in fold.failed:
             return
-        step = fold.reached.get(rank, 0)
+        step = fold.reached[rank]
         if code == contract.EXIT_FINISHED:
             stopped = self._stopped_generation == generation
             reason: Literal["completed", "stopped"] = "stopped" if stopped else "completed"

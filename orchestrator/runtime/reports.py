@@ -153,7 +153,7 @@ class NodeFold:
     """Where each rank is; the last one before a silence tells where it hangs."""
     failed: set[int] = field(default_factory=set)
     reached: dict[int, int] = field(default_factory=dict)
-    """Rank to the newest step that it has told."""
+    """Rank to the newest step that it has told, from its start on."""
     _done: int = 0
     """Newest step that was reported."""
     _steps: dict[int, dict[int, contract.StepDone]] = field(default_factory=dict)

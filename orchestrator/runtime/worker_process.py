@@ -151,6 +151,10 @@ class ZygoteProcess:
                 stdout=its_log,
                 stderr=its_log,
             )
+        except BaseException:
+            ours.close()
+            os.close(log)
+            raise
         finally:
             its.close()
             os.close(its_log)

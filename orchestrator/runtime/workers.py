@@ -231,13 +231,14 @@ class Workers:
         self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
         self._start_zygote()
         while not (self._closing and not self._live):
-            self._retry()
             for key, _ in self._selector.select(self._until_retry_s()):
                 try:
                     if key.fd in self._selector.get_map():  # an earlier event of this round may have taken it away
                         key.data()
                 except Exception:
                     logger.exception("a callback or handler of the worker thread failed")
+            if self._until_retry_s() == 0.0:
+                self._retry()
         with self._changed:
             zygote, self._zygote = self._zygote, None
             orphans, self._forks = list(self._forks.values()), {}
@@ -253,8 +254,8 @@ class Workers:
     def _start_zygote(self) -> None:
         try:
             zygote = ZygoteProcess.spawn(self._preload, self._env)
-        except OSError as error:
-            self._fail(f"the zygote process could not be started: {error}")
+        except (OSError, MemoryError) as error:
+            self._fail(f"the zygote process could not be started: {error or type(error).__name__}")
             return
         self._selector.register(zygote.socket, selectors.EVENT_READ, lambda: self._read_zygote(zygote))
         self._selector.register(zygote.log, selectors.EVENT_READ, lambda: self._read_log(zygote.log, zygote.lines))
@@ -295,12 +296,10 @@ class Workers:
             self._retry_at = time.monotonic() + ZYGOTE_RETRY_S
 
     def _until_retry_s(self) -> float | None:
-        return None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
+        return None if self._retry_at is None or self._closing else max(0.0, self._retry_at - time.monotonic())
 
     def _retry(self) -> None:
         """Try another zygote, some time after one has failed."""
-        if self._until_retry_s() != 0.0 or self._closing:
-            return
         if self._zygote is not None:  # the one that failed is about to end
             self._retry_at = time.monotonic() + ZYGOTE_RETRY_S
             return

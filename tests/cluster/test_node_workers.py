@@ -539,8 +539,7 @@ def test_killed_zygote_takes_its_workers_along_and_is_replaced(node: Node) -> No
     assert node.zygote_pid() != zygote
 
 
-def test_zygote_that_dies_again_and_again_is_given_up_for_a_while(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "ZYGOTE_RETRY_S", 5.0)
+def test_zygote_that_dies_again_and_again_is_given_up_for_a_while(node: Node) -> None:
     for generation in range(1, 6):
         node.begin(generation, "wait")
         node.pids()

@@ -153,6 +153,7 @@ def test_a_halt_for_another_cause_waits_for_nobody_and_tells_that_state_was_corr
 def scripted(ranks: Ranks, tmp_path: Any) -> Agent:
     made = agent(ranks, tmp_path)
     made._spec.is_script = True
+    made._fold.reached = {0: 0, 1: 0}
     return made
 
 
@@ -179,6 +180,16 @@ def test_another_exit_code_is_the_scripts_own_failure_and_a_signal_is_not(
         a._on_exit(exit_of(0, code))
         assert [type(report) for report in told(a)] == kinds
         assert code is None or told(a)[0].error == "the script has ended with exit code 3"
+
+    asyncio.run(work())
+
+
+def test_what_ends_before_the_script_has_begun_is_no_fault_of_it(ranks: Ranks, tmp_path: Any) -> None:
+    async def work() -> None:
+        a = scripted(ranks, tmp_path)
+        a._fold.reached.clear()
+        a._on_exit(exit_of(0))
+        assert [type(report) for report in told(a)] == [Exited]
 
     asyncio.run(work())
 

@@ -195,3 +195,29 @@ def test_the_layout_does_not_depend_on_the_values() -> None:
         for n in (1, 1000)
     ]
     assert shapes[0] == shapes[1]
+
+
+class Counting(torch.optim.SGD):
+    """Whose state holds no tensors."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+
+
+def test_an_optimizers_state_without_tensors_comes_back() -> None:
+    def state(steps: int) -> dict[str, Any]:
+        made = {"optimizer": Counting(nn.Linear(2, 2).parameters(), lr=torch.tensor(0.1))}
+        for _ in range(steps):
+            made["optimizer"].step()
+        return made
+
+    target = state(0)
+    restored(target, kept(state(5), 5))
+    assert [entry["steps"] for entry in target["optimizer"].state.values()] == [5, 5]
+
+
+def test_on_other_numbers_of_ranks_what_belongs_to_a_rank_is_left_alone() -> None:
+    target = to_restore(trained(0))
+    assert target.optional and target.without_missing(set(), None).per_rank.keys() == target.per_rank.keys()

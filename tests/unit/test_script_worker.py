@@ -161,11 +161,13 @@ def test_what_a_script_has_left_open_is_written_out(tmp_path: Path, end: str) ->
     assert (tmp_path / "log.csv").read_text() == "1,2\n"
 
 
-@pytest.mark.parametrize("end", ["sys.exit(0)", "raise KeyError(3)", ""])
-def test_a_child_that_a_script_has_forked_does_not_speak_for_it(tmp_path: Path, end: str) -> None:
-    text = f"import os, sys, time\npid = os.fork()\nif not pid:\n    {end or 'pass'}\nelse:\n    os.waitpid(pid, 0)\n"
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("raise KeyError(3)", 1), ("pass", 0)])
+def test_a_child_that_a_script_has_forked_does_not_speak_for_it(tmp_path: Path, end: str, code: int) -> None:
+    text = f"import os, sys\npid = os.fork()\nif not pid:\n    {end}\nelse:\n    status = os.waitpid(pid, 0)[1]\n"
+    text += "    print('child', os.waitstatus_to_exitcode(status))\n"
     with worker(tmp_path, text) as process:
         assert process.exit_code() == contract.EXIT_FINISHED
+    assert f"child {code}" in process.output.splitlines()
     assert len(process.of(contract.Finished)) == 1 and process.of(contract.Failed) == []
 
 
