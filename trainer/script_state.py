@@ -51,10 +51,9 @@ def to_restore(state: Mapping[str, Any]) -> TrainState:
     Raises:
         ValueError: see `train_state`.
     """
-    begun = [path for path, optimizer in _optimizers("", state) if not optimizer.state]
-    for path, optimizer in _optimizers("", state):
-        if path in begun:
-            _init_optim_state(optimizer)
+    begun = {path: optimizer for path, optimizer in _optimizers("", state) if not optimizer.state}
+    for optimizer in begun.values():
+        _init_optim_state(optimizer)
     asked = train_state(state, step=0)
     moments = tuple(f"{PREFIX}{path}/state/" for path in begun)
     names = (*asked.tensors, *asked.per_rank)
@@ -131,7 +130,7 @@ def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping
     """A node whose content is what was kept; in place where that can be."""
     if isinstance(node, Tensor):
         if path not in tensors:
-            raise StateMismatch(f"state: {path} was not kept; restore with the state that is given to snapshot")
+            raise _not_kept(path)
         return tensors[path]  # a `state_dict` may give another tensor each time that it is asked
     if _is_stateful(node):
         content = node.state_dict()
@@ -146,7 +145,7 @@ def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping
     if path and not _holds_tensors(node):
         # An empty piece may have been none when it was kept, as an optimizer without parameters.
         if path not in values:
-            raise StateMismatch(f"state: {path} was not kept; restore with the state that is given to snapshot")
+            raise _not_kept(path)
         return _like(node, values[path])
     filled = [
         (key, _filled(child, f"{path}/{key}" if path else str(key), tensors, values)) for key, child in _children(node)
@@ -156,6 +155,10 @@ def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping
             node[key] = child
         return node
     return type(node)(child for _, child in filled)
+
+
+def _not_kept(path: str) -> StateMismatch:
+    return StateMismatch(f"state: {path} was not kept; restore with the state that is given to snapshot")
 
 
 def _is_whole(node: Any, path: str, tensors: Mapping[str, Tensor]) -> bool:

@@ -781,7 +781,7 @@ class Agent:
             for slot, headers in held.items()
         }
 
-    # --- its end ---------------------------------------------------------------------------------------
+    # --- its end ------------------------------------------------------------------------------------------------------
 
     async def _watch_parent(self) -> None:
         """A killed raylet leaves its actors behind: such a node must not go on by itself.

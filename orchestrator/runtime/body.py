@@ -120,7 +120,7 @@ class Body:
         """Of the workers of the next generation."""
         self.agents: dict[str, AgentHandle] = {}
         self.evidence = Evidence(spec.run.url, epoch, self._agent, self._spawn)
-        self._plans = Plans(spec, epoch, self.agents, self._agent)
+        self._plans = Plans(lambda: self._spec, epoch, self.agents, self._agent)
         self._silence = SilenceWatch(
             self.agents,
             lambda: (self._spec.recovery.node_silence_s, self.fold.nodes if self.fold is not None else ()),
@@ -250,16 +250,7 @@ class Body:
                 if self.fold is None or self.fold.generation != action.generation:
                     last = self.fold.last if self.fold is not None else None
                     self._plans.begin(action, last.copied_step if last is not None else 0)
-                    layout = self._plans.layout
-                    self.fold = MeshFold(
-                        generation=action.generation,
-                        nodes=action.nodes,
-                        ranks=layout.slots,
-                        done=action.step,
-                        stages=layout.pp,
-                        slow_before=self._slow_before.setdefault(layout.slots, {}),
-                        loads=self._plans.loads(),
-                    )
+                    self.fold = self._new_fold(action, action.step)
                 self.rates = []
                 self._silence.begin(action.step)
                 self._stop_opening()
@@ -305,8 +296,7 @@ class Body:
 
     def update(self, spec: JobSpec, action: UpdateJob, save_every_steps: int) -> None:
         """The job is another from now on; its workers hear it when they are assigned."""
-        self._spec = self._plans.spec = spec
-        self._plans.save_every_steps = save_every_steps
+        self._spec, self._plans.save_every_steps = spec, save_every_steps
         for node in self.agents:
             self._spawn(self._order(node, "update", self._epoch, spec.document(), self._code()))
         self._spawn(self._put_on_record(action))
@@ -332,6 +322,19 @@ class Body:
                 raise ValueError(f"node {handle.node} cannot run code {code[:12]}: {cause or repr(cause)}") from e
 
         await asyncio.gather(*(prepare(handle) for handle in self.agents.values() if handle.line is not None))
+
+    def _new_fold(self, order: OpenGeneration, done: int) -> MeshFold:
+        """Of the generation that `order` opens, which the plans know already."""
+        layout = self._plans.layout
+        return MeshFold(
+            generation=order.generation,
+            nodes=order.nodes,
+            ranks=layout.slots,
+            done=done,
+            stages=layout.pp,
+            slow_before=self._slow_before.setdefault(layout.slots, {}),
+            loads=self._plans.loads(),
+        )
 
     def _stop_opening(self) -> None:
         if self._opening is not None:
@@ -457,17 +460,8 @@ class Body:
             self._plans.save_every_steps = state.interval.every_steps
         if state.order is not None:
             self._plans.adopt(state.order)
-            layout = self._plans.layout
-            self.fold = MeshFold(
-                generation=state.generation,
-                nodes=state.order.nodes,
-                ranks=layout.slots,
-                done=state.step,
-                stages=layout.pp,
-                slow_before=self._slow_before.setdefault(layout.slots, {}),
-                loads=self._plans.loads(),
-                unclean=state.generation in state.unclean,
-            )
+            self.fold = self._new_fold(state.order, state.step)
+            self.fold.unclean = state.generation in state.unclean
         alive = [name for name, node in state.nodes.items() if node.state != "lost"]
         await asyncio.gather(*(self._adopt(node, state.step) for node in alive))
 

@@ -485,12 +485,11 @@ class _ElasticAgent(SimpleElasticAgent):
         def wanted() -> bool:
             return self._controller.is_current(plan.generation)
 
-        env = self._env(plan, worker)
         try:
             return self._forks.fork(
                 generation=plan.generation,
                 rank=worker.global_rank,
-                env=env,
+                env=self._env(plan, worker),
                 deadline_s=FORK_DEADLINE_S,
                 wanted=wanted,
             )

@@ -25,19 +25,23 @@ class Plans:
     """Of one controller, in its epoch.
 
     Args:
+        spec: of the job as it is now.
         agents: those that there are, by node; the owner's own.
         agent: of a node; raises when the node has none.
     """
 
     def __init__(
-        self, spec: JobSpec, epoch: int, agents: Mapping[str, AgentHandle], agent: Callable[[str], AgentHandle]
+        self,
+        spec: Callable[[], JobSpec],
+        epoch: int,
+        agents: Mapping[str, AgentHandle],
+        agent: Callable[[str], AgentHandle],
     ) -> None:
-        self.spec, self._epoch = spec, epoch
-        """Of the job; the owner sets another when the job is another."""
-        self.save_every_steps = spec.checkpoint.interval_steps
+        self._spec, self._epoch = spec, epoch
+        self.save_every_steps = spec().checkpoint.interval_steps
         """As the owner has last heard of it."""
         self._agents, self._agent = agents, agent
-        self.layout = spec.layout
+        self.layout = spec().layout
         """Of the generation that was opened last."""
         self._filled: dict[int, tuple[str, ...]] = {}
         """Generation to its nodes in mesh order, of the newest MESHES_KEPT."""
@@ -66,9 +70,9 @@ class Plans:
 
     def loads(self) -> tuple[int, ...]:
         """Microbatches that each replica of the mesh takes in a step."""
-        if self.spec.is_script:
+        if self._spec().is_script:
             return (1,)
-        config = self.spec.worker_config.on_mesh(self.layout.degrees)
+        config = self._spec().worker_config.on_mesh(self.layout.degrees)
         return tuple(len(config.microbatches_of(replica)) for replica in range(self.layout.dp_replicate))
 
     def assignments(
@@ -76,7 +80,7 @@ class Plans:
     ) -> list[tuple[str, NodeAssignment]]:
         """Each node's part of a generation whose ranks meet in the store at host:port."""
         layout, writers = self._layout_of(action), self._writers_of(action)
-        config = self.spec.worker_config.on_mesh(layout.degrees)
+        config = self._spec().worker_config.on_mesh(layout.degrees)
         checkpoint = dataclasses.replace(config.checkpoint, interval_steps=self.save_every_steps)
         config = dataclasses.replace(config, checkpoint=checkpoint, data_digest=data_digest)
         restore = contract.Restore(
@@ -128,11 +132,11 @@ class Plans:
         ]
 
     def _layout_of(self, action: OpenGeneration) -> Layout:
-        return self.spec.layout.sized(action.dp_replicate, action.fallback)
+        return self._spec().layout.sized(action.dp_replicate, action.fallback)
 
     def _writers_of(self, action: OpenGeneration) -> Layout:
         """The mesh whose slots the snapshots are numbered by."""
-        return self.spec.layout.sized(action.snapshot_dp_replicate, action.snapshot_fallback)
+        return self._spec().layout.sized(action.snapshot_dp_replicate, action.snapshot_fallback)
 
     def _note_filled(self, action: OpenGeneration) -> None:
         self._filled[action.generation] = action.nodes
@@ -167,7 +171,7 @@ class Plans:
     def _offered_by(self, action: OpenGeneration, node: str) -> list[int]:
         """The slots whose snapshots a node can be supposed to hold, as the generation that wrote them numbered them."""
         filled = self._filled.get(action.snapshot_generation, ())
-        own = placement.slots_of(self.spec.layout, filled.index(node)) if node in filled else ()
+        own = placement.slots_of(self._spec().layout, filled.index(node)) if node in filled else ()
         kept = (slot for slot, keeper in self._keepers.items() if keeper == node)
         fetched = (transfer.slot for transfer in action.transfers if transfer.to_node == node)
         return sorted({*own, *kept, *fetched})
@@ -195,7 +199,7 @@ class Plans:
         return {
             slot: action.nodes[keeper]
             for place, keeper in enumerate(action.buddies)
-            for slot in placement.slots_of(self.spec.layout, place)
+            for slot in placement.slots_of(self._spec().layout, place)
         }
 
     def _holder(self, node: str, slot: int) -> contract.Holder:

@@ -80,7 +80,7 @@ class Node:
             host=HOST,
             slots=slots,
             log_dir=log_dir,
-            env={"PYTHONPATH": os.pathsep.join(map(str, {path: 0, HERE: 0})), "EXTRA": "given", "OMP_NUM_THREADS": "1"},
+            env={"PYTHONPATH": f"{path}{os.pathsep}{HERE}", "EXTRA": "given", "OMP_NUM_THREADS": "1"},
             preload=preload,
             on_message=on_message or self.messages.put,
             on_exit=lambda exit_: self.exits.put((time.monotonic(), exit_)),
