@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ it stands still; by Ray's defaults 15 s and more than a minute. Shepherd's own c
 (recovery.node_silence_s), but a controller on it has nobody but Ray. See docs/operations.md."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Shepherd puts nothing into Ray's object store; this is near the smallest that Ray takes."""
+_RAYLET_PORTS = iter(random.sample(range(30_000, 32_768), 2_768))
+"""Below those that Linux gives to whoever asks for any; in no order, for other processes begin clusters, too."""
 
 
 def isolate() -> None:
@@ -43,6 +47,24 @@ def isolate() -> None:
     )
 
 
+def node_arguments(cpus: int, gpus: int = 0) -> dict[str, Any]:
+    """What `Cluster.add_node` of Ray's own `Cluster` takes for a node of such a cluster.
+
+    Its raylet listens on a port that no worker is ever given. Ray's head goes on knocking at a dead raylet's port, less
+    and less often, and whatever comes to listen there is not reached until it knocks again: a controller that had taken
+    such a port stood uncreated for 69 s (Ray 2.60). Where `ray start` makes the nodes, workers have ports of their own.
+    """
+    arguments = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": OBJECT_STORE_BYTES}
+    return arguments | {"node_manager_port": _free_raylet_port()}
+
+
+def _free_raylet_port() -> int:
+    for port in _RAYLET_PORTS:
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise AssertionError("this process has used up its ports for raylets")
+
+
 @contextmanager
 def local_cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
     """`nodes` raylets with `cpus` CPUs and `gpus` GPUs each and a head without any; this process is connected to them.
@@ -53,11 +75,10 @@ def local_cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    common = {"object_store_memory": OBJECT_STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **common})
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node_arguments(cpus=0)})
     try:
         for _ in range(nodes):
-            cluster.add_node(num_cpus=cpus, num_gpus=gpus, wait=False, **common)
+            cluster.add_node(wait=False, **node_arguments(cpus, gpus))
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster

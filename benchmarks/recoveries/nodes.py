@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.localcluster import OBJECT_STORE_BYTES
+from orchestrator.localcluster import node_arguments
 
 GONE_S = 10.0
 
@@ -41,4 +41,4 @@ def replace_dead_nodes(cluster: Any, cpus: int) -> None:
     for node in list(cluster.worker_nodes):
         if node.dead_processes():
             cluster.remove_node(node, allow_graceful=False)
-            cluster.add_node(num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES)
+            cluster.add_node(**node_arguments(cpus))

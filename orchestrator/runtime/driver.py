@@ -20,17 +20,25 @@ import ray
 from orchestrator.observe.status import Status
 from orchestrator.runtime.body import CODE_DEADLINE_S
 from orchestrator.runtime.controller import Controller, namespace_of
-from orchestrator.runtime.nodes import HEAD_RESOURCE
+from orchestrator.runtime.nodes import HEAD_RESOURCE, last_line
 from orchestrator.runtime.preparation import run_log_dir
 from orchestrator.spec import JobSpec
+
+logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
 POLL_DEADLINE_S = 10.0
 UPDATE_DEADLINE_S = CODE_DEADLINE_S + POLL_DEADLINE_S
 LEASE_INTERVAL_S = 2.0
 GONE_AFTER_S = 60.0
-"""A controller that does not answer for so long will not come back, if Ray's head does: Ray restarts an actor in
-seconds. While the head is away it is waited for; a driver whose own node gives the head up is ended with it."""
+"""A controller that Ray knows no more for so long will not come back, if Ray's head does. While the head is away it is
+waited for; a driver whose own node gives the head up is ended with it."""
+SILENT_AFTER_S = 180.0
+"""One that Ray has, but that does not answer for so long. Longer than Ray takes to make it, or to make it again: 60 s
+for a process that does not start, before it tries another; as long for a node that stands still, by its defaults; and
+its head knocks at an address where nobody was for gRPC's longest pause, 120 s and a fifth."""
+SILENCE_TOLD_AFTER_S = 15.0
+"""And the people who wait are told."""
 HEAD_DEADLINE_S = 2.0
 """For a connection to the head."""
 INTERRUPT_GRACE_S = 12.0
@@ -96,11 +104,38 @@ class _Followed:
 
     run: str
     actor: Any
+    heard: float
+    """When it last answered."""
+    told: bool = False
+    """Whether people know that it does not."""
 
-    def find_again(self) -> None:
-        """After its head was away it is another process at another address, of which an old handle need not hear."""
-        with suppress(Exception):  # Ray is not ready yet, or it is gone: the next call tells
+    def seek(self, error: Exception, hurried: bool) -> None:
+        """It has not answered but with `error`. After its head was away it is another process at another address, of
+        which an old handle need not hear.
+
+        Raises:
+            ControllerLost: it has been waited for long enough; `hurried`, that is not long.
+        """
+        if not _head_answers():
+            self.heard = time.monotonic()  # its silence counts from when the head is back
+            return
+        patience_s, known = SILENT_AFTER_S, "Ray has it"
+        try:
             self.actor = find(self.run)
+        except RunError:
+            patience_s, known = GONE_AFTER_S, "Ray knows it no more"
+        except Exception as e:  # Ray is not ready yet
+            logger.debug("%r", e)
+        silent_s = time.monotonic() - self.heard
+        patience_s = SILENCE_TOLD_AFTER_S if hurried else patience_s
+        if silent_s > patience_s:
+            raise ControllerLost(
+                f"the controller has not answered for {silent_s:.0f} s, and {known}: {last_line(error)}"
+            ) from error
+        if silent_s > SILENCE_TOLD_AFTER_S and not self.told:
+            self.told = True
+            wait = f"it is waited for, {patience_s - silent_s:.0f} s more"
+            logger.warning("the controller has not answered for %.0f s, and %s: %s", silent_s, known, wait)
 
 
 def follow(run: str, controller: Any, token: str, on_news: Callable[[Status, list[str]], None]) -> Status:
@@ -109,7 +144,7 @@ def follow(run: str, controller: Any, token: str, on_news: Callable[[Status, lis
     Raises:
         ControllerLost: the controller is gone and does not come back.
     """
-    noticed, heard, followed = 0, time.monotonic(), _Followed(run, controller)
+    noticed, followed = 0, _Followed(run, controller, heard=time.monotonic())
     with _interrupts() as interrupts, _lease(followed):
         asked, asked_at = 0, 0.0
         while True:
@@ -121,15 +156,10 @@ def follow(run: str, controller: Any, token: str, on_news: Callable[[Status, lis
                     asked, asked_at = interrupts.count, time.monotonic()
                 status, notices = poll(followed.actor, noticed, lease=True)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
-                if _head_answers():
-                    followed.find_again()
-                else:
-                    heard = time.monotonic()  # its silence counts from when the head is back
-                if time.monotonic() - heard > GONE_AFTER_S:
-                    raise ControllerLost(f"the controller has not answered for {GONE_AFTER_S:g} s: {e}") from e
+                followed.seek(e, hurried=interrupts.count > 1)
                 interrupts.wait(POLL_INTERVAL_S)
                 continue
-            heard = time.monotonic()
+            followed.heard, followed.told = time.monotonic(), False
             noticed = notices[-1][0] if notices else noticed
             on_news(status, [line for _, line in notices])
             if status.ended:

@@ -19,7 +19,7 @@ import ray
 
 from orchestrator import preflight
 from orchestrator.chaos import faults
-from orchestrator.localcluster import OBJECT_STORE_BYTES
+from orchestrator.localcluster import node_arguments
 from orchestrator.observe.status import Status
 from orchestrator.runtime import driver
 from orchestrator.runtime.controller import namespace_of
@@ -141,7 +141,7 @@ def replace_dead_nodes(ray_cluster: Any, cpus: int) -> None:
     for node in list(ray_cluster.worker_nodes):
         if node.dead_processes():
             ray_cluster.remove_node(node, allow_graceful=False)
-            ray_cluster.add_node(num_cpus=cpus, num_gpus=gpus_of(cpus), object_store_memory=OBJECT_STORE_BYTES)
+            ray_cluster.add_node(**node_arguments(cpus, gpus_of(cpus)))
 
 
 def look(controller: Any, lease: bool = False) -> Status | None:

@@ -3,7 +3,8 @@
 When a worker's process imports trainer.loop, its `train_step` first runs the file `<run>.py` of the folder that
 SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
 imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. An agent that
-comes up while there is a file `impatient` there takes its controller for gone after ten seconds. The node whose
+comes up while there is a file `impatient` there takes its controller for gone after ten seconds. A controller comes up
+only when there is no file `late-controller`. The node whose
 raylet's process id stands in a file `wrong-node` there computes wrong products when it is checked.
 
 Where SHEPHERD_TEST_DEVICE is "cuda", all workers train on the first GPU. NCCL refuses ranks on one GPU unless it takes
@@ -16,6 +17,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -42,6 +44,12 @@ def _patch_fan_in(module):
 def _patch_agent(module):
     if Path(os.environ["SHEPHERD_TEST_FAULTS"], "impatient").exists():
         module.ABANDONED_S = 10.0
+
+
+def _wait_until_wanted(module):
+    """Ray has started the process, and has not made the actor."""
+    while Path(os.environ["SHEPHERD_TEST_FAULTS"], "late-controller").exists():
+        time.sleep(0.2)
 
 
 def _compute_wrong():
@@ -97,6 +105,8 @@ if "SHEPHERD_TEST_FAULTS" in os.environ:
     sys.meta_path.insert(0, _Patch("trainer.loop", _patch_loop))
     sys.meta_path.insert(0, _Patch("orchestrator.runtime.fanin", _patch_fan_in))
     sys.meta_path.insert(0, _Patch("orchestrator.runtime.agent", _patch_agent))
+    if any(word.endswith("default_worker.py") for word in sys.orig_argv):
+        sys.meta_path.insert(0, _Patch("orchestrator.runtime.controller", _wait_until_wanted))
     if os.environ.get("SHEPHERD_TEST_DEVICE") == "cuda":
         sys.meta_path.insert(0, _Patch("trainer.worker", _share_one_gpu))
     wrong_node = Path(os.environ["SHEPHERD_TEST_FAULTS"], "wrong-node")

@@ -11,7 +11,7 @@ import ray
 from conftest import CPUS, Cluster
 from herd import await_nothing_left, final_digest, job, replace_dead_nodes, spec_of, train
 
-from orchestrator.localcluster import OBJECT_STORE_BYTES
+from orchestrator.localcluster import node_arguments
 from orchestrator.observe.status import Status
 from orchestrator.runtime import driver
 
@@ -32,7 +32,7 @@ def replace_node(cluster: Cluster, ray_node: str) -> None:
     for node in list(cluster.ray.worker_nodes):
         if node.node_id == ray_node:
             cluster.ray.remove_node(node)
-            cluster.ray.add_node(num_cpus=CPUS, object_store_memory=OBJECT_STORE_BYTES)
+            cluster.ray.add_node(**node_arguments(CPUS))
     replace_dead_nodes(cluster.ray, CPUS)
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,6 +221,26 @@ if session.rank == 1 and session.state.step == 2:
     assert "requeueing will not help" in out
     assert (tmp_path / "wrong-shape" / "evidence").exists()
     await_nothing_left(tmp_path / "ram")
+
+
+@pytest.mark.long
+def test_a_controller_that_ray_makes_late_is_waited_for(cluster: Cluster, tmp_path: Path) -> None:
+    """Longer than for one that Ray knows no more: its head did not reach a new worker for 69 s, whose port was a dead
+    raylet's before."""
+    spec = job("made-late", tmp_path)
+    late = cluster.faults / "late-controller"
+    late.touch()
+    try:
+        with command("train", str(spec_file(spec, tmp_path / "s.toml")), RAY_ADDRESS=cluster.ray.address) as process:
+            began = time.monotonic()
+            wait_for(lambda: time.monotonic() - began > 1.2 * driver.GONE_AFTER_S, 100, "a while without a controller")
+            assert process.poll() is None
+            late.unlink()
+            out, _ = process.communicate(timeout=120)
+    finally:
+        late.unlink(missing_ok=True)
+    assert process.returncode == 0, out
+    assert "and Ray has it: it is waited for" in out
 
 
 @pytest.mark.long  # the command for chaos does the same in each run of the tests
