@@ -10,7 +10,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import timedelta
+from typing import TypeVar
 
 from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
@@ -27,6 +29,8 @@ from torch.distributed.elastic.rendezvous import (
 
 from orchestrator.runtime.assignment import NodeAssignment
 
+T = TypeVar("T")
+
 BACKEND = "shepherd"
 
 # How long `next_rendezvous` waits before it says that nothing came; the agent's loop then asks again. An idle spare may
@@ -38,7 +42,8 @@ ASSIGNMENT_WAIT_S = 600.0
 STORE_DEADLINE_S = 1800.0
 # One attempt to connect to the store; between attempts it is seen that the generation was ended meanwhile.
 STORE_CONNECT_S = 2.0
-# How often the store is asked for a key that is not there yet: far below the cost of a generation's start (0.4 s).
+# How often the store is asked for a key that is not there yet, and how soon who waits for the store sees that its
+# generation was ended: far below the cost of a generation's start (0.4 s).
 STORE_POLL_S = 0.01
 
 
@@ -157,10 +162,10 @@ class ControllerRendezvous(RendezvousHandler):
             store = self._stores.get(plan.generation) or None
         deadline = time.monotonic() + STORE_DEADLINE_S
         if plan.group_rank != 0:
-            store = self._connect(plan, deadline)
+            store = _left_behind(lambda: self._connect(plan, deadline), lambda: self._go_on(plan.generation, deadline))
         assert store is not None, "assign checks that the lead node has its store"
         return RendezvousInfo(
-            _GenerationStore(f"g{plan.generation}", store, lambda: self._pause(plan.generation, deadline)),
+            _GenerationStore(f"g{plan.generation}", store, lambda: self._go_on(plan.generation, deadline)),
             plan.group_rank,
             plan.group_world_size,
             RendezvousStoreInfo(plan.store_host, plan.store_port),
@@ -173,18 +178,19 @@ class ControllerRendezvous(RendezvousHandler):
                     plan.store_host, plan.store_port, is_master=False, timeout=timedelta(seconds=STORE_CONNECT_S)
                 )
             except DistNetworkError as error:
-                self._pause(plan.generation, deadline, error)
+                self._go_on(plan.generation, deadline, error)
+                time.sleep(STORE_POLL_S)
             else:
                 store.set_timeout(timedelta(seconds=STORE_DEADLINE_S))
                 return store
 
-    def _pause(self, generation: int, deadline: float, cause: Exception | None = None) -> None:
-        """Let a moment pass in a wait on the generation's store, which ends with the generation or the deadline."""
-        with self._changed:
-            if self._changed.wait_for(lambda: self._closed or not self.is_current(generation), STORE_POLL_S):
-                raise RendezvousGracefulExitError(f"generation {generation} was ended")
+    def _go_on(self, generation: int, deadline: float, cause: Exception | None = None) -> None:
+        """Asked in each wait on a generation's store, which ends with the generation or the deadline."""
+        if self.is_closed() or not self.is_current(generation):
+            raise RendezvousGracefulExitError(f"generation {generation} was ended")
         if time.monotonic() > deadline:
-            raise RendezvousConnectionError(f"store of generation {generation}: {cause or 'nodes missing'}")
+            why = cause or "no answer, or nodes are missing"
+            raise RendezvousConnectionError(f"store of generation {generation}: {why}")
 
     def _waiting(self) -> bool:
         newest = self._newest
@@ -228,23 +234,52 @@ class ControllerRendezvous(RendezvousHandler):
 
 
 class _GenerationStore(PrefixStore):
-    """A store whose blocking reads end when their generation does; `pause` waits a moment or raises."""
+    """A store of which nobody waits for an answer longer than its generation lasts; `go_on` raises when it is over."""
 
-    def __init__(self, prefix: str, store: Store, pause: Callable[[], None]) -> None:
+    def __init__(self, prefix: str, store: Store, go_on: Callable[[], None]) -> None:
         super().__init__(prefix, store)
-        self._pause = pause
+        self._go_on = go_on
+
+    def set(self, key: str, value: str) -> None:
+        told = super().set
+        _left_behind(lambda: told(key, value), self._go_on)
+
+    def multi_set(self, keys: list[str], values: list[str]) -> None:
+        told = super().multi_set  # type: ignore[misc]  # torch's stubs lack it
+        _left_behind(lambda: told(keys, values), self._go_on)
 
     def get(self, key: str) -> bytes:
-        self._await([key])
-        return super().get(key)
+        answer = super().get
+        return _left_behind(lambda: self._once_there([key], lambda: answer(key)), self._go_on)
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        self._await(keys)
-        return super().multi_get(keys)
+        answer = super().multi_get
+        return _left_behind(lambda: self._once_there(keys, lambda: answer(keys)), self._go_on)
 
-    def _await(self, keys: list[str]) -> None:
+    def _once_there(self, keys: list[str], read: Callable[[], T]) -> T:
         while not self.check(keys):
-            self._pause()
+            self._go_on()
+            time.sleep(STORE_POLL_S)
+        return read()
+
+
+def _left_behind(call: Callable[[], T], go_on: Callable[[], None]) -> T:
+    """The result of `call`, unless `go_on` raises first: then its thread is left behind. torch's TCPStore waits for the
+    other side's words without any deadline, and a machine that has vanished says none; nor does a process that stands
+    still, to which the kernel still connects.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as e:
+            answer.set_exception(e)
+
+    threading.Thread(target=run, name="generation-store", daemon=True).start()
+    while not wait([answer], STORE_POLL_S).done:
+        go_on()
+    return answer.result()
 
 
 def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:

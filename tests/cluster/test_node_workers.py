@@ -489,6 +489,57 @@ def test_halt_ends_a_rendezvous_whose_peer_never_comes(node: Node) -> None:
     assert node.exits.empty()
 
 
+# A lead node's store: tells its port, and when the node with group rank 1 has come.
+LEAD = """
+from datetime import timedelta
+from torch.distributed import PrefixStore, TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
+print(store.port, flush=True)
+PrefixStore("g1", store).wait(["torchelastic/role_info/1"])
+print("come", flush=True)
+input()
+"""
+
+
+def asked_and_silent(port: int) -> bool:
+    """Whether somebody has sent words to this TCP port of this machine that nobody reads."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, queues = line.split()[1], line.split()[4]
+            if int(local.rpartition(":")[2], 16) == port and int(queues.partition(":")[2], 16) > 0:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("when", ["before it is reached", "while it is waited for"])
+def test_a_halt_does_not_wait_for_a_lead_node_that_stands_still(node: Node, when: str) -> None:
+    """As for a machine that has vanished: its connections are there, and nothing ever comes."""
+    lead = subprocess.Popen([sys.executable, "-c", LEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert lead.stdout is not None
+        port = int(lead.stdout.readline())
+        if when == "before it is reached":
+            lead.send_signal(signal.SIGSTOP)
+        other = plan(1, "wait", ranks=(2, 3), port=port, world_size=4, group_rank=1, group_world_size=2)
+        node.workers.assign(other)
+        if when == "while it is waited for":
+            assert lead.stdout.readline() == "come\n"
+            lead.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + WAIT_S
+        while not asked_and_silent(port):
+            assert time.monotonic() < deadline, "the node asks nothing"
+            time.sleep(0.01)
+        began = time.monotonic()
+        node.workers.halt(10)
+        assert time.monotonic() - began < 5
+        node.begin(2, "wait")
+        assert set(node.pids()) == {0, 1}
+        assert node.exits.empty()
+    finally:
+        lead.kill()
+        lead.communicate()
+
+
 def test_output_is_tagged_complete_and_in_order_with_tracebacks(node: Node) -> None:
     node.begin(1, "shout 5000", ranks=(0,))
     node.next_message()
