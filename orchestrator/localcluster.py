@@ -58,6 +58,15 @@ def node_arguments(cpus: int, gpus: int = 0) -> dict[str, Any]:
     return arguments | {"node_manager_port": _free_raylet_port()}
 
 
+def replace_dead_nodes(cluster: Any, cpus: int, gpus: int = 0) -> None:
+    """A new node for each of Ray's own `Cluster` that has lost its raylet; waits until it is there. The processes of
+    the old ones are reaped."""
+    for node in list(cluster.worker_nodes):
+        if node.dead_processes():
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(**node_arguments(cpus, gpus))
+
+
 def _free_raylet_port() -> int:
     for port in _RAYLET_PORTS:
         with suppress(OSError), socket.create_server(("", port)):

@@ -9,14 +9,13 @@ import os
 import secrets
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any, BinaryIO, TypeVar
 
 from storage import wires
 from storage.index import BLOCK_BYTES
+from storage.threads import begun
 from storage.wires import MAX_FRAME_BYTES, PeerError, document_of, frame_of, proof
 
 T = TypeVar("T")
@@ -149,16 +148,7 @@ def shut(sock: socket.socket) -> None:
 
 async def in_thread(work: Callable[[], T], end: Callable[[], None]) -> T:
     """Do `work` in a thread of its own. When this is cancelled, `end` must end it, and its end is waited for."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as e:
-            result.set_exception(e)
-
-    threading.Thread(target=run, name="transfer", daemon=True).start()
-    done = asyncio.wrap_future(result)
+    done = asyncio.wrap_future(begun(work, "transfer"))
     done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # of one that nobody waits for
     try:
         return await asyncio.shield(done)

@@ -1,13 +1,28 @@
-"""Work shared out among threads that do not keep the process alive. No torch."""
+"""Work in threads that do not keep the process alive. No torch."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def begun(work: Callable[[], R], name: str) -> Future[R]:
+    """What `work` will have come to, which is done in a thread of its own; that may be left behind, as a daemon."""
+    result: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as e:
+            result.set_exception(e)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int) -> list[R]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import tomli_w
 
-from orchestrator.localcluster import local_cluster
+from orchestrator.localcluster import local_cluster, replace_dead_nodes
 from recoveries.job import Job
 from recoveries.marks import Recovery
-from recoveries.nodes import Node, raylet_of, replace_dead_nodes
+from recoveries.nodes import Node, raylet_of
 from recoveries.running import END_S, HERE, PATH, ContestantFailed, Running, process, titled
 
 COMMAND = [sys.executable, "-P", "-m", "orchestrator"]

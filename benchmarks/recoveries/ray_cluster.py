@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from orchestrator.localcluster import local_cluster
-from recoveries.nodes import replace_dead_nodes
+from orchestrator.localcluster import local_cluster, replace_dead_nodes
 
 
 def main(nodes: int, cpus: int) -> None:

@@ -128,14 +128,12 @@ class _Followed:
             logger.debug("%r", e)
         silent_s = time.monotonic() - self.heard
         patience_s = SILENCE_TOLD_AFTER_S if hurried else patience_s
+        what = f"the controller has not answered for {silent_s:.0f} s, and {known}"
         if silent_s > patience_s:
-            raise ControllerLost(
-                f"the controller has not answered for {silent_s:.0f} s, and {known}: {last_line(error)}"
-            ) from error
+            raise ControllerLost(f"{what}: {last_line(error)}") from error
         if silent_s > SILENCE_TOLD_AFTER_S and not self.told:
             self.told = True
-            wait = f"it is waited for, {patience_s - silent_s:.0f} s more"
-            logger.warning("the controller has not answered for %.0f s, and %s: %s", silent_s, known, wait)
+            logger.warning("%s: it is waited for, %.0f s more", what, patience_s - silent_s)
 
 
 def follow(run: str, controller: Any, token: str, on_news: Callable[[Status, list[str]], None]) -> Status:

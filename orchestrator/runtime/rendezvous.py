@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from datetime import timedelta
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from orchestrator.runtime.assignment import NodeAssignment
+from storage.threads import begun
 
 T = TypeVar("T")
 
@@ -268,15 +269,7 @@ def _left_behind(call: Callable[[], T], go_on: Callable[[], None]) -> T:
     other side's words without any deadline, and a machine that has vanished says none; nor does a process that stands
     still, to which the kernel still connects.
     """
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as e:
-            answer.set_exception(e)
-
-    threading.Thread(target=run, name="generation-store", daemon=True).start()
+    answer = begun(call, "generation-store")
     while not wait([answer], STORE_POLL_S).done:
         go_on()
     return answer.result()

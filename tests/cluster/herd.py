@@ -17,9 +17,8 @@ from typing import Any
 import psutil
 import ray
 
-from orchestrator import preflight
+from orchestrator import localcluster, preflight
 from orchestrator.chaos import faults
-from orchestrator.localcluster import node_arguments
 from orchestrator.observe.status import Status
 from orchestrator.runtime import driver
 from orchestrator.runtime.controller import namespace_of
@@ -137,11 +136,8 @@ def gpus_of(cpus: int) -> int:
 
 
 def replace_dead_nodes(ray_cluster: Any, cpus: int) -> None:
-    """A new node for each that has lost its raylet; the processes of the old ones are reaped."""
-    for node in list(ray_cluster.worker_nodes):
-        if node.dead_processes():
-            ray_cluster.remove_node(node, allow_graceful=False)
-            ray_cluster.add_node(**node_arguments(cpus, gpus_of(cpus)))
+    """With as many GPUs as the tests' nodes have."""
+    localcluster.replace_dead_nodes(ray_cluster, cpus, gpus_of(cpus))
 
 
 def look(controller: Any, lease: bool = False) -> Status | None:

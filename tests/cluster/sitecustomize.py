@@ -4,8 +4,8 @@ When a worker's process imports trainer.loop, its `train_step` first runs the fi
 SHEPHERD_TEST_FAULTS names, if there is one for the run, with `session` as its only name. When a controller's process
 imports orchestrator.runtime.fanin while there is a file `fan-ins` in that folder, three nodes are many. An agent that
 comes up while there is a file `impatient` there takes its controller for gone after ten seconds. A controller comes up
-only when there is no file `late-controller`. The node whose
-raylet's process id stands in a file `wrong-node` there computes wrong products when it is checked.
+only when there is no file `late-controller`. The node whose raylet's process id stands in a file `wrong-node` there
+computes wrong products when it is checked.
 
 Where SHEPHERD_TEST_DEVICE is "cuda", all workers train on the first GPU. NCCL refuses ranks on one GPU unless it takes
 them to be on different machines, so each says that it is on one of its own.
