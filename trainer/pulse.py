@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 
 from torch import distributed
@@ -87,13 +87,14 @@ def standing(thread: int, idle: bool = False) -> tuple[bool, str]:
     The innermost frame decides: a pipeline schedule and FSDP's hooks belong to torch.distributed, too, and whole layers
     are computed under them.
     """
-    frames = _frames()
-    stack = _outwards(frames.get(thread))
-    if stack and stack[0][0].co_filename.startswith(_AUTOGRAD):
-        # On an accelerator the backward pass runs in autograd's own threads, which `threading` does not know.
-        known = {each.ident for each in threading.enumerate()}
-        native = [_outwards(frame) for ident, frame in frames.items() if ident not in known]
-        stack = [entry for inner in native for entry in inner] + stack
+    with _no_collection():
+        frames = sys._current_frames()
+        stack = _outwards(frames.get(thread))
+        if stack and stack[0][0].co_filename.startswith(_AUTOGRAD):
+            # On an accelerator the backward pass runs in autograd's own threads, which `threading` does not know.
+            known = {each.ident for each in threading.enumerate()}
+            native = [_outwards(frame) for ident, frame in frames.items() if ident not in known]
+            stack = [entry for inner in native for entry in inner] + stack
     if not stack:
         return False, ""
     own = [entry for entry in stack[INNERMOST_FRAMES:] if not entry[0].co_filename.startswith(_TORCH)]
@@ -103,21 +104,22 @@ def standing(thread: int, idle: bool = False) -> tuple[bool, str]:
     return _is_exchange(code) or (idle and code.co_filename.startswith(_AUTOGRAD)), where
 
 
-def _frames() -> dict[int, FrameType]:
-    """The innermost frame of each thread.
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected in here, where the frames of running threads are read.
 
-    Python before 3.12 holds a lock while it collects them, and may collect garbage meanwhile. A finalizer that lets
-    other threads run would then stop the whole process, if one of them ends: that needs the lock, too (gh-106883).
+    Python before 3.12 collects wherever it allocates, also within `f_back` and `sys._current_frames()`, which allocate
+    frames. A finalizer that lets other threads run then lets the frame return that is being read, and the process reads
+    freed memory; in `sys._current_frames()` it stops the whole process, if a thread ends (gh-106883).
     """
-    if sys.version_info >= (3, 12):
-        return sys._current_frames()
-    collects = gc.isenabled()
+    if sys.version_info >= (3, 12) or not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
-        return sys._current_frames()
+        yield
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
 
 
 def exchanges_begun() -> dict[str, int]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from traceback import extract_stack
 from typing import Any
 
 import psutil
@@ -27,7 +26,7 @@ from orchestrator.runtime import workers as workers_module
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.elastic import NodeWorkers
 from orchestrator.runtime.workers import ZygoteError
-from trainer import contract
+from trainer import contract, pulse
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
@@ -624,7 +623,7 @@ def test_a_halt_ends_the_wait_for_a_new_zygote(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             select.select([], [], [], 0.05)
         node.begin(1, "wait")
-        while not any(at.name == "_await_zygote" for f in sys._current_frames().values() for at in extract_stack(f)):
+        while not any("_await_zygote" in pulse.standing(thread.ident or 0)[1] for thread in threading.enumerate()):
             assert time.monotonic() < deadline
             select.select([], [], [], 0.01)
         node.workers.halt(5)

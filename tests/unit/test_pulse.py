@@ -144,9 +144,9 @@ def test_a_thread_that_has_ended_stands_nowhere() -> None:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="collects garbage between instructions only")
-def test_no_finalizer_runs_while_the_interpreter_collects_frames() -> None:
-    """It holds a lock then that a thread needs to end."""
-    at: list[str] = []
+def test_no_finalizer_runs_while_frames_are_read() -> None:
+    """It may let their thread run on, and a frame that is being read is freed; what is read then is other memory."""
+    at: list[tuple[str, str]] = []
 
     class Garbage:
         def __init__(self) -> None:
@@ -154,11 +154,12 @@ def test_no_finalizer_runs_while_the_interpreter_collects_frames() -> None:
 
         def __del__(self) -> None:
             frame = sys._getframe(1)
-            at.append(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            at.append((frame.f_code.co_name, line))
 
     thread, thresholds = threading.get_ident(), gc.get_threshold()
     try:
-        for allocations in range(20):  # so many later garbage is collected
+        for allocations in range(40):  # so many later garbage is collected
             gc.collect()
             gc.disable()
             Garbage()
@@ -166,7 +167,11 @@ def test_no_finalizer_runs_while_the_interpreter_collects_frames() -> None:
             gc.enable()
             pulse.standing(thread)
             assert gc.isenabled()
+        gc.disable()
+        pulse.standing(thread)
+        assert not gc.isenabled(), "who trains may have it off"
     finally:
         gc.set_threshold(*thresholds)
-    assert any("_outwards" in line or "stack" in line for line in at), "nothing was collected in here"
-    assert not [line for line in at if "_current_frames" in line]
+        gc.enable()
+    assert len(at) > 5, "nothing was collected in here"
+    assert not [name for name, line in at if name == "_outwards" or "_current_frames" in line]
