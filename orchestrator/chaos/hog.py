@@ -1,7 +1,7 @@
 """A process that takes a worker's core: all threads of the worker are held on one core, which others compute on, too.
 
 What a CPU quota or a noisy neighbour does, without a privilege that those need. It ends by its own deadline or with
-the worker, and gives the cores back.
+the worker, and gives the cores back. Who computes little between long sleeps loses little: the kernel owes it a share.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import time
 from orchestrator.chaos import apart
 
 RIVALS = 2
-"""Who compute on the core beside the worker: it gets a third of it, and takes three times as long."""
+"""Who compute on the core beside the worker: it gets a third of it, and takes three times as long. Each has a session
+of its own, because Linux may divide a core among sessions first (sched_autogroup_enabled), and a worker has its own."""
 PIN_INTERVAL_S = 0.2
 """Threads that the worker starts meanwhile are held, too, this soon."""
 
@@ -70,6 +71,7 @@ def _pin(pid: int, cores: set[int]) -> None:
 def _rival(core: int, owner: int) -> int:
     child = os.fork()
     if child == 0:
+        os.setsid()
         os.sched_setaffinity(0, {core})
         while os.getppid() == owner:  # it ends when its owner was killed
             for _ in range(100_000):
