@@ -24,6 +24,8 @@ it stands still; by Ray's defaults 15 s and more than a minute. Shepherd's own c
 (recovery.node_silence_s), but a controller on it has nobody but Ray. See docs/operations.md."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Shepherd puts nothing into Ray's object store; this is near the smallest that Ray takes."""
+NODES_WITHIN_S = 180.0
+"""For all nodes to be there: on a machine of few cores they start one another late."""
 _RAYLET_PORTS = iter(random.sample(range(30_000, 32_768), 2_768))
 """Below those that Linux gives to whoever asks for any; in no order, for other processes begin clusters, too."""
 
@@ -88,7 +90,7 @@ def local_cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
     try:
         for _ in range(nodes):
             cluster.add_node(wait=False, **node_arguments(cpus, gpus))
-        cluster.wait_for_nodes()
+        cluster.wait_for_nodes(timeout=NODES_WITHIN_S)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster
     finally:

@@ -112,19 +112,24 @@ class Assignment:
 
 
 class _Standstill:
-    """How long the training thread has waited in one exchange, and computed nothing."""
+    """How long the training thread has waited in one exchange, and computed nothing.
+
+    A machine that stands still between two looks has not let it: no look counts for more than two intervals.
+    """
 
     def __init__(self) -> None:
-        self._began, self._where, self._computed_s = time.monotonic(), "", 0.0
+        self._looked, self._lasts_s, self._where, self._computed_s = time.monotonic(), 0.0, "", 0.0
 
     def lasts_s(self) -> float:
-        now, training = time.monotonic(), threading.main_thread().ident
+        training = threading.main_thread().ident
         assert training is not None
         waits, where = pulse.standing(training)
         computed_s = time.clock_gettime(time.pthread_getcpuclockid(training))
+        since_s, self._looked = time.monotonic() - self._looked, time.monotonic()
+        self._lasts_s += min(since_s, 2 * CUT_INTERVAL_S)
         if not waits or where != self._where or computed_s - self._computed_s > pulse.IDLE_SHARE * FORGOTTEN_S:
-            self._began, self._where, self._computed_s = now, where, computed_s
-        return now - self._began
+            self._lasts_s, self._where, self._computed_s = 0.0, where, computed_s
+        return self._lasts_s
 
 
 class Agent:

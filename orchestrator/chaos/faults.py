@@ -12,7 +12,7 @@ import ray
 from orchestrator.chaos import node as on_node
 from orchestrator.runtime.nodes import agent_name
 
-CALL_DEADLINE_S = 10.0
+CALL_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

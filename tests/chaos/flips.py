@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import bootstrap  # noqa: F401  (before Ray)
+import ray
 from rich.console import Console
 from rich.table import Table
 from rig import Result, Rig, differences, rig, run
@@ -112,9 +113,7 @@ class Flipper(threading.Thread):
         self._on.pause(self._spec.run.name, 0.0)
 
     def _flip_all(self) -> None:
-        name = self._spec.run.name
-        controller = _wait(lambda: _found(name))
-        token = driver.read_token(self._spec.cluster.log_dir, name)
+        controller, token = _wait(lambda: _found(self._spec))
         at_least = FIRST_STEP
         for _ in range(self._rounds):
             status = _wait(lambda least=at_least: _trains(controller, least))
@@ -137,24 +136,34 @@ class Flipper(threading.Thread):
             at_least = 2 + max(status.step, *(_done_after(controller, number) for number in numbers))
 
 
-def _found(name: str) -> Any:
+def _found(spec: JobSpec) -> tuple[Any, str] | None:
+    """A run's controller and token, once both are there."""
     try:
-        return driver.find(name)
+        found, token = driver.find(spec.run.name), driver.read_token(spec.cluster.log_dir, spec.run.name)
     except driver.RunError:
         return None
+    return (found, token) if token else None
 
 
 def _trains(controller: Any, least_step: int) -> Status | None:
     """The run once it trains and has completed `least_step`."""
-    status, _ = driver.poll(controller)
-    return status if status.job == "training" and status.step >= least_step else None
+    status, _ = _told(controller)
+    return status if status is not None and status.job == "training" and status.step >= least_step else None
+
+
+def _told(controller: Any) -> tuple[Status | None, list[tuple[int, str]]]:
+    """One look; nothing while the controller does not answer, as one that begins does not."""
+    try:
+        return driver.poll(controller)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return None, []
 
 
 def _done_after(controller: Any, number: int) -> int:
     """The step after which fault `number` was done; 0 when it was not, or its worker was gone before it could tell."""
     deadline = time.monotonic() + TOLD_WITHIN_S
     while time.monotonic() < deadline:
-        _, notices = driver.poll(controller)
+        _, notices = _told(controller)
         for _, line in notices:
             if told := re.search(rf"fault {number} is done: (.*)", line):
                 after = re.search(r"after step (\d+)$", told.group(1))

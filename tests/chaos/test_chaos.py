@@ -78,7 +78,7 @@ def test_flips_are_found_in_their_step_and_leave_no_trace(on: Rig, calm: Result)
 
 # --- the command ---
 
-SLOW_S = 2.5
+SLOW_S = 3.0
 """In each step until both faults have struck: six commands start meanwhile, each in seconds."""
 
 

@@ -180,9 +180,13 @@ def command(*arguments: str, **environment: str) -> Any:
         process.communicate()
 
 
+_PORTS = iter(random.sample(range(20_000, 30_000), 10_000))
+
+
 def free_port() -> int:
-    """One that stays free until it is bound: not of those that the kernel gives to whoever asks for any."""
-    for port in random.sample(range(20_000, 30_000), 100):
+    """One that stays free until it is bound: not of those that the kernel gives to whoever asks for any, and none that
+    this process has been given before."""
+    for port in _PORTS:
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise AssertionError("no port is free")
@@ -244,7 +248,8 @@ def leftovers(ram_dir: Path) -> list[str]:
             continue
         if "orchestrator.runtime.zygote" in command or command.startswith(("ray::Agent", "ray::Controller")):
             found.append(f"{process.pid} {command}")
-    return found + [str(path) for path in ram_dir.rglob("*") if path.is_file()]
+    # Unlike rglob this goes on when a folder goes meanwhile.
+    return found + [os.path.join(folder, file) for folder, _, files in os.walk(ram_dir) for file in files]
 
 
 def await_nothing_left(ram_dir: Path) -> None:

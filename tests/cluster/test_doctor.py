@@ -15,6 +15,8 @@ import ray
 from conftest import Cluster
 from herd import command, job, spec_file, wait_for
 
+from orchestrator.localcluster import node_arguments
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -51,7 +53,7 @@ mount -t tmpfs none {url}
 ulimit -n 280
 export ATEN_CPU_CAPABILITY=default
 exec {ray} start --address={address} --num-cpus=2 --object-store-memory=100000000 --block \
-  --min-worker-port=0 --max-worker-port=0
+  --min-worker-port=0 --max-worker-port=0 --node-manager-port={port}
 """
 
 
@@ -67,7 +69,8 @@ def sick_node(cluster: Cluster, tmp_path: Path, memory_dir: Path) -> Iterator[st
     folders = {"ram": memory_dir, "url": tmp_path / "sick"}
     folders["url"].mkdir()
     before = {node["NodeID"] for node in ray.nodes()}
-    script = SICK.format(**folders, ray=Path(sys.executable).with_name("ray"), address=cluster.ray.address)
+    port = node_arguments(cpus=2)["node_manager_port"]
+    script = SICK.format(**folders, ray=Path(sys.executable).with_name("ray"), address=cluster.ray.address, port=port)
     log = (tmp_path / "ray.log").open("w")
     process = subprocess.Popen(["unshare", "-m", "bash", "-ec", script], stdout=log, stderr=log, env=os.environ)
     family = psutil.Process(process.pid)

@@ -41,7 +41,7 @@ def test_drained_nodes_are_replaced_without_a_loss(cluster: Cluster, tmp_path: P
     calm, spec = spec_of(job("calm", tmp_path)), spec_of(job("drained", tmp_path, cluster={"spares": 1}))
     assert train(calm)[0].exit_code == 0
     slow = cluster.faults / "drained.py"
-    slow.write_text("import time; time.sleep(3.0 if session.state.step >= 4 else 0.0)")
+    slow.write_text("import time; time.sleep(6.0 if session.state.step >= 4 else 0.0)")
     drained: list[str] = []
     by_ray: list[str] = []
 

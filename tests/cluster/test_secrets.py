@@ -60,7 +60,7 @@ def test_no_planted_secret_gets_out(tmp_path: Path, session_dir: Path) -> None:
     looked_at = tmp_path / "looked-at"
     (faults / "secretive.py").write_text(
         f"import pathlib, time; seen = pathlib.Path({str(looked_at)!r})\n"
-        "if session.state.step > 5 and not seen.exists(): time.sleep(2)\n"
+        "if session.state.step > 5 and not seen.exists(): time.sleep(5)\n"
         f"once = pathlib.Path({str(tmp_path / 'worker-failed')!r})\n"
         "if session.state.step == 5 and session.rank == 1 and not once.exists():\n"
         "    once.touch(); raise OSError(f'{session.config.url} is away')\n"

@@ -65,7 +65,7 @@ def test_a_job_and_its_code_change_between_two_steps_and_stay_changed(
                 assert change(spec, "checkpoint.interval_steps=7") == ["checkpoint.interval_steps = 7"]
             case 1 if status.generation == 2:
                 pids.append(worker_pids(spec, status))
-                slow.write_text("import time; time.sleep(2)")  # new processes, then a new controller: the run must last
+                slow.write_text("import time; time.sleep(4)")  # new processes, then a new controller: the run must last
                 code = newer_code(tmp_path / "new", spec, "print('this is the new loop', flush=True)")
                 assert change(spec, "recovery.same_error_tries=3", code=code) == [
                     "recovery.same_error_tries = 3",

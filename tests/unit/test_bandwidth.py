@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 from tcp_proxy import Proxy
 
 TOKEN = "t"
-SLOW_S = 0.01
+SLOW_S = 0.1
 """For each 64 KiB: some 6 MB/s."""
 
 
@@ -81,7 +81,7 @@ def test_a_link_is_measured_as_fast_as_it_is(tmp_path: Path) -> None:
         return await bandwidth.rate_mb_s(slow.info.address, TOKEN), await bandwidth.rate_mb_s(fast.info.address, TOKEN)
 
     slow, fast = run(work)
-    assert 1 <= slow <= 0.065536 / SLOW_S, "no more than is let through"
+    assert 0 < slow <= 0.065536 / SLOW_S, "no more than is let through"
     assert fast > 2 * slow
 
 
@@ -100,7 +100,7 @@ def test_a_node_that_is_slow_with_two_others_stays_out(tmp_path: Path, slow: str
     async def work() -> None:
         through: Any = dict.fromkeys(["new"] if slow == "new" else ["a", "b"])
         new, *others = await nodes_of(tmp_path, through, "new", "a", "b")
-        await check_links(new, others, 20)
+        await check_links(new, others, 2)
 
     with pytest.raises(SlowLinks, match=r"its links carry \d MB/s with [ab], \d MB/s with [ab].*least_bandwidth_mb_s"):
         run(work)
@@ -109,8 +109,8 @@ def test_a_node_that_is_slow_with_two_others_stays_out(tmp_path: Path, slow: str
 def test_a_slow_pair_does_not_say_whose_fault_it_is(tmp_path: Path) -> None:
     async def work() -> None:
         new, *others = await nodes_of(tmp_path, {"a": None}, "new", "a", "b")  # type: ignore[dict-item]
-        await check_links(new, others, 20)
-        await check_links(new, others[:1], 20)
+        await check_links(new, others, 2)
+        await check_links(new, others[:1], 2)
 
     run(work)
 

@@ -270,7 +270,7 @@ def start_prepare(config: DataConfig, env: dict[str, str] | None = None, code: s
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

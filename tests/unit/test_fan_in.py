@@ -31,7 +31,7 @@ from storage.peer import PeerServer
 from storage.wires import PeerError, PeerRefused, Wire, open_wire
 from trainer.contract import encode
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 TOKEN = "token"
 NODES = ("a", "b", "c")
 

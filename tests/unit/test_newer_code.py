@@ -78,7 +78,7 @@ def take_over(newer: Path, url: str, tail: Path) -> dict[str, Any]:
     """What the newer version makes of a run."""
     command = [sys.executable, "-c", TAKE_OVER, url, str(tail)]
     done = subprocess.run(
-        command, cwd=newer, env={"PYTHONPATH": str(newer)}, capture_output=True, text=True, timeout=60
+        command, cwd=newer, env={"PYTHONPATH": str(newer)}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
