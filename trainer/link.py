@@ -32,7 +32,7 @@ from trainer.contract import (
     SaveEvery,
     Stop,
     ToWorker,
-    send,
+    frame,
 )
 from trainer.groups import GroupConnections, abort_device_groups
 from trainer.saves import Interval
@@ -138,7 +138,7 @@ class Agent:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sock.settimeout(AGENT_SEND_TIMEOUT_S)
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()
         self._work: queue.SimpleQueue[Assignment | Prepare] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="agent-link", daemon=True).start()
 
@@ -147,10 +147,12 @@ class Agent:
         return self._work.get()
 
     def emit(self, message: object) -> None:
-        """Tell the agent; from any thread."""
+        """Tell the agent; from any thread, and from a signal handler: one that meets its own thread in here comes
+        between two frames, if the socket takes a frame at once."""
         try:
+            told = frame(message)
             with self._sending:
-                send(self._sock, message)
+                self._sock.sendall(told)
         except OSError:
             os._exit(EXIT_AGENT_GONE)
 

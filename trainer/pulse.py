@@ -110,16 +110,24 @@ def _no_collection() -> Iterator[None]:
 
     Python before 3.12 collects wherever it allocates, also within `f_back` and `sys._current_frames()`, which allocate
     frames. A finalizer that lets other threads run then lets the frame return that is being read, and the process reads
-    freed memory; in `sys._current_frames()` it stops the whole process, if a thread ends (gh-106883).
+    freed memory; in `sys._current_frames()` it stops the whole process, if a thread ends (gh-106883). Not by
+    `gc.disable()`: a training loop, and torch in its state dicts, enables it again.
     """
-    if sys.version_info >= (3, 12) or not gc.isenabled():
+    if sys.version_info >= (3, 12):
         yield
         return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+    with _reading:
+        threshold, *_ = gc.get_threshold()
+        gc.set_threshold(0)
+        try:
+            yield
+        finally:
+            gc.set_threshold(threshold)
+
+
+_reading = threading.Lock()
+"""One reader at a time; and a process that is forked meanwhile would never collect again."""
+os.register_at_fork(before=_reading.acquire, after_in_parent=_reading.release, after_in_child=_reading.release)
 
 
 def exchanges_begun() -> dict[str, int]:

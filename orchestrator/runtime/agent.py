@@ -31,7 +31,7 @@ from orchestrator.runtime import bandwidth, copies, fanin, links, preparation
 from orchestrator.runtime import code as codes
 from orchestrator.runtime.assignment import NodeAssignment, WorkerExit
 from orchestrator.runtime.fanin import FanIn
-from orchestrator.runtime.hangs import LOOK_US, FirstSteps, NodeWatch, is_momentary, suspects
+from orchestrator.runtime.hangs import ATTENTION_US, LOOK_US, FirstSteps, NodeWatch, is_momentary, suspects
 from orchestrator.runtime.preparation import run_log_dir, worker_env
 from orchestrator.runtime.reading import Reader, Reading
 from orchestrator.runtime.reporting import Outbox, Reporter
@@ -579,7 +579,7 @@ class Agent:
         self._reader.interrupt("the agent ends")
         try:
             await self._end_copies()
-            self._buddies.unmap()
+            await asyncio.to_thread(self._buddies.unmap)
             await asyncio.to_thread(self._workers.shutdown, deadline_s)
         finally:
             # Hundreds of gigabytes take the kernel seconds to give back.
@@ -789,7 +789,11 @@ class Agent:
         Where all of Ray has died with its head, the snapshots are left to the run's resume.
         """
         while os.getppid() == self._parent:
+            began = time.monotonic()
             await asyncio.sleep(PARENT_INTERVAL_S)
+            stood_still_s = time.monotonic() - began - PARENT_INTERVAL_S
+            if stood_still_s >= ATTENTION_US / 1e6:  # suspended: what the controller says waits to be read
+                self._moved_at = min(time.monotonic(), self._moved_at + stood_still_s)
             if self._is_abandoned():
                 why = f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s"
                 # It may be the run that is lost, and not this node.

@@ -143,7 +143,7 @@ class Copies:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         async with self._dropping:  # what is copied here from now on must not be deleted
-            self._unmap_deleted()
+            await self._unmap_deleted()
         self._kept.clear()
 
     def unmap(self) -> None:
@@ -157,9 +157,10 @@ class Copies:
             if not self._served(generation):
                 return
             await asyncio.to_thread(ram.drop_slots, self._ram_dir, self._run, self._node, {*own, *self._kept}, but)
-            self._unmap_deleted()
+            await self._unmap_deleted()
 
-    def _unmap_deleted(self) -> None:
-        """Their memory is free only then."""
-        for path in [path for path, file in list(self._files.items()) if not file.stands]:
-            del self._files[path]
+    async def _unmap_deleted(self) -> None:
+        """Their memory is free only then: the kernel takes seconds for hundreds of gigabytes."""
+        deleted = [path for path, file in list(self._files.items()) if not file.stands]
+        gone = [self._files.pop(path) for path in deleted]
+        await asyncio.to_thread(gone.clear)

@@ -52,6 +52,8 @@ ROLE = "trainer"
 FORK_DEADLINE_S = 60.0
 # A killed process is gone in milliseconds, unless a driver holds it; used where torch elastic gives no deadline.
 KILL_DEADLINE_S = 30.0
+# Zygotes with code that was prepared and not taken yet: an update that waits for its step boundary, and the next one.
+CODES_READY = 2
 
 
 class NodeWorkers:
@@ -122,6 +124,8 @@ class NodeWorkers:
         """
         if code == self.code or code in self._ready:
             return
+        while len(self._ready) >= CODES_READY:
+            self._ready.pop(next(iter(self._ready))).close(KILL_DEADLINE_S)
         workers = self._zygote_with(env)
         try:
             workers.start(deadline_s)
@@ -298,7 +302,7 @@ class NodeWorkers:
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             raise TimeoutError(f"the elastic agent's thread did not end within {deadline_s:g} s")
-        self._log.close()
+        self._log.close(max(0.0, deadline - time.monotonic()))
 
     def _message(self, worker: Worker, message: Any) -> None:
         # The last words of a generation that is being ended count: they may say which state must not be restored.

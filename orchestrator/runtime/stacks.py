@@ -11,15 +11,21 @@ import asyncio
 import logging
 import os
 import shutil
+import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from storage.redact import redacted
+from storage.threads import begun
 
 logger = logging.getLogger(__name__)
 
 DEADLINE_S = 3.0
 """For one process; reading takes 10 to 60 ms on an idle machine. A halt waits for no longer."""
+TO_START_S = 1.0
+"""Beyond its deadline, for a tool that cannot even be started."""
 TRIES = 3
 """A process that runs on while it is read can look inconsistent."""
 AT_ONCE = 4
@@ -37,15 +43,14 @@ async def read_stacks(pid: int, tool: str | None, deadline_s: float = DEADLINE_S
     """The stacks of all Python threads of a process, or why there are none. Never raises for want of them."""
     if tool is None:
         return "no stack: py-spy is not installed on this node (pip install py-spy)"
-    why = ""
+    # In a thread: where the tool lies on a file system that hangs, starting it takes as long.
+    reading = begun(partial(_read, tool, pid, time.monotonic() + deadline_s), "py-spy")
     try:
-        async with asyncio.timeout(deadline_s):
-            for _ in range(TRIES):
-                read, text = await _run(tool, pid)
-                if read:
-                    return redacted(text)[:STACK_CHARS]
-                why = text
-    except TimeoutError:
+        async with asyncio.timeout(deadline_s + TO_START_S):
+            read, why = await asyncio.shield(asyncio.wrap_future(reading))
+        if read:
+            return redacted(why)[:STACK_CHARS]
+    except (TimeoutError, subprocess.TimeoutExpired):
         why = f"py-spy has not answered within {deadline_s:g} s"
     except OSError as error:
         why = f"{tool} cannot be started: {error}"
@@ -54,26 +59,16 @@ async def read_stacks(pid: int, tool: str | None, deadline_s: float = DEADLINE_S
     return redacted(f"no stack: {why}")
 
 
-async def _run(tool: str, pid: int) -> tuple[bool, str]:
-    process = await asyncio.create_subprocess_exec(
-        tool,
-        "dump",
-        "--nonblocking",
-        "--pid",
-        str(pid),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode == 0:
-        return True, out.decode(errors="replace")
-    return False, (err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[0]
+def _read(tool: str, pid: int, deadline: float) -> tuple[bool, str]:
+    """Whether it could be read, and the stacks or else why not."""
+    command = [tool, "dump", "--nonblocking", "--pid", str(pid)]
+    for _ in range(TRIES):
+        left_s = max(0.0, deadline - time.monotonic())
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=left_s)
+        if done.returncode == 0:
+            return True, done.stdout.decode(errors="replace")
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return False, said[0] if said else f"exit code {done.returncode}"
 
 
 class Stacks:

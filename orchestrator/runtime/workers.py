@@ -287,6 +287,7 @@ class Workers:
             self._take_fork(message["fork"]).fail(message["failed"])
         else:
             self._fail(f"the worker's module {self._preload!r} cannot be preloaded:\n{message['failed']}")
+            zygote.process.kill()  # what it had begun to import may keep it from ending
 
     def _fail(self, reason: str) -> None:
         with self._changed:

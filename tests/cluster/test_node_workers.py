@@ -727,7 +727,10 @@ def test_other_code_is_warmed_beside_the_workers_and_taken_by_the_next_generatio
     before = node.pids()
     with pytest.raises(ZygoteError, match="this is broken"):
         node.workers.prepare_code("broken", env_of(tmp_path / "broken", "raise LookupError('this is broken')"), 60)
+    for number in range(2):
+        node.workers.prepare_code(f"draft {number}", env_of(tmp_path / f"{number}", ""), 60)
     node.workers.prepare_code("new", env_of(tmp_path / "new", "print('newer code', flush=True)"), 60)
+    assert len(node.zygotes()) == 3, "an update that was refused elsewhere keeps no memory here for ever"
     assert node.workers.pids() == before and node.workers.code == ""
 
     node.workers.halt(20)
@@ -736,6 +739,6 @@ def test_other_code_is_warmed_beside_the_workers_and_taken_by_the_next_generatio
     node.begin(2, "wait")
     after = node.pids()
     assert not set(before.values()) & set(after.values())
-    assert "newer code" in node.log.read_text()
+    assert log_lines(node, "newer code", 1)
     # The zygote of before is gone, with all that it had.
     node.zygote_pid()

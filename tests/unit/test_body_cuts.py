@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_body_nodes import DEADLINE_S, body_of
 from orchestrator.core import events as ev
 from orchestrator.core.actions import ReleaseNode
 from orchestrator.core.state import Node, State
+from orchestrator.runtime import agent as agent_module
 from orchestrator.runtime import body as bodies
 from orchestrator.runtime import reporting, silence
 from orchestrator.runtime.agent import Agent
@@ -255,3 +258,32 @@ def test_an_agent_that_nobody_wants_ends_by_itself(answered_s, moved_s, epoch, a
         _reporter=SimpleNamespace(answered_at=now - answered_s), _moved_at=now - moved_s, _epoch=epoch
     )
     assert Agent._is_abandoned(agent) == abandoned  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suspended_s", [400, 0])
+def test_a_job_that_was_suspended_is_not_abandoned(monkeypatch: pytest.MonkeyPatch, suspended_s: int) -> None:
+    """Nobody could be heard; the clock went on."""
+    now = [1000.0]
+    monkeypatch.setattr(agent_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Ended(Exception):
+        pass
+
+    async def die(why: str, **_: bool) -> None:
+        raise Ended(why)
+
+    agent = SimpleNamespace(
+        _parent=os.getppid(), _reporter=SimpleNamespace(answered_at=now[0]), _moved_at=now[0], _epoch=1, _die=die
+    )
+    agent._is_abandoned = partial(Agent._is_abandoned, agent)
+
+    async def sleep(interval_s: float) -> None:
+        now[0] += interval_s
+        if now[0] > 1299 and suspended_s:
+            now[0] += suspended_s
+            agent._parent = 0  # it looks once more, and no further
+        assert now[0] < 1302 + suspended_s
+
+    monkeypatch.setattr(agent_module, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(Ended, match="raylet" if suspended_s else "nothing was heard"):
+        asyncio.run(Agent._watch_parent(agent))  # type: ignore[arg-type]

@@ -165,13 +165,10 @@ def test_no_finalizer_runs_while_frames_are_read() -> None:
             Garbage()
             gc.set_threshold(gc.get_count()[0] + allocations)
             gc.enable()
+            threshold = gc.get_threshold()
             pulse.standing(thread)
-            assert gc.isenabled()
-        gc.disable()
-        pulse.standing(thread)
-        assert not gc.isenabled(), "who trains may have it off"
+            assert gc.get_threshold() == threshold
     finally:
         gc.set_threshold(*thresholds)
-        gc.enable()
     assert len(at) > 5, "nothing was collected in here"
     assert not [name for name, line in at if name == "_outwards" or "_current_frames" in line]

@@ -1,9 +1,13 @@
 """The workers' log: lines are cut and tagged right, the file is bounded, and a full disk costs lines only."""
 
+import io
 import itertools
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.runtime import worker_log
 from orchestrator.runtime.worker_log import LINE_MAX_BYTES, LineBuffer, LogFile
 
+DEADLINE_S = 30.0
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -36,7 +41,7 @@ def test_file_is_rotated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     log = LogFile(tmp_path / "n0.log")
     for number in range(100):
         log.write(b"line %02d\n" % number)
-    log.close()
+    log.close(DEADLINE_S)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["n0.log", "n0.log.1"]
     kept = (tmp_path / "n0.log.1").read_text() + (tmp_path / "n0.log").read_text()
     assert kept.splitlines() == [f"line {n:02d}" for n in range(100)][-len(kept.splitlines()) :]
@@ -46,7 +51,7 @@ def test_file_is_rotated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_full_disk_costs_lines_which_are_counted(tmp_path: Path) -> None:
     # A limit on the size of files stands for the disk: a write up to it is cut short, the next one fails.
     script = """
-import resource, sys
+import resource, sys, time
 from pathlib import Path
 from orchestrator.runtime.worker_log import LogFile
 log = LogFile(Path(sys.argv[1]))
@@ -54,9 +59,14 @@ _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (25, hard))
 for _ in range(5):
     log.write(b"123456789\\n")
+deadline = time.monotonic() + 30
+while log.lost_lines < 3:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 log.write(b"there is room\\n")
 log.write(b"again\\n")
+log.close(30)
 """
     path = tmp_path / "n0.log"
     subprocess.run([sys.executable, "-P", "-c", script, str(path)], env={"PYTHONPATH": str(REPOSITORY)}, check=True)
@@ -68,3 +78,36 @@ log.write(b"again\\n")
         "there is room",
         "again",
     ]
+
+
+class HungFile(io.FileIO):
+    answers = threading.Event()
+
+    def write(self, data: Any) -> int:
+        assert self.answers.wait(DEADLINE_S)
+        return super().write(data)
+
+
+class OnHungDisk(type(Path())):  # type: ignore[misc]
+    def open(self, *_: Any, **__: Any) -> HungFile:
+        return HungFile(self, "ab")
+
+
+def test_a_disk_that_hangs_holds_nobody_and_costs_lines_which_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_log, "WAITING_MAX_BYTES", 100)
+    log = LogFile(OnHungDisk(tmp_path / "n0.log"))
+    written = 0
+    while not log.lost_lines:
+        log.write(b"123456789\n")
+        written += 1
+    began = time.monotonic()
+    log.close(0.1)
+    assert time.monotonic() - began < DEADLINE_S / 2
+    HungFile.answers.set()
+    log.close(DEADLINE_S)
+    assert 10 <= written <= 21, "the thread may have taken what waited at any moment"
+    kept = (tmp_path / "n0.log").read_text().splitlines()
+    assert kept.count("123456789") == written - 1
+    assert "[log] 1 lines lost: the log could not be written" in kept
