@@ -192,6 +192,8 @@ class Agent:
         self._reporter: Reporter | None = None
         self._moved_at = time.monotonic()
         """Monotonic second of the newest step here."""
+        self._asked: set[int] = set()
+        """Ranks that are being asked for what their flight recorders know."""
         self._taking_code = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._sending: set[asyncio.Task[None]] = set()
@@ -762,12 +764,16 @@ class Agent:
     def _read_recorders(self, watch: NodeWatch) -> None:
         """Ask ranks for what their flight recorders know, in other threads: one that is stopped may not take it."""
         order = contract.ReadRecorder(generation=watch.generation)
-        for rank in watch.unread_recorders():
+        for rank in set(watch.unread_recorders()) - self._asked:
+            self._asked.add(rank)
             self._loop.run_in_executor(None, self._ask, rank, order)
 
     def _ask(self, rank: int, order: contract.ReadRecorder) -> None:
-        with contextlib.suppress(LookupError, OSError):  # it has ended, or does not listen: it tells nothing
-            self._workers.send(rank, order)
+        try:
+            with contextlib.suppress(LookupError, OSError):  # it has ended, or does not listen: it tells nothing
+                self._workers.send(rank, order)
+        finally:
+            self._asked.discard(rank)
 
     def _fact(self, report: Report) -> None:
         """A report that a controller which comes back is told again."""
