@@ -799,7 +799,8 @@ class Agent:
             await asyncio.sleep(PARENT_INTERVAL_S)
             stood_still_s = time.monotonic() - began - PARENT_INTERVAL_S
             if stood_still_s >= ATTENTION_US / 1e6:  # suspended: what the controller says waits to be read
-                self._moved_at = min(time.monotonic(), self._moved_at + stood_still_s)
+                alive_at = self._moved_at if self._reporter is None else max(self._moved_at, self._reporter.answered_at)
+                self._moved_at = min(time.monotonic(), alive_at + stood_still_s)
             if self._is_abandoned():
                 why = f"nothing was heard of the controller, and no step was done, for {ABANDONED_S:g} s"
                 # It may be the run that is lost, and not this node.

@@ -163,4 +163,5 @@ class Copies:
         """Their memory is free only then: the kernel takes seconds for hundreds of gigabytes."""
         deleted = [path for path, file in list(self._files.items()) if not file.stands]
         gone = [self._files.pop(path) for path in deleted]
-        await asyncio.to_thread(gone.clear)
+        if gone:
+            await asyncio.to_thread(gone.clear)

@@ -54,6 +54,8 @@ FORK_DEADLINE_S = 60.0
 KILL_DEADLINE_S = 30.0
 # Zygotes with code that was prepared and not taken yet: an update that waits for its step boundary, and the next one.
 CODES_READY = 2
+# Of a sound disk; one that hangs is left.
+LOG_CLOSE_S = 0.5
 
 
 class NodeWorkers:
@@ -125,7 +127,10 @@ class NodeWorkers:
         if code == self.code or code in self._ready:
             return
         while len(self._ready) >= CODES_READY:
-            self._ready.pop(next(iter(self._ready))).close(KILL_DEADLINE_S)
+            try:
+                self._ready.pop(next(iter(self._ready))).close(KILL_DEADLINE_S)
+            except TimeoutError:
+                logger.exception("a zygote with code that nobody wants any more does not end")
         workers = self._zygote_with(env)
         try:
             workers.start(deadline_s)
@@ -293,16 +298,18 @@ class NodeWorkers:
     def shutdown(self, deadline_s: float) -> None:
         """End the workers (SIGTERM, then SIGKILL), the zygote and both threads. Raises TimeoutError as `halt` does."""
         deadline = time.monotonic() + deadline_s
-        self._rendezvous.end()
-        self._rendezvous.shutdown()
-        self._agent._shutdown(timeout=deadline_s)
-        for workers in (self._workers, *self._ready.values()):
-            workers.close(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            raise TimeoutError(f"the elastic agent's thread did not end within {deadline_s:g} s")
-        self._log.close(max(0.0, deadline - time.monotonic()))
+        try:
+            self._rendezvous.end()
+            self._rendezvous.shutdown()
+            self._agent._shutdown(timeout=deadline_s)
+            for workers in (self._workers, *self._ready.values()):
+                workers.close(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                self._thread.join(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                raise TimeoutError(f"the elastic agent's thread did not end within {deadline_s:g} s")
+        finally:
+            self._log.close(max(LOG_CLOSE_S, deadline - time.monotonic()))
 
     def _message(self, worker: Worker, message: Any) -> None:
         # The last words of a generation that is being ended count: they may say which state must not be restored.

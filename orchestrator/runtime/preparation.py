@@ -96,9 +96,9 @@ async def _tool(spec: JobSpec, module: str, document: dict[str, Any], deadline_s
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(json.dumps(document).encode()), deadline_s)
-    finally:
-        if process.returncode is None:  # it has taken too long, or the agent ends
-            process.kill()
+    except TimeoutError:
+        process.kill()
+        raise
     if process.returncode != 0:
         return None, err.decode(errors="replace").strip() or f"exit code {process.returncode}"
     return json.loads(out.decode().strip().splitlines()[-1]), ""

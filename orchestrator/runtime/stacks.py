@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,8 @@ TRIES = 3
 AT_ONCE = 4
 STACK_CHARS = 64_000
 """Kept of one process: some thousand frames."""
+_reading: list[Future[tuple[bool, str]]] = []
+"""Threads of this process that read, those among them that were left behind."""
 
 
 def py_spy() -> str | None:
@@ -43,13 +46,19 @@ async def read_stacks(pid: int, tool: str | None, deadline_s: float = DEADLINE_S
     """The stacks of all Python threads of a process, or why there are none. Never raises for want of them."""
     if tool is None:
         return "no stack: py-spy is not installed on this node (pip install py-spy)"
+    _reading[:] = [each for each in _reading if not each.done()]
+    if len(_reading) >= AT_ONCE:
+        return "no stack: py-spy, which was started for others, still hangs"
     # In a thread: where the tool lies on a file system that hangs, starting it takes as long.
     reading = begun(partial(_read, tool, pid, time.monotonic() + deadline_s), "py-spy")
+    _reading.append(reading)
+    why = ""
     try:
         async with asyncio.timeout(deadline_s + TO_START_S):
-            read, why = await asyncio.shield(asyncio.wrap_future(reading))
+            read, text = await asyncio.shield(asyncio.wrap_future(reading))
         if read:
-            return redacted(why)[:STACK_CHARS]
+            return redacted(text)[:STACK_CHARS]
+        why = text
     except (TimeoutError, subprocess.TimeoutExpired):
         why = f"py-spy has not answered within {deadline_s:g} s"
     except OSError as error:

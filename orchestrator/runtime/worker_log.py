@@ -16,7 +16,7 @@ LINE_MAX_BYTES = 16 * 1024
 # At this size the file becomes `<name>.log.1`, so a worker that warns in a loop costs a node at most twice as much.
 FILE_MAX_BYTES = 64 * 1024 * 1024
 # Held in memory while the disk does not take them.
-WAITING_MAX_BYTES = 4 * 1024 * 1024
+WAITING_MAX_BYTES = 16 * 1024 * 1024
 
 
 class LogFile:
@@ -29,8 +29,9 @@ class LogFile:
         self._changed = threading.Condition()
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
-        self.lost_lines = 0
-        """That are not told of in the file yet."""
+        self._dropped_lines = 0
+        """After those that wait."""
+        self._lost_lines = 0
         self._closing = False
         self._file = path.open("ab", buffering=0)
         self._written = begun(self._write_all, "worker-log")
@@ -39,11 +40,17 @@ class LogFile:
         """Append whole lines, soon. From any thread."""
         with self._changed:
             if self._waiting_bytes + len(lines) > WAITING_MAX_BYTES:
-                self.lost_lines += lines.count(b"\n")
+                self._dropped_lines += lines.count(b"\n")
                 return
             self._waiting.append(lines)
             self._waiting_bytes += len(lines)
             self._changed.notify()
+
+    @property
+    def lost_lines(self) -> int:
+        """That are not told of in the file yet."""
+        with self._changed:
+            return self._lost_lines + self._dropped_lines
 
     def close(self, deadline_s: float) -> None:
         """Write what waits. Where the disk hangs for longer than `deadline_s`, it is left to do so."""
@@ -57,15 +64,16 @@ class LogFile:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)  # as long as the node's agent lives
                 waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-                lost, self.lost_lines = self.lost_lines, 0
+                dropped, self._dropped_lines = self._dropped_lines, 0
+                lost = self._lost_lines
             if not waiting:
-                self._write(b"", lost)
+                self._write(b"", lost + dropped)
                 self._file.close()
                 return
             for lines in waiting:
                 lost = self._write(lines, lost)
             with self._changed:
-                self.lost_lines += lost
+                self._lost_lines = lost + dropped
 
     def _write(self, lines: bytes, lost: int) -> int:
         """After a notice of `lost` lines, if there are any; how many are lost now."""

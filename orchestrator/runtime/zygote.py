@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         torch = sys.modules.get("torch")
         assert torch is None or not torch.cuda.is_initialized(), f"{arguments.preload} initialises CUDA at its import"
     except BaseException:
+        sys.stdout.flush()  # the agent does not wait for this process's end
         _tell(agent, {"failed": traceback.format_exc()[-TEXT_MAX_BYTES:]})
         return EXIT_FAILED
     # The imported objects live for ever: kept out of the collector, their pages stay shared with the children.

@@ -139,10 +139,9 @@ class Flipper(threading.Thread):
 def _found(spec: JobSpec) -> tuple[Any, str] | None:
     """A run's controller and token, once both are there."""
     try:
-        found, token = driver.find(spec.run.name), driver.read_token(spec.cluster.log_dir, spec.run.name)
+        return driver.find(spec.run.name), driver.read_token(spec.cluster.log_dir, spec.run.name)
     except driver.RunError:
         return None
-    return (found, token) if token else None
 
 
 def _trains(controller: Any, least_step: int) -> Status | None:

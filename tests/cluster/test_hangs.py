@@ -20,7 +20,7 @@ from orchestrator.spec import JobSpec
 pytestmark = pytest.mark.timeout(300)
 
 PATIENCE = {"rank_silence_s": 5, "stall_floor_s": 8, "node_silence_s": 60}
-# The promise is 15 s on a loaded machine with two cores, and its default patience with silence is 8 s.
+# Long after it is due, for a machine that does other work: tests/cluster/test_hang_sweep.py has the figures.
 FOUND_WITHIN_S = 20.0
 
 # Once each: an endless loop that lets others run, and a call that never lets go of the interpreter.

@@ -73,7 +73,7 @@ def agent(ranks: Ranks, tmp_path: Any) -> Agent:
     )
     made.__dict__.update(
         _epoch=1, _ended_generation=0, _stopped_generation=0, _leaving=None, _copies={}, _node="a", _ray_node="x",
-        _run="r",
+        _run="r", _asked=set(),
         _ram_dir=str(tmp_path / "ram"), _watch=None, _workers=ranks, _spec=spec,
         _fold=NodeFold(generation=GENERATION, ranks=(0, 1)), _facts=[],
         _kept=deque(), _held={}, _stacks=Stacks(), _records={}, _outbox=Outbox(), _loop=asyncio.get_running_loop(),

@@ -22,7 +22,7 @@ from tcp_proxy import Proxy
 
 TOKEN = "t"
 SLOW_S = 0.1
-"""For each 64 KiB: some 6 MB/s."""
+"""For each 64 KiB: some 0.7 MB/s."""
 
 
 class Actor:

@@ -260,8 +260,11 @@ def test_an_agent_that_nobody_wants_ends_by_itself(answered_s, moved_s, epoch, a
     assert Agent._is_abandoned(agent) == abandoned  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("idle_s", [0, 10_000], ids=["of a mesh", "a spare"])
 @pytest.mark.parametrize("suspended_s", [400, 0])
-def test_a_job_that_was_suspended_is_not_abandoned(monkeypatch: pytest.MonkeyPatch, suspended_s: int) -> None:
+def test_a_job_that_was_suspended_is_not_abandoned(
+    monkeypatch: pytest.MonkeyPatch, suspended_s: int, idle_s: int
+) -> None:
     """Nobody could be heard; the clock went on."""
     now = [1000.0]
     monkeypatch.setattr(agent_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -273,7 +276,11 @@ def test_a_job_that_was_suspended_is_not_abandoned(monkeypatch: pytest.MonkeyPat
         raise Ended(why)
 
     agent = SimpleNamespace(
-        _parent=os.getppid(), _reporter=SimpleNamespace(answered_at=now[0]), _moved_at=now[0], _epoch=1, _die=die
+        _parent=os.getppid(),
+        _reporter=SimpleNamespace(answered_at=now[0]),
+        _moved_at=now[0] - idle_s,
+        _epoch=1,
+        _die=die,
     )
     agent._is_abandoned = partial(Agent._is_abandoned, agent)
 
