@@ -70,9 +70,11 @@ class Supervisor:
         """
         if isinstance(event, ev.RunDeclared):
             interruption.suspend(self.state)
-        self.state.ledger.advance(event.at)
-        if self.state.job == "ended" and not isinstance(event, (ev.RunDeclared, ev.EpochBegan)):
+        over = self.state.job == "ended" and not isinstance(event, ev.RunDeclared)
+        if over and not isinstance(event, ev.EpochBegan):
             return []
+        if not over:  # the ledger stays as it was told with the verdict; a resume counts the time since
+            self.state.ledger.advance(event.at)
         before = (self.state.job, self.state.generation)
         actions = _HANDLERS[type(event)](self, event)
         if self.state.job == "training" and self.state.incident is None:

@@ -103,11 +103,11 @@ class Watch:
 
     def see(self, supervisor: Supervisor, event: ev.Event, actions: list[ac.Action]) -> None:
         self.log.append((event, actions))
-        self._owed += (event.at - self._at) * self._places
-        self._at = event.at
         lives = not self._ended or isinstance(event, ev.RunDeclared)
         before = len(self.books.committed)
-        if lives:
+        if lives:  # the time since an end is owed when the run is resumed, and not before
+            self._owed += (event.at - self._at) * self._places
+            self._at = event.at
             self._learn_of_readings(supervisor, event)
             self._learn(supervisor, event)
         committed_one = isinstance(event, ev.CheckpointCommitted) and len(self.books.committed) > before

@@ -8,7 +8,7 @@ from dataclasses import replace
 from core_watch import LIMITS
 
 from orchestrator.core import events as ev
-from orchestrator.core.actions import HaltGeneration, OpenGeneration, SetTimer, VerifyCheckpoint
+from orchestrator.core.actions import EndRun, HaltGeneration, OpenGeneration, SetTimer, VerifyCheckpoint
 from orchestrator.core.events import Layout, Snapshot
 from orchestrator.core.recovery import EVIDENCE_KEPT
 from orchestrator.core.supervisor import Supervisor
@@ -89,6 +89,27 @@ def test_each_label_of_an_incident_has_its_exact_time() -> None:
     assert (incident.cause, incident.culprit, incident.rungs, incident.steps_lost) == ("node", "n0", ["spare"], 4)
     assert incident.processes == {"parked": 1, "warm": 1}
     assert core.state.ledger.processes == {"parked": 1, "warm": 1, "forked": 2}
+
+
+def test_the_ledger_that_was_told_with_the_verdict_stays_until_a_resume() -> None:
+    """Whatever a controller that died after it, and came back, still hears."""
+    core = started(nodes=2, slots_per_node=1, spares=0)
+    core.handle(steps(11_000_000, generation=1, first=1, last=10))
+    core.handle(ev.StopRequested(at=12_000_000, by="somebody", graceful=False))
+    told = dict(core.state.ledger.totals)
+    assert core.state.job == "ended" and core.state.ledger.owed == 2 * 12_000_000
+    (again,) = core.handle(ev.EpochBegan(at=15_000_000, epoch=2, version="test"))
+    assert isinstance(again, EndRun)
+    core.handle(ev.CheckpointsFound(at=16_000_000, steps=()))
+    assert core.state.ledger.totals == told
+
+    assert core.state.layout is not None
+    core.handle(
+        ev.RunDeclared(
+            at=20_000_000, run="run", layout=core.state.layout, limits=LIMITS, total_steps=1000, capabilities=()
+        )
+    )
+    assert core.state.ledger.totals == told | {"paused": 2 * 8_000_000}
 
 
 def test_a_recovery_that_fails_after_it_was_ready_is_charged_once() -> None:
