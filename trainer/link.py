@@ -121,12 +121,12 @@ class _Standstill:
         self._looked, self._lasts_s, self._where, self._computed_s = time.monotonic(), 0.0, "", 0.0
 
     def lasts_s(self) -> float:
-        training = threading.main_thread().ident
+        now, training = time.monotonic(), threading.main_thread().ident
         assert training is not None
         waits, where = pulse.standing(training)
         computed_s = time.clock_gettime(time.pthread_getcpuclockid(training))
-        since_s, self._looked = time.monotonic() - self._looked, time.monotonic()
-        self._lasts_s += min(since_s, 2 * CUT_INTERVAL_S)
+        self._lasts_s += min(now - self._looked, 2 * CUT_INTERVAL_S)
+        self._looked = now
         if not waits or where != self._where or computed_s - self._computed_s > pulse.IDLE_SHARE * FORGOTTEN_S:
             self._lasts_s, self._where, self._computed_s = 0.0, where, computed_s
         return self._lasts_s

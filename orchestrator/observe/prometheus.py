@@ -9,7 +9,6 @@ Everything stands in `folder`: configuration, targets, log and data. `prometheus
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -23,6 +22,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Recorder:
             _replace(file, targets)
 
 
-@contextlib.contextmanager
+@contextmanager
 def recording(folder: Path, rules: Path, interval_s: float) -> Iterator[Recorder]:
     """A Prometheus with its data in `folder`, which scrapes and evaluates `rules` every `interval_s`.
 
@@ -146,7 +146,7 @@ def _await_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 def _free_port() -> int:
     """Below those that Linux gives to whoever asks for any: it has to stay free until Prometheus binds it."""
     for port in random.sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise PrometheusError("of 100 ports of this machine between 20000 and 30000 none is free for Prometheus")
 
