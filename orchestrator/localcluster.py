@@ -19,9 +19,9 @@ HEALTH_CHECKS = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
 }
-"""How soon Ray itself gives a node up, and starts elsewhere what it held: after 9 s where the raylet is gone, 19 where
-it stands still; by Ray's defaults 15 s and more than a minute. Shepherd's own connections find a lost node sooner
-(recovery.node_silence_s), but a controller on it has nobody but Ray. See docs/operations.md."""
+"""How soon Ray itself gives a node up: after 9 s where the raylet is gone, 19 where it stands still; by Ray's defaults
+15 s and more than a minute. Shepherd's own connections find a lost node sooner (recovery.node_silence_s). See
+docs/operations.md."""
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Shepherd puts nothing into Ray's object store; this is near the smallest that Ray takes."""
 NODES_WITHIN_S = 180.0

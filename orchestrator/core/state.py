@@ -52,7 +52,7 @@ Trust = Literal["written", "committed", "verified", "certified", "damaged", "rev
 TRUSTS: dict[Trust, str] = {
     "written": "every rank's part is on the store; it is no checkpoint yet",
     "committed": "its record stands: it can be restored from",
-    "verified": "a node has read it back whole, or a restore has: every digest matched",
+    "verified": "a node has read it back whole: every digest matched",
     "certified": "verified, and a certificate says what speaks for its state having been computed rightly",
     "damaged": "found damaged by whoever read it: not restored from, and kept for people to look at",
     "revoked": "its state of that step was proven corrupt, or may be: not restored from",

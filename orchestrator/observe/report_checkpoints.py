@@ -37,7 +37,7 @@ class CheckpointRow:
     committed_at: int | None = None
     """When a controller knew that its record stands."""
     verified_at: int | None = None
-    """When it was first found whole, by a node that read it back or by a restore."""
+    """When a node first read it back and found it whole."""
     deleted_at: int | None = None
     fate: str = ""
     """A key of FATES."""
