@@ -46,7 +46,8 @@ class Row:
     n_bytes: int = 0
     age_s: float | None = None
     """Since the record was created, by the store's clock; None when the store does not tell."""
-    trust: str = "written"
+    trust: str = ""
+    """Empty when the record cannot be read."""
     pinned: str | None = None
     """Why it is pinned."""
 
@@ -167,7 +168,7 @@ def listing(url: str) -> Listing:
                     ranks=len(commit.parts),
                     n_bytes=sum(part.data_bytes for part in commit.parts),
                     age_s=_age_s(store, store.path(commit_name(step))),
-                    trust=about[-1].trust if about else "written",
+                    trust=about[-1].trust if about else "committed",
                     pinned=pin,
                 )
             )

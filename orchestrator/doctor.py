@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
+from fsspec.core import split_protocol
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.markup import escape
 from rich.table import Table
@@ -30,6 +31,7 @@ from orchestrator.runtime import driver, journal
 from orchestrator.runtime.nodes import HEAD_RESOURCE, eligible, last_line
 from orchestrator.spec import JobSpec
 from storage.redact import redacted
+from storage.urls import SINGLE_WRITER
 
 T = TypeVar("T")
 
@@ -151,9 +153,10 @@ def _first_round(
             name: awake[name].bind.remote(metrics.bind, metrics.port) for name in (head,) if name in awake
         },
     }
-    if "://" not in spec.run.url:
-        refs["run_dir"] = {name: actor.place.remote(spec.run.url) for name, actor in awake.items()}
-    else:
+    protocol, path = split_protocol(spec.run.url.removeprefix(SINGLE_WRITER))
+    if protocol in (None, "file", "local"):
+        refs["run_dir"] = {name: actor.place.remote(path) for name, actor in awake.items()}
+    elif protocol not in ("s3", "s3a"):  # which takes parts from memory
         refs["temporary"] = {name: actor.temporary.remote() for name, actor in workers.items()}
     deadline = time.monotonic() + ANSWER_DEADLINE_S
     slow = refs.pop("numeric")

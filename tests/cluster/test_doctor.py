@@ -35,7 +35,9 @@ def actors() -> list[str]:
 def test_a_healthy_cluster_is_ready_and_nothing_is_left_on_it(
     cluster: Cluster, tmp_path: Path, memory_dir: Path
 ) -> None:
-    file = spec_file(job("healthy", tmp_path, cluster={"ram_dir": str(memory_dir)}), tmp_path / "s.toml")
+    document = job("healthy", tmp_path, cluster={"ram_dir": str(memory_dir)})
+    document["run"]["url"] = f"file://{tmp_path}/healthy"
+    file = spec_file(document, tmp_path / "s.toml")
     code, told = examine(cluster, file)
     assert (code, told["verdict"]) == (0, "ok"), [f for f in told["findings"] if f["level"] != "ok"]
     by_check = {finding["check"]: finding for finding in told["findings"]}
@@ -43,6 +45,8 @@ def test_a_healthy_cluster_is_ready_and_nothing_is_left_on_it(
     assert "cpu_capability" in by_check["versions"]["seen"]
     assert by_check["connections"]["seen"].startswith("12 of 12"), "each of four nodes reaches the three others"
     assert by_check["nodes"]["seen"].startswith("4 nodes fit, 4 of them are free")
+    rooms = {finding["seen"].partition(":")[0] for finding in told["findings"] if finding["check"] == "disk"}
+    assert rooms == {"run.url", "cluster.log_dir", "data.cache_dir"}, "a local URL needs no room for uploads"
     wait_for(lambda: not actors(), 20, "the doctors to be gone")
     assert list((tmp_path / "healthy").iterdir()) == [], "nothing stays under run.url"
 

@@ -120,7 +120,7 @@ def test_ls_lists_what_is_committed_and_what_is_not(run):
     found = document("ls", run)
     first, second, third = found["checkpoints"]
     assert first | {"age_s": 0, "n_bytes": 0} == {
-        "step": 10, "problem": "", "generation": 1, "ranks": 1, "n_bytes": 0, "age_s": 0, "trust": "written",
+        "step": 10, "problem": "", "generation": 1, "ranks": 1, "n_bytes": 0, "age_s": 0, "trust": "committed",
         "mesh": {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "tp": 1}, "pinned": "for [the] paper",
     }  # fmt: skip
     data = run / generation_dir(10, 1, 1) / "rank-00000.bin"
@@ -268,7 +268,7 @@ def test_rm_asks_removes_record_and_data_and_keeps_what_is_pinned(run):
         assert result.exit_code == 2 and "not confirmed, nothing was removed" in result.stderr
     assert list_commits(str(run)) == [10, 20, 30]
     result = checkpoints("rm", run, 30, answer="y\n")
-    assert result.exit_code == 0 and "step 30: 1.1 MiB, written" in result.stdout
+    assert result.exit_code == 0 and "step 30: 1.1 MiB, committed" in result.stdout
     assert list_commits(str(run)) == [10, 20] and not (run / generation_dir(30, 1, 2)).exists()
     assert printed("unpin", run, 10) == "step 10 is not pinned any more\n"
     (line,) = refused(checkpoints("unpin", run, 10))
