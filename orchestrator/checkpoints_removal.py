@@ -37,6 +37,8 @@ class Removal:
     n_young: int
     """Leftovers that stay: they may be of a save under way."""
     life: Life
+    force: bool
+    address: str | None
 
     @property
     def is_empty(self) -> bool:
@@ -101,13 +103,23 @@ def plan_removal(
         leftovers=tuple(old) if leftovers else (),
         n_young=len(there.leftovers) - len(old) if leftovers else 0,
         life=found,
+        force=force,
+        address=address,
     )
 
 
 def perform_removal(removal: Removal) -> None:
-    """Remove it: each commit record before its data. A pin that was overruled goes, too."""
+    """Remove it: each commit record before its data. A pin that was overruled goes, too.
+
+    Raises:
+        CheckpointsError: something was pinned meanwhile, or a run is or may be live now; nothing was removed.
+    """
     with store_errors(removal.url):
-        # People take their time to answer: what was committed meanwhile is no leftover any more, what was pinned stays.
+        # People take their time to answer: what was committed meanwhile is no leftover any more, what was pinned stays,
+        # and a run may have begun.
+        now = life(removal.url, removal.address)
+        if not removal.force and now.state != removal.life.state and now.state != "over":
+            raise CheckpointsError(f"{removal.url}: meanwhile {now.why}; nothing was removed")
         there = listing(removal.url)
         pinned = {row.step for row in there.rows if row.pinned is not None}
         late = [row.step for row in removal.rows if row.pinned is None and row.step in pinned]

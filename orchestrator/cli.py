@@ -107,7 +107,13 @@ def run(
 
     with _refusals():
         spec = scripts.spec_of_command(
-            command or [], file=file, overrides=set_ or [], name=name, nodes=nodes, procs_per_node=procs_per_node
+            command or [],
+            file=file,
+            overrides=set_ or [],
+            name=name,
+            nodes=nodes,
+            procs_per_node=procs_per_node,
+            resume=resume,
         )
     _start(spec, resume, detach, address)
 
@@ -127,15 +133,18 @@ def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> No
         controller, token = driver.start(spec, detached=detach)
     for line in lost:
         print(f"resume: {redacted(line)}", flush=True)
-    if detach:
-        print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
-        return
     try:
-        with live.view(spec) as show:
-            status = driver.follow(spec.run.name, controller, token, show)
+        if detach:
+            status = driver.begun(spec.run.name, controller)
+        else:
+            with live.view(spec) as show:
+                status = driver.follow(spec.run.name, controller, token, show)
     except driver.ControllerLost as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print("error:", str(e), style="red", markup=False)
         raise typer.Exit(1) from e
+    if detach and not status.failure:
+        print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
+        return
     live.print_end(status, str(driver.run_log_dir(spec)))
     raise typer.Exit(1 if status.failure or status.exit_code is None else status.exit_code)
 
@@ -429,7 +438,10 @@ def _scenario(
 
 def _write_json(path: Path | None, document: dict[str, Any]) -> None:
     """Where a file was asked for."""
-    if path is not None:
+    if path is None:
+        return
+    with _refusals():
+        path = path.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -441,12 +453,18 @@ def _refusals(*also: type[Exception]) -> Iterator[None]:
 
     from orchestrator.preflight import PreflightError
     from orchestrator.runtime.driver import RunError
+    from orchestrator.runtime.journal import JournalError
+    from storage.manifest import ManifestError
+    from storage.urls import StoreError
 
-    refusals: tuple[type[Exception], ...] = (SpecError, PreflightError, RunError, PermissionError, *also)
+    own = (SpecError, PreflightError, RunError, StoreError, JournalError, ManifestError, ImportError)
+    refusals: tuple[type[Exception], ...] = (*own, OSError, *also)
     try:
         yield
+    except BrokenPipeError:  # of the command's own output
+        raise
     except refusals as e:
-        refuse(str(e), e)
+        refuse(str(e) or repr(e), e)
     except (RayActorError, GetTimeoutError) as e:
         refuse("the run's controller does not answer: it is busy, or was killed and comes back; try again", e)
 
@@ -454,7 +472,7 @@ def _refusals(*also: type[Exception]) -> Iterator[None]:
 def main() -> None:
     """Entry point of the console script."""
     redact_logging()
-    sys.exit(app())
+    sys.exit(typer.main.get_command(app)())  # `app()` would put typer's own hook for uncaught errors before ours
 
 
 __all__ = ["EXIT_REFUSED", "app", "main"]

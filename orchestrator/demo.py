@@ -106,9 +106,7 @@ def job(name: str, steps: int, out: Path) -> JobSpec:
 
 def run(steps: int, out: Path) -> Outcome:
     """Run both, and compare. Takes a few minutes."""
-    for mine in ("untouched", "under-fire", "logs", "prometheus"):
-        shutil.rmtree(out / mine, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    _make_anew(out)
     console = live.new_console()
     untouched, fire = job("untouched", steps, out), job("under-fire", steps, out)
     for spec in (untouched, fire):
@@ -129,6 +127,18 @@ def run(steps: int, out: Path) -> Outcome:
         status = _train(fire, Chaos(fire, console), recorder)
     look = missing or prometheus.hint(out / "prometheus", fire.run.name)
     return _compare(untouched, reference, fire, status, out / "report.html", look)
+
+
+def _make_anew(out: Path) -> None:
+    """Remove what an earlier demo has left. Raises RunError when it is not known to be that."""
+    mine = [out / name for name in ("untouched", "under-fire", "logs", "prometheus")]
+    there, marker = [path for path in mine if path.exists()], out / "made-by-shepherd-demo"
+    if there and not marker.exists():
+        raise driver.RunError(f"--out: {there[0]} is there, and no demo has made it: remove it, or name another folder")
+    for path in there:
+        shutil.rmtree(path, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 class Chaos:

@@ -38,6 +38,7 @@ def isolate() -> None:
     assert "ray" not in sys.modules, "isolate() must come before Ray is imported"
     packages = str(Path(__file__).resolve().parent.parent)
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ.pop("SHEPHERD_TOKEN", None)
     os.environ.update(
         {
             "PYTHONPATH": os.pathsep.join([packages, *filter(None, [os.environ.get("PYTHONPATH")])]),

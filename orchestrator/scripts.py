@@ -23,6 +23,7 @@ def spec_of_command(
     name: str = "",
     nodes: int | None = None,
     procs_per_node: int | None = None,
+    resume: bool = False,
 ) -> JobSpec:
     """The job that `shepherd run` starts: `file` where there is one, else defaults; the arguments go before both.
 
@@ -49,6 +50,8 @@ def spec_of_command(
     if name:
         sections["run"]["name"] = name
     elif not sections["run"].get("name"):
+        if resume:
+            raise SpecError("--resume: give the --name of the run, which `shepherd run` has shown when it began")
         sections["run"]["name"] = _own_name(sections["script"]["command"])
     return parse(document | sections)
 
@@ -62,7 +65,7 @@ def _own_name(command: Any) -> str:
 
 def script_problems(script: ScriptConfig) -> list[str]:
     """Why a script cannot run on this machine, a line each."""
-    folder, target = Path(script.folder), script.target
+    folder, target = Path(script.folder).expanduser(), script.target
     if not folder.is_dir():
         return [f"script.folder = {script.folder!r}: is not there; every node must have it at the same place"]
     if target[0] == "-m":

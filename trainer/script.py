@@ -8,7 +8,9 @@ a tenth of a second.
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import io
@@ -19,9 +21,10 @@ import socket
 import sys
 import threading
 from functools import partial
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Literal
 
+import numpy
 import torch.distributed.fsdp
 import torch.nn.parallel  # noqa: F401  (imported before the fork, as the line above, for the scripts)
 
@@ -89,17 +92,24 @@ def run(script: ScriptConfig) -> None:
         ScriptExit: it has ended with another exit code than 0. (A child that it has forked: SystemExit, with any.)
         Exception: what it has raised.
     """
-    target, own = script.target, os.getpid()
-    os.chdir(script.folder)
+    target, own, folder = script.target, os.getpid(), os.path.expanduser(script.folder)
+    os.chdir(folder)
+    numpy.random.seed()  # as `random` does by itself after a fork, where all ranks have their parent's state
+    # It stays the script's to the end: its threads, and what it does at exit, may look their own classes up in it.
+    main = sys.modules["__main__"] = ModuleType("__main__")
     try:
         if target[0] == "-m":
             sys.argv = list(target[1:])
-            sys.path.insert(0, script.folder)
-            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+            sys.path.insert(0, folder)
+            runpy._run_module_as_main(target[1])  # type: ignore[attr-defined]
         else:
-            sys.argv = list(target)
-            sys.path.insert(0, os.path.dirname(os.path.realpath(target[0])))
-            runpy.run_path(os.path.abspath(target[0]), run_name="__main__")
+            path = os.path.abspath(target[0])
+            sys.argv = [path, *target[1:]]
+            sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+            main.__dict__.update(__file__=path, __builtins__=builtins, __cached__=None)
+            with io.open_code(path) as file:
+                code = compile(file.read(), path, "exec", dont_inherit=True)
+            exec(code, main.__dict__)
     except SystemExit as end:
         if os.getpid() != own:
             raise
@@ -153,6 +163,7 @@ def _flush_files() -> None:
         if issubclass(type(each), io.IOBase):
             with contextlib.suppress(Exception):  # closed, or its other end is
                 each.flush()
+    ctypes.CDLL(None).fflush(None)  # and C what was printed there
 
 
 def _own_frames(trace: TracebackType | None) -> TracebackType | None:

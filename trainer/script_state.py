@@ -5,6 +5,7 @@ Pure but for the objects that it asks for their `state_dict`.
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
@@ -27,6 +28,8 @@ VALUES = "values"
 VALUES_BYTES = 256 * 1024
 """Room for all values as JSON: a snapshot keeps its layout from step to step, whatever they are."""
 _LENGTH = struct.Struct("<Q")
+PAIRS = "__pairs__"
+"""The only key of what stands for a mapping with other keys than strings: its keys and values."""
 
 
 def train_state(state: Mapping[str, Any], step: int) -> TrainState:
@@ -154,7 +157,7 @@ def _filled(node: Any, path: str, tensors: Mapping[str, Tensor], values: Mapping
         for key, child in filled:
             node[key] = child
         return node
-    return type(node)(child for _, child in filled)
+    return _rebuilt(node, [child for _, child in filled])
 
 
 def _not_kept(path: str) -> StateMismatch:
@@ -168,25 +171,51 @@ def _is_whole(node: Any, path: str, tensors: Mapping[str, Tensor]) -> bool:
     return all(_is_whole(child, f"{path}/{key}", tensors) for key, child in _children(node))
 
 
+def _rebuilt(template: tuple[Any, ...], items: list[Any]) -> Any:
+    return template._make(items) if hasattr(template, "_make") else type(template)(items)
+
+
 def _like(template: Any, value: Any) -> Any:
-    """A value as JSON gives it, with the tuples and the number keys of the one that is there now."""
-    if isinstance(template, Mapping) and isinstance(value, dict):
-        keys = {str(key): key for key in template}
-        return {keys.get(k, k): _like(template.get(keys.get(k, k)), v) for k, v in value.items()}
-    if isinstance(template, (list, tuple)) and isinstance(value, list):
-        like = template[0] if template else None
-        items = [_like(template[n] if n < len(template) else like, item) for n, item in enumerate(value)]
-        return tuple(items) if isinstance(template, tuple) else items
+    """A value as JSON gives it, with the tuples and kinds of mappings of the one that is there now."""
+    if isinstance(value, dict):
+        there = template if isinstance(template, Mapping) else {}
+        keys = {str(key): key for key in there}
+        pairs = value[PAIRS] if value.keys() == {PAIRS} else [[keys.get(k, k), v] for k, v in value.items()]
+        content = {key: _like(there.get(key), child) for key, child in pairs}
+        if type(template) is dict or not isinstance(template, MutableMapping):
+            return content
+        filled = copy.copy(template)
+        filled.clear()
+        filled.update(content)
+        return filled
+    if isinstance(value, list):
+        like = template[0] if isinstance(template, (list, tuple)) and template else None
+        known = len(template) if isinstance(template, (list, tuple)) else 0
+        items = [_like(template[n] if n < known else like, item) for n, item in enumerate(value)]
+        return _rebuilt(template, items) if isinstance(template, tuple) else items
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A value in whose JSON no key is lost: JSON knows strings alone."""
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and value.keys() != {PAIRS}:
+            return {key: _plain(child) for key, child in value.items()}
+        wrong = next((key for key in value if not isinstance(key, (str, int, float, bool, type(None)))), None)
+        if wrong is not None:
+            raise TypeError(f"keys must be str, int, float, bool or None, not {type(wrong).__name__}")
+        return {PAIRS: [[key, _plain(child)] for key, child in value.items()]}
+    return [_plain(child) for child in value] if isinstance(value, (list, tuple)) else value
 
 
 def _packed(values: Mapping[str, Any]) -> Tensor:
     try:
+        values = {path: _plain(value) for path, value in values.items()}
         raw = json.dumps(values, separators=(",", ":")).encode()
     except (TypeError, ValueError):
         for path, value in values.items():
             try:
-                json.dumps(value)
+                json.dumps(_plain(value))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"state: {path} is neither a tensor nor JSON: {error}") from error
         raise

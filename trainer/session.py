@@ -13,6 +13,7 @@ Imports nothing heavy: the part that does the work (trainer/managed.py) is there
 
 from __future__ import annotations
 
+import operator
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,14 @@ class Session:
     def step(self, step: int, *, loss: float | None = None, tokens: int = 0) -> None:
         """Step number `step` (the first is 1) is complete on this rank, with this `loss` and so many `tokens` in all.
 
-        From the first call on the run's time is booked by steps, and a rank that hangs is found. Again with the same
-        number it is a sign of life, for what takes long between two steps.
+        Every rank tells each of its steps. From the first call on the run's time is booked by steps, and a rank that
+        hangs is found. Again with the same number it is a sign of life, for what takes long between two steps.
 
         Raises:
+            TypeError: `step` or `tokens` is no whole number.
             ValueError: `step` is below the last one, or belongs to what `restore` would have restored.
         """
+        step, tokens = operator.index(step), operator.index(tokens)
         if self._managed is not None:
             self._managed.step_done(step, None if loss is None else float(loss), tokens)
 
@@ -73,10 +76,12 @@ class Session:
             durable: write that checkpoint now and wait for it, as after the last step.
 
         Raises:
+            TypeError: `step` is no whole number.
             ValueError: ranks give different steps, or a leaf is neither tensor nor JSON; the message names it.
             storage.durable.CheckpointFailed: with `durable`, the store failed.
             SystemExit: the run has been asked to stop, and the state is safe.
         """
+        step = operator.index(step)
         if self._managed is not None:
             self._managed.snapshot(step, state, durable=durable)
 

@@ -103,7 +103,11 @@ def run(
         if time.monotonic() > deadline:
             return outcome(why=f"not compared: the run had not ended after {wait_s:g} s")
         time.sleep(READ_INTERVAL_S)
-    return outcome(final_digest(url) == untouched)
+    try:
+        final = final_digest(url)
+    except driver.RunError as e:
+        return outcome(why=f"not compared: {e}")
+    return outcome(final == untouched)
 
 
 def give(controller: Any, token: str, order: Order, by: str) -> str:
@@ -166,12 +170,15 @@ def final_digest(url: str) -> str:
     """Names the state in the newest checkpoint under `url`, and its step.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or it cannot be read.
     """
-    steps = list_commits(url)
-    if not steps:
-        raise driver.RunError(f"there is no checkpoint under {url} to compare with")
-    return f"step {steps[-1]}: {state_digest(url, read_commit(url, steps[-1]))}"
+    try:
+        steps = list_commits(url)
+        if steps:
+            return f"step {steps[-1]}: {state_digest(url, read_commit(url, steps[-1]))}"
+    except Exception as e:  # every store has its own
+        raise driver.RunError(f"what is to be compared cannot be read under {url}: {e!r}") from e
+    raise driver.RunError(f"there is no checkpoint under {url} to compare with")
 
 
 def _has_ended(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
@@ -29,15 +30,18 @@ CHECKPOINTS_SHOWN = 8
 
 Show = Callable[[Status, list[str]], None]
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def view(spec: JobSpec) -> Iterator[Show]:
     """A function to call with each picture and its news, and the display around it."""
     console = new_console()
     what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
-    console.print(f"run {spec.run.name}: {redacted(what)}, state in {redacted(spec.run.url)}", markup=False)
+    with _may_be_lost():
+        console.print(f"run {spec.run.name}: {redacted(what)}, state in {redacted(spec.run.url)}", markup=False)
     if not sys.stdout.isatty():
-        yield _plain(console)
+        yield _lossy(_plain(console))
         return
     columns = (
         TextColumn("{task.description}"),
@@ -54,7 +58,31 @@ def view(spec: JobSpec) -> Iterator[Show]:
                 progress.console.print(f"{_clock(status)} {line}", markup=False)
             progress.update(task, description=status.job, completed=status.step, figures=figures(status))
 
-        yield show
+        yield _lossy(show)
+
+
+@contextmanager
+def _may_be_lost(told: bool = False) -> Iterator[None]:
+    """A full disk under standard output, or a pipe whose reader is gone, costs what was to be shown, not the run."""
+    try:
+        yield
+    except (OSError, UnicodeError, SystemExit) as e:  # the last is rich's answer to a broken pipe
+        if not told:
+            logger.warning("standard output cannot be written, so that news of the run are lost: %r", e)
+
+
+def _lossy(show: Show) -> Show:
+    told = False
+
+    def lossy(status: Status, news: list[str]) -> None:
+        nonlocal told
+        written = False
+        with _may_be_lost(told):
+            show(status, news)
+            written = True
+        told = told or not written
+
+    return lossy
 
 
 def _plain(console: Console) -> Show:
@@ -145,7 +173,11 @@ def _checkpoints(status: Status) -> list[str]:
 
 def print_end(status: Status, log_dir: str) -> None:
     """What became of a run."""
-    console = new_console()
+    with _may_be_lost():
+        _print_end(new_console(), status, log_dir)
+
+
+def _print_end(console: Console, status: Status, log_dir: str) -> None:
     print_incidents(console, status)
     print_ledger(console, status)
     if status.exit_code not in (0, None) or status.failure:

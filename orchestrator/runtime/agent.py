@@ -121,7 +121,8 @@ class Agent:
         self._run, self._node, self._ray_node = run, node, ray_node
         self._namespace = namespace
         self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        self._ram_dir = f"{self._spec.cluster.ram_dir or f'/dev/shm/shepherd-{os.getuid()}'}/{run}-{instance}"
+        ram_dir = os.path.expanduser(self._spec.cluster.ram_dir) or f"/dev/shm/shepherd-{os.getuid()}"
+        self._ram_dir = f"{ram_dir}/{run}-{instance}"
         self._adopts = adopts
         self._memory: int | None = None
         """Descriptor of the lock on this node's folder of snapshots."""

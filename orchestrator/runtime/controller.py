@@ -462,12 +462,13 @@ class Controller:
         event = _redacted(dataclasses.replace(event, at=self._now()))
         try:
             decided = self._supervisor.handle(event)
+            must_publish = self._journal.append(event, decided)
         except Exception as e:
             logger.exception("poison: %r", event)
             self._poison = self._hold = f"the supervisor failed on {event!r}: {e!r}"
             self.notice(f"HOLD: nothing is decided from here on, training goes on: {self._poison}")
             return
-        self._must_publish |= self._journal.append(event, decided)
+        self._must_publish |= must_publish
         self._orders += [(event.at, action) for action in decided]
         for line in notices(event, decided, self._supervisor.state):
             self.notice(line)

@@ -57,9 +57,10 @@ def start(spec: JobSpec, detached: bool) -> tuple[Any, str]:
     """Create the run's controller on the head node; it and the run's token. Needs a connected Ray.
 
     Raises:
-        RunError: the run is active already.
+        RunError: the run is active already, or its token cannot be kept here; it was not started then.
     """
     token = secrets.token_hex(32)
+    kept = draft_token(spec, token)  # a run without a token here could not be stopped
     options: dict[str, Any] = {
         "name": "controller",
         "namespace": namespace_of(spec.run.name),
@@ -73,12 +74,15 @@ def start(spec: JobSpec, detached: bool) -> tuple[Any, str]:
     try:
         actor = ray.remote(Controller).options(**options)
         controller = actor.remote(spec_document=spec.document(), token=token, detached=detached)
-    except ValueError as e:
+    except BaseException as e:
+        kept.unlink(missing_ok=True)
+        if not isinstance(e, ValueError):
+            raise
         raise RunError(
             f"run {spec.run.name!r} is active on this cluster: follow it with `shepherd status {spec.run.name}`, "
             f"end it with `shepherd stop {spec.run.name}`, or give run.name another value"
         ) from e
-    write_token(spec, token)
+    os.replace(kept, token_path(spec.cluster.log_dir, spec.run.name))
     return controller, token
 
 
@@ -134,6 +138,26 @@ class _Followed:
         if silent_s > SILENCE_TOLD_AFTER_S and not self.told:
             self.told = True
             logger.warning("%s: it is waited for, %.0f s more", what, patience_s - silent_s)
+
+
+def begun(run: str, controller: Any) -> Status:
+    """Wait until the controller of a run that nobody will follow is at work, holds, or has failed.
+
+    Raises:
+        ControllerLost: the controller is gone and does not come back.
+    """
+    followed, deadline = _Followed(run, controller, heard=time.monotonic()), time.monotonic() + SILENT_AFTER_S
+    while True:
+        try:
+            status, _ = poll(followed.actor)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
+            followed.seek(e, hurried=False)
+        else:
+            followed.heard = time.monotonic()
+            serves = not status.metrics_address.endswith(":0")  # which it does once it has read the journal
+            if serves or status.hold or status.failure or time.monotonic() > deadline:
+                return status
+        time.sleep(POLL_INTERVAL_S)
 
 
 def follow(run: str, controller: Any, token: str, on_news: Callable[[Status, list[str]], None]) -> Status:
@@ -206,13 +230,22 @@ def _refused_as_it_was() -> Iterator[None]:
         raise
 
 
-def write_token(spec: JobSpec, token: str) -> None:
-    """Keep the run's token where only this user can read it."""
+def draft_token(spec: JobSpec, token: str) -> Path:
+    """Keep the run's token where only this user can read it, beside that of a run that may be active.
+
+    Raises:
+        RunError: it cannot be kept.
+    """
     path = token_path(spec.cluster.log_dir, spec.run.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(token)
+    draft = path.with_name(f".token.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token)
+    except OSError as e:
+        draft.unlink(missing_ok=True)
+        raise RunError(f"cluster.log_dir = {spec.cluster.log_dir!r}: the run's token cannot be kept there: {e}") from e
+    return draft
 
 
 def read_token(log_dir: str, run: str) -> str:
@@ -295,21 +328,33 @@ def connect(address: str | None) -> None:
     """Connect to the Ray cluster: the given one, RAY_ADDRESS, or the one on this machine.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or what is named is not the address of one.
     """
     if ray.is_initialized():
         return
+    address = address or os.environ.get("RAY_ADDRESS", "") or "auto"
+    if "://" in address or address == "local":
+        raise RunError(
+            f"--address or RAY_ADDRESS is {address!r}: give the HOST:PORT of the cluster's head (`ray start` tells it, "
+            "with port 6379 unless told otherwise), not the address of a dashboard or of Ray's client"
+        )
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as e:
         raise RunError(
             f"no Ray cluster answers: start one with `ray start --head`, or name one by --address or RAY_ADDRESS ({e})"
+        ) from e
+    except Exception as e:  # other versions, another token, an address without a port: Ray has an error for each
+        raise RunError(
+            f"the Ray cluster {address!r} (--address or RAY_ADDRESS; HOST:PORT) takes no connection: "
+            f"{type(e).__name__}: {e}"
         ) from e
 
 
 __all__ = [
     "ControllerLost",
     "RunError",
+    "begun",
     "connect",
     "find",
     "follow",

@@ -330,7 +330,7 @@ class NodeWorkers:
 
     def _worker_exited(self, worker: Worker, status: ExitStatus) -> None:
         self._has_spoken(worker)
-        if status.exit_code == contract.EXIT_CANNOT_PARK:
+        if status.exit_code == contract.EXIT_CANNOT_PARK and self._preload != "trainer.script":
             return  # as if its agent had ended it: why the generation ends is told by others, or was by its last words
         exit_ = WorkerExit(
             generation=worker.generation,

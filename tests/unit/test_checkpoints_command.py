@@ -307,6 +307,15 @@ def test_nothing_is_removed_under_a_live_run(run, tmp_path, without_ray):
     assert printed("rm", run, 10, "--yes", "--force").endswith("removed\n")
 
 
+def test_nothing_is_removed_when_a_run_begins_while_somebody_is_asked(run, tmp_path):
+    began(run, tmp_path, ac.EndRun(exit_code=96, reason="stopped"))
+    planned = checkpoints_removal.plan_removal(str(run), [10], leftovers=False, force=False, asks=True, address=None)
+    claim_epoch(str(run), "test")
+    with pytest.raises(checkpoints_removal.CheckpointsError, match="meanwhile whether a run is live cannot be known"):
+        checkpoints_removal.perform_removal(planned)
+    assert list_commits(str(run)) == [10, 20, 30]
+
+
 def test_a_run_that_has_ended_is_not_live_until_another_controller_begins(run, tmp_path):
     began(run, tmp_path, ac.EndRun(exit_code=96, reason="stopped"))
     assert printed("rm", run, 10, "--yes").endswith("removed\n")

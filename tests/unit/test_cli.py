@@ -245,7 +245,51 @@ def test_commands_for_an_active_run_say_that_there_is_no_cluster(arguments, with
     assert without_ray == [None]
 
 
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001", "local"])
+@pytest.mark.parametrize("given", ["option", "environment"])
+def test_what_is_no_address_of_a_cluster_is_refused(address, given, monkeypatch):
+    if given == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    (line,) = refused(shepherd("status", "job", *(("--address", address) if given == "option" else ())))
+    assert line.startswith(f"--address or RAY_ADDRESS is '{address}': give the HOST:PORT")
+
+
+def test_whatever_ray_says_against_a_connection_is_a_refusal(monkeypatch):
+    def other_version(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with Ray 1.0")
+
+    monkeypatch.setattr(ray, "init", other_version)
+    (line,) = refused(shepherd("status", "job", "--address", "head:6379"))
+    assert "'head:6379'" in line and "RuntimeError: Version mismatch" in line
+
+
+def test_an_outcome_that_cannot_be_written_is_refused(job, tmp_path):
+    (tmp_path / "file").touch()
+    result = shepherd("plan", job(), "--json", str(tmp_path / "file" / "plan.json"))
+    assert result.exit_code == EXIT_REFUSED and "error: [Errno" in result.stderr
+
+
+def test_a_script_is_resumed_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (line,) = refused(shepherd("run", "--resume", "--", "python", "train.py"))
+    assert line.startswith("--resume: give the --name of the run")
+
+
 # --- the process ---
+
+
+def test_a_traceback_has_no_credentials():
+    code = """
+import sys
+from orchestrator import cli
+@cli.app.command()
+def fail(): raise RuntimeError("no bucket at s3://key:planted@bucket/run")
+sys.argv = ["shepherd", "fail"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.stderr.endswith("RuntimeError: no bucket at s3://***@bucket/run\n") and "planted" not in done.stderr
 
 
 def test_the_module_is_the_command():

@@ -81,3 +81,37 @@ def test_who_interrupts_twice_does_not_wait_for_a_silent_controller(monkeypatch)
     with pytest.raises(driver.ControllerLost, match=r"for 60 s, and Ray has it"):
         follow(monkeypatch, silence)
     assert silence.stops == []
+
+
+def begun(monkeypatch, answers):
+    """`begun` of a controller that gives these answers, one after the other."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 10.0))
+    monkeypatch.setattr(driver, "time", clock)
+
+    def poll(controller):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer, []
+
+    monkeypatch.setattr(driver, "poll", poll)
+    monkeypatch.setattr(driver, "find", lambda run: SimpleNamespace())
+    monkeypatch.setattr(driver, "_head_answers", lambda: True)
+    return driver.begun("quiet", SimpleNamespace())
+
+
+def picture(port, hold="", failure=""):
+    return SimpleNamespace(metrics_address=f"127.0.0.1:{port}", hold=hold, failure=failure)
+
+
+def test_a_detached_run_has_begun_when_its_controller_is_at_work(monkeypatch):
+    at_work = picture(9100)
+    late = GetTimeoutError("Get timed out: some object(s) not ready.")
+    assert begun(monkeypatch, [late, picture(0), picture(0), at_work]) is at_work
+    for told in (picture(0, hold="disk full"), picture(0, failure="OSError: the port is taken")):
+        assert begun(monkeypatch, [picture(0), told]) is told
+    slow = picture(0)
+    assert begun(monkeypatch, [slow]) is slow, "a journal that takes minutes to read is no failure"
+    with pytest.raises(driver.ControllerLost):
+        begun(monkeypatch, [late])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from dataclasses import replace
 
 import pytest
@@ -32,6 +35,31 @@ def test_the_view_of_a_log_prints_news_at_once_and_progress_now_and_then(capsys,
         "[  3:20.0] step 44/100 loss 3.2500  1,234 tokens/s  goodput 75.0%  fallback mesh pp 2 x tp 2",
         "[  3:20.0] rank 3 on n2 was killed by signal 9",
     ]
+
+
+class FullDisk(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_goes_on_when_its_news_cannot_be_written(monkeypatch, caplog):
+    monkeypatch.setattr(live.sys, "stdout", FullDisk())
+    with live.view(spec()) as show:
+        for step in range(3):
+            show(replace(PICTURE, step=step), ["news"])
+    live.print_end(replace(PICTURE, exit_code=0), "/logs")
+    assert caplog.text.count("standard output cannot be written") == 3, "the head, the news, the end: once each"
+
+
+def test_a_run_goes_on_when_nobody_reads_its_news(monkeypatch):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(live.sys, "stdout", pipe)
+        with live.view(spec()) as show:
+            os.close(reading)
+            for step in range(3):
+                show(replace(PICTURE, step=step), ["news"])
+        live.print_end(replace(PICTURE, exit_code=0), "/logs")
 
 
 def test_a_status_is_one_screen_with_incidents_and_the_ledger(capsys):

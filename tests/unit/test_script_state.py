@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections import Counter, OrderedDict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -73,6 +75,53 @@ def test_all_of_a_state_comes_back_in_place() -> None:
     assert target["scheduler"].state_dict() == source["scheduler"].state_dict()
     assert (target["seen"], target["empty"], ema["decay"]) == (source["seen"], {}, 0.99)
     assert [tensor.tolist() for tensor in ema["shadow"]] == [[5.0, 5.0], 5]
+
+
+class Best(NamedTuple):
+    loss: float
+    weight: torch.Tensor
+
+
+class Place(NamedTuple):
+    epoch: int
+    shard: str
+
+
+def test_containers_come_back_as_what_they_are() -> None:
+    def state(step: int) -> dict[str, Any]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        return {
+            "best": Best(0.5 * step, torch.full((2,), float(step))),
+            "place": Place(step, "a"),
+            "history": {n: {"loss": 0.1 * n} for n in range(step)},
+            "seen": Counter({"a": step}),
+            "order": OrderedDict([("b", step), ("a", 1)]),
+            "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 4]),
+            "mixed": {None: 1, True: 2, 1.5: [3], "x": {"__pairs__": step}},
+        }
+
+    source, target = state(3), state(0)
+    for _ in range(3):
+        source["scheduler"].optimizer.step()
+        source["scheduler"].step()
+    restored(target, kept(source, 3))
+    for name in ("place", "history", "seen", "order", "mixed"):
+        assert target[name] == source[name] and type(target[name]) is type(source[name]), name
+    assert (type(target["best"]), target["best"].loss, target["best"].weight.tolist()) == (Best, 1.5, [3.0, 3.0])
+    milestones = target["scheduler"].milestones
+    assert type(milestones) is Counter and milestones == Counter({2: 1, 4: 1})
+
+
+def test_values_as_they_were_kept_before_pairs_come_back() -> None:
+    """Number keys were strings then, and became numbers by what is there now."""
+    source = kept({"names": {3: "three"}}, 1)
+    raw = json.dumps({"names": {"3": "three"}}).encode()
+    source.per_rank[VALUES][: 8 + len(raw)] = torch.frombuffer(
+        bytearray(len(raw).to_bytes(8, "little") + raw), dtype=torch.uint8
+    )
+    target: dict[str, Any] = {"names": {3: "?"}}
+    restored(target, source)
+    assert target == {"names": {3: "three"}}
 
 
 def test_a_restored_state_trains_on_as_the_one_that_was_kept() -> None:

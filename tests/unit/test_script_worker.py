@@ -112,6 +112,46 @@ print("managed", shepherd.session().is_managed, threading.current_thread() is th
     assert [phase.phase for phase in process.of(contract.Phase)] == ["build"], "nobody judges how long it takes"
 
 
+def test_the_script_stays_the_main_module_to_its_end(tmp_path: Path) -> None:
+    text = """
+import atexit, pickle, threading, time
+class Config:
+    lr: float
+def late():
+    time.sleep(0.2)
+    print("late", pickle.loads(pickle.dumps(Config())).__class__ is Config)
+threading.Thread(target=late, daemon=False).start()
+atexit.register(lambda: print("exit", pickle.loads(pickle.dumps(Config())).__class__ is Config))
+print(Config.__annotations__)
+"""
+    with worker(tmp_path, text) as process:
+        assert process.exit_code() == contract.EXIT_FINISHED
+    told = ["{'lr': <class 'float'>}", "late True", "exit True", "returned"]
+    assert process.output.splitlines() == told, "and no future statement of ours is its own"
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "main.py").write_text(text)
+    command = ["python", "-m", "second.main"]
+    with worker(tmp_path, "", command=command) as process:
+        assert process.exit_code() == contract.EXIT_FINISHED
+    assert process.output.splitlines()[-4:] == told
+
+
+def test_each_process_draws_its_own_numbers(tmp_path: Path) -> None:
+    drawn = set()
+    for _ in range(2):
+        with worker(tmp_path, "import numpy, random; print('drawn', numpy.random.rand(), random.random())") as process:
+            assert process.exit_code() == 0
+        drawn |= {word for line in process.output.splitlines() for word in line.split() if line.startswith("drawn")}
+    assert len(drawn) == 1 + 4
+
+
+def test_what_c_has_printed_is_written_out(tmp_path: Path) -> None:
+    text = "import ctypes; ctypes.CDLL(None).printf(b'from C\\n')"
+    with worker(tmp_path, text) as process:
+        assert process.exit_code() == 0
+    assert "from C" in process.output.splitlines()
+
+
 def test_a_module_is_run_by_its_name(tmp_path: Path) -> None:
     command = ["python3", "-m", "code_of_mine.train", "--x"]
     (tmp_path / "code_of_mine").mkdir()

@@ -236,6 +236,13 @@ def test_wrong_calls_are_named(tmp_path: Path) -> None:
         first.session.restore(first.state)
     with pytest.raises(ValueError, match=r"session.step\(1\): step 2 is done"):
         first.session.step(1)
+    for call in (
+        lambda: first.session.step(3.0),
+        lambda: first.session.step(3, tokens=1e6),
+        lambda: first.session.snapshot("3", {}),
+    ):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            call()
     with pytest.raises(ValueError, match=r"session.snapshot\(1\): step 2 is done"):
         first.session.snapshot(1, first.state)
     first.managed.close()

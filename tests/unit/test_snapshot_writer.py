@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -278,6 +279,17 @@ def test_what_a_poisoned_supervisor_knows_is_not_written(world, monkeypatch):
 
     run(world, work)
     assert core_snapshots.read(world.url, core_snapshots.names(world.url)[0]).state.step >= 0
+
+
+def test_an_event_that_the_journal_cannot_take_is_poison_too(world):
+    async def work() -> None:
+        await until(lambda: numbers(world.url))
+        await world.tell(dataclasses.replace(steps(4), tokens=1.5))
+        await world.until(lambda status: "the supervisor failed on" in status.hold)
+        assert not world.controller._ended.is_set(), "training goes on"
+        await world.controller.stop("t", "somebody", graceful=False)
+
+    run(world, work)
 
 
 class Begin:
