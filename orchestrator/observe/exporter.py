@@ -105,7 +105,8 @@ def _progress(s: Status, spec: JobSpec) -> Iterable[Family]:
     run = spec.run.name
     yield _gauge(run, "step", "Completed steps of the current history; falls when a recovery gives steps up.", s.step)
     if not spec.is_script:
-        yield _gauge(run, "steps_target", "Steps that the run is to do.", spec.run.steps)
+        target = s.total_steps or spec.run.steps  # an update may have changed it since this controller began
+        yield _gauge(run, "steps_target", "Steps that the run is to do.", target)
     yield _gauge(run, "steps_high_water", "Most steps ever completed; never falls.", s.high_water)
     yield _gauge(run, "loss", "Mean training loss of the newest step, nats per token.", s.loss)
     yield _gauge(run, "gradient_norm", "Global gradient norm of the newest step before clipping.", s.grad_norm)

@@ -167,7 +167,7 @@ def test_a_scrape_shows_the_whole_picture(loop):
     found = samples(scrape(serve_metrics(spec(), lambda: PICTURE, loop)))
     assert {name: values[()] for name, values in found.items() if () in values} == {
         "shepherd_step": 41,
-        "shepherd_steps_target": 1000,
+        "shepherd_steps_target": 100,
         "shepherd_steps_high_water": 43,
         "shepherd_loss": 3.25,
         "shepherd_gradient_norm": 0.5,
