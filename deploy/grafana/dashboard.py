@@ -49,6 +49,7 @@ LOW = 0.85
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 RUN = '{run="$run"}'
+TRAINING = '{run="$run",state="training"}'
 GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
 # Labels of the ledger to colours: green is work, red was lost to failures, the others are overhead.
 COLOURS = {
@@ -162,7 +163,7 @@ def now() -> list[Any]:
     left.unit("s").decimals(0).thresholds(thresholds(BLUE))
     hold = figure(
         "Interruptions and holds",
-        "Failures that interrupted training. A hold: the journal cannot be written, and nothing is decided.",
+        "What interrupted training, planned changes too. A hold: the journal cannot be written, nothing is decided.",
         3,
         query(f"sum(max by (cause) (shepherd_incidents_total{RUN}))", "interruptions", instant=True),
         query(f"max by (run) (shepherd_hold{RUN})", "hold", instant=True),
@@ -214,9 +215,13 @@ def training() -> list[Any]:
     )
     speed = graph(
         "Throughput",
-        "Of the newest steps of the current generation.",
+        "Of the newest steps of the current generation, while it trains.",
         7,
-        query(f"max by (run) (shepherd_tokens_per_second{RUN})", "tokens/s"),
+        query(
+            f"max by (run) (shepherd_tokens_per_second{RUN}) "
+            f'and on (run) max by (run) (shepherd_job_state{RUN[:-1]},state="training"}}) == 1',
+            "tokens/s",
+        ),
         query(f"max by (run) (shepherd_step_seconds{RUN})", "time of a step"),
     )
     right = [DynamicConfigValue("custom.axisPlacement", "right"), DynamicConfigValue("unit", "s")]
@@ -273,7 +278,7 @@ def checkpoints() -> list[Any]:
         9,
         query(
             f"max by (run) (shepherd_step{RUN}) - (max by (run) (shepherd_checkpoint_step{RUN}) "
-            f"or max by (run) (shepherd_step{RUN}) * 0)",
+            f"or max by (run) (shepherd_step{RUN} * 0 and shepherd_steps_target{RUN}))",
             "steps",
         ),
         query(f"3 * max by (run) (shepherd_checkpoint_interval_steps{RUN})", "too many"),
@@ -281,7 +286,7 @@ def checkpoints() -> list[Any]:
     behind.min(0).decimals(0)
     age = graph(
         "Age of the newest checkpoint",
-        "Since it was committed. 'verified': a node, or a restore, has read it back whole.",
+        "Since it was committed. 'verified': a node has read it back whole.",
         6,
         query(f"max by (run) (shepherd_checkpoint_age_seconds{RUN})", "age"),
         query(f"max by (run) (shepherd_checkpoint_verified_age_seconds{RUN})", "of the newest verified"),
