@@ -46,6 +46,8 @@ ORDERS = (
 RULES = Path(__file__).resolve().parent.parent / "deploy" / "prometheus" / "shepherd.rules.yml"
 SCRAPE_INTERVAL_S = 1.0
 """A run of two minutes wants more points than the 15 s of a real one give."""
+MARKER = "made-by-shepherd-demo"
+"""A file in the folder of the runs: what lies there may be removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ def job(name: str, steps: int, out: Path) -> JobSpec:
 
 def run(steps: int, out: Path) -> Outcome:
     """Run both, and compare. Takes a few minutes."""
-    _make_anew(out)
+    make_anew(out)
     console = live.new_console()
     untouched, fire = job("untouched", steps, out), job("under-fire", steps, out)
     for spec in (untouched, fire):
@@ -129,10 +131,10 @@ def run(steps: int, out: Path) -> Outcome:
     return _compare(untouched, reference, fire, status, out / "report.html", look)
 
 
-def _make_anew(out: Path) -> None:
-    """Remove what an earlier demo has left. Raises RunError when it is not known to be that."""
+def make_anew(out: Path) -> None:
+    """Make the folder, without what an earlier demo has left. Raises RunError when that is not known to be a demo's."""
     mine = [out / name for name in ("untouched", "under-fire", "logs", "prometheus")]
-    there, marker = [path for path in mine if path.exists()], out / "made-by-shepherd-demo"
+    there, marker = [path for path in mine if path.exists()], out / MARKER
     if there and not marker.exists():
         raise driver.RunError(f"--out: {there[0]} is there, and no demo has made it: remove it, or name another folder")
     for path in there:

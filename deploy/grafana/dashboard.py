@@ -219,7 +219,7 @@ def training() -> list[Any]:
         7,
         query(
             f"max by (run) (shepherd_tokens_per_second{RUN}) "
-            f'and on (run) max by (run) (shepherd_job_state{RUN[:-1]},state="training"}}) == 1',
+            f"and on (run) max by (run) (shepherd_job_state{TRAINING}) == 1",
             "tokens/s",
         ),
         query(f"max by (run) (shepherd_step_seconds{RUN})", "time of a step"),

@@ -16,7 +16,7 @@ import ray
 from click.testing import Result
 from typer.testing import CliRunner
 
-from orchestrator import preflight
+from orchestrator import demo, preflight
 from orchestrator.cli import EXIT_REFUSED, app
 from orchestrator.runtime import driver, journal
 from orchestrator.runtime.nodes import HEAD_RESOURCE
@@ -298,3 +298,14 @@ def test_the_module_is_the_command():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (EXIT_REFUSED, "")
     assert done.stderr.startswith("error: none.toml: cannot be read: ") and done.stderr.count("\n") == 1
+
+
+def test_the_demo_removes_only_what_a_demo_has_made(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(driver.RunError, match=r"logs is there, and no demo has made it"):
+        demo.make_anew(tmp_path)
+    assert (tmp_path / "logs").is_dir()
+    demo.make_anew(tmp_path / "new")
+    (tmp_path / "new" / "untouched").mkdir()
+    demo.make_anew(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [demo.MARKER]
