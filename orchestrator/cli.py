@@ -131,8 +131,9 @@ def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> No
         preflight.check_cluster(spec)
         lost = resumes.statement(spec) if resume else []
         controller, token = driver.start(spec, detached=detach)
-    for line in lost:
-        print(f"resume: {redacted(line)}", flush=True)
+    with live.may_be_lost():
+        for line in lost:
+            print(f"resume: {redacted(line)}", flush=True)
     try:
         if detach:
             status = driver.begun(spec.run.name, controller)
@@ -143,7 +144,8 @@ def _start(spec: JobSpec, resume: bool, detach: bool, address: str | None) -> No
         Console(stderr=True, highlight=False, soft_wrap=True).print("error:", str(e), style="red", markup=False)
         raise typer.Exit(1) from e
     if detach and not status.failure:
-        print(f"run {spec.run.name} is under way; `shepherd status {spec.run.name}` tells how it is")
+        how = f"holds: {status.hold}" if status.hold else "is under way"
+        print(f"run {spec.run.name} {how}; `shepherd status {spec.run.name}` tells how it is")
         return
     live.print_end(status, str(driver.run_log_dir(spec)))
     raise typer.Exit(1 if status.failure or status.exit_code is None else status.exit_code)
@@ -463,10 +465,10 @@ def _refusals(*also: type[Exception]) -> Iterator[None]:
         yield
     except BrokenPipeError:  # of the command's own output
         raise
+    except (RayActorError, GetTimeoutError) as e:  # the latter is an OSError, too
+        refuse("the run's controller does not answer: it is busy, or was killed and comes back; try again", e)
     except refusals as e:
         refuse(str(e) or repr(e), e)
-    except (RayActorError, GetTimeoutError) as e:
-        refuse("the run's controller does not answer: it is busy, or was killed and comes back; try again", e)
 
 
 def main() -> None:

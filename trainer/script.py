@@ -24,9 +24,9 @@ from functools import partial
 from types import ModuleType, TracebackType
 from typing import Literal
 
-import numpy
+import numpy.random
 import torch.distributed.fsdp
-import torch.nn.parallel  # noqa: F401  (imported before the fork, as the line above, for the scripts)
+import torch.nn.parallel  # imported before the fork, as the line above, for the scripts
 
 from trainer import harm, pulse, session
 from trainer.contract import EXIT_FAILED, EXIT_FINISHED, Finished, Phase, Restored, ScriptConfig
@@ -94,7 +94,9 @@ def run(script: ScriptConfig) -> None:
     """
     target, own, folder = script.target, os.getpid(), os.path.expanduser(script.folder)
     os.chdir(folder)
-    numpy.random.seed()  # as `random` does by itself after a fork, where all ranks have their parent's state
+    # As `random` does by itself after a fork: all ranks have their parent's state. (A device's generator begins later.)
+    numpy.random.seed()
+    torch.default_generator.seed()
     # It stays the script's to the end: its threads, and what it does at exit, may look their own classes up in it.
     main = sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -114,7 +116,8 @@ def run(script: ScriptConfig) -> None:
         if os.getpid() != own:
             raise
         if end.code not in (None, 0):
-            told = ScriptExit(f"the script has ended with exit code {end.code}")
+            said = f": {end.code}" if isinstance(end.code, str) else f" with exit code {end.code}"
+            told = ScriptExit(f"the script has ended{said}")
             raise told.with_traceback(_own_frames(end.__traceback__)) from None
 
 
@@ -155,6 +158,7 @@ def _shut_down() -> None:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     _flush_files()
+    ctypes.CDLL(None).fflush(None)  # what C code has printed
 
 
 def _flush_files() -> None:
@@ -163,7 +167,6 @@ def _flush_files() -> None:
         if issubclass(type(each), io.IOBase):
             with contextlib.suppress(Exception):  # closed, or its other end is
                 each.flush()
-    ctypes.CDLL(None).fflush(None)  # and C what was printed there
 
 
 def _own_frames(trace: TracebackType | None) -> TracebackType | None:

@@ -172,7 +172,10 @@ def _is_whole(node: Any, path: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _rebuilt(template: tuple[Any, ...], items: list[Any]) -> Any:
-    return template._make(items) if hasattr(template, "_make") else type(template)(items)
+    try:
+        return template._make(items) if hasattr(template, "_make") else type(template)(items)
+    except TypeError as error:
+        raise StateMismatch(f"state: a {type(template).__name__} was kept with {len(items)} items: {error}") from error
 
 
 def _like(template: Any, value: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,7 +39,7 @@ def view(spec: JobSpec) -> Iterator[Show]:
     """A function to call with each picture and its news, and the display around it."""
     console = new_console()
     what = shlex.join(spec.script.command) if spec.is_script else f"{spec.run.steps} steps"
-    with _may_be_lost():
+    with may_be_lost():
         console.print(f"run {spec.run.name}: {redacted(what)}, state in {redacted(spec.run.url)}", markup=False)
     if not sys.stdout.isatty():
         yield _lossy(_plain(console))
@@ -62,25 +63,24 @@ def view(spec: JobSpec) -> Iterator[Show]:
 
 
 @contextmanager
-def _may_be_lost(told: bool = False) -> Iterator[None]:
-    """A full disk under standard output, or a pipe whose reader is gone, costs what was to be shown, not the run."""
+def may_be_lost() -> Iterator[None]:
+    """A full disk under standard output, or a pipe whose reader is gone, costs what was to be shown from there on.
+
+    Neither the run, which would end with its driver, nor its exit code: Python's own is another one where standard
+    output cannot be flushed at its end.
+    """
     try:
         yield
     except (OSError, UnicodeError, SystemExit) as e:  # the last is rich's answer to a broken pipe
-        if not told:
-            logger.warning("standard output cannot be written, so that news of the run are lost: %r", e)
+        logger.warning("standard output cannot be written, and nothing more is shown: %r", e)
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _lossy(show: Show) -> Show:
-    told = False
-
     def lossy(status: Status, news: list[str]) -> None:
-        nonlocal told
-        written = False
-        with _may_be_lost(told):
+        with may_be_lost():
             show(status, news)
-            written = True
-        told = told or not written
 
     return lossy
 
@@ -173,7 +173,7 @@ def _checkpoints(status: Status) -> list[str]:
 
 def print_end(status: Status, log_dir: str) -> None:
     """What became of a run."""
-    with _may_be_lost():
+    with may_be_lost():
         _print_end(new_console(), status, log_dir)
 
 

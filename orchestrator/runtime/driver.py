@@ -82,7 +82,11 @@ def start(spec: JobSpec, detached: bool) -> tuple[Any, str]:
             f"run {spec.run.name!r} is active on this cluster: follow it with `shepherd status {spec.run.name}`, "
             f"end it with `shepherd stop {spec.run.name}`, or give run.name another value"
         ) from e
-    os.replace(kept, token_path(spec.cluster.log_dir, spec.run.name))
+    try:
+        os.replace(kept, token_path(spec.cluster.log_dir, spec.run.name))
+    except OSError as e:
+        ray.kill(controller, no_restart=True)
+        raise RunError(f"cluster.log_dir = {spec.cluster.log_dir!r}: the run's token cannot be kept there: {e}") from e
     return controller, token
 
 
@@ -149,7 +153,7 @@ def begun(run: str, controller: Any) -> Status:
     followed, deadline = _Followed(run, controller, heard=time.monotonic()), time.monotonic() + SILENT_AFTER_S
     while True:
         try:
-            status, _ = poll(followed.actor)
+            status, _ = poll(followed.actor, lease=True)  # as a follower's: who has failed need not wait for one
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as e:
             followed.seek(e, hurried=False)
         else:
@@ -243,7 +247,8 @@ def draft_token(spec: JobSpec, token: str) -> Path:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token)
     except OSError as e:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise RunError(f"cluster.log_dir = {spec.cluster.log_dir!r}: the run's token cannot be kept there: {e}") from e
     return draft
 

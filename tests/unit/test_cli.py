@@ -263,6 +263,17 @@ def test_whatever_ray_says_against_a_connection_is_a_refusal(monkeypatch):
     assert "'head:6379'" in line and "RuntimeError: Version mismatch" in line
 
 
+def test_a_controller_that_is_busy_is_no_other_refusal(monkeypatch):
+    def busy(controller: Any) -> None:
+        raise ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr(driver, "connect", lambda address: None)
+    monkeypatch.setattr(driver, "find", lambda run: run)
+    monkeypatch.setattr(driver, "poll", busy)
+    (line,) = refused(shepherd("status", "job"))
+    assert line.startswith("the run's controller does not answer: it is busy")
+
+
 def test_an_outcome_that_cannot_be_written_is_refused(job, tmp_path):
     (tmp_path / "file").touch()
     result = shepherd("plan", job(), "--json", str(tmp_path / "file" / "plan.json"))

@@ -418,6 +418,10 @@ def test_who_else_may_read_the_token(tmp_path):
     assert doctor.token_problem(job) == ""
     path = driver.token_path(str(tmp_path / "logs"), "r")
     driver.draft_token(job, "secret").rename(path)
+    (tmp_path / "file").touch()
+    nowhere = parse({"run": {"name": "r", "url": "/r"}, "cluster": {"log_dir": str(tmp_path / "file" / "logs")}})
+    with pytest.raises(driver.RunError, match=r"cluster\.log_dir = .*: the run's token cannot be kept there"):
+        driver.draft_token(nowhere, "secret")
     assert doctor.token_problem(job) == ""
     path.chmod(0o640)
     assert "has mode 640" in doctor.token_problem(job)

@@ -89,7 +89,8 @@ def begun(monkeypatch, answers):
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 10.0))
     monkeypatch.setattr(driver, "time", clock)
 
-    def poll(controller):
+    def poll(controller, noticed=0, lease=False):
+        assert lease
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if isinstance(answer, Exception):
             raise answer

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_exporter import INCIDENT, PICTURE, spec
@@ -37,18 +38,32 @@ def test_the_view_of_a_log_prints_news_at_once_and_progress_now_and_then(capsys,
     ]
 
 
-class FullDisk(io.StringIO):
-    def flush(self) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_run_goes_on_when_its_news_cannot_be_written(monkeypatch, caplog):
-    monkeypatch.setattr(live.sys, "stdout", FullDisk())
-    with live.view(spec()) as show:
-        for step in range(3):
-            show(replace(PICTURE, step=step), ["news"])
-    live.print_end(replace(PICTURE, exit_code=0), "/logs")
-    assert caplog.text.count("standard output cannot be written") == 3, "the head, the news, the end: once each"
+def test_a_run_goes_on_when_its_news_cannot_be_written():
+    """And its exit code is its own."""
+    code = """
+import sys
+from dataclasses import replace
+from test_exporter import PICTURE, spec
+from orchestrator.observe import live
+with live.view(spec()) as show:
+    for step in range(3):
+        show(replace(PICTURE, step=step), ["news"])
+live.print_end(replace(PICTURE, exit_code=93), "/logs")
+sys.exit(93)
+"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])},
+            timeout=120,
+        )
+    assert done.returncode == 93, done.stderr
+    assert done.stderr.count("standard output cannot be written") == 1 and "No space left" in done.stderr
 
 
 def test_a_run_goes_on_when_nobody_reads_its_news(monkeypatch):

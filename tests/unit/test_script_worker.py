@@ -139,10 +139,11 @@ print(Config.__annotations__)
 def test_each_process_draws_its_own_numbers(tmp_path: Path) -> None:
     drawn = set()
     for _ in range(2):
-        with worker(tmp_path, "import numpy, random; print('drawn', numpy.random.rand(), random.random())") as process:
+        text = "import numpy, random, torch; print('drawn', numpy.random.rand(), random.random(), torch.rand(1).item())"
+        with worker(tmp_path, text) as process:
             assert process.exit_code() == 0
         drawn |= {word for line in process.output.splitlines() for word in line.split() if line.startswith("drawn")}
-    assert len(drawn) == 1 + 4
+    assert len(drawn) == 1 + 6
 
 
 def test_what_c_has_printed_is_written_out(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_module_is_run_by_its_name(tmp_path: Path) -> None:
     [
         ("def f():\n  raise KeyError('lr')\nf()", "exception", "KeyError: 'lr'"),
         ("import sys; sys.exit(3)", "exception", "ScriptExit: the script has ended with exit code 3"),
-        ("import sys; sys.exit('no data')", "exception", "ScriptExit: the script has ended with exit code no data"),
+        ("import sys; sys.exit('no data')", "exception", "ScriptExit: the script has ended: no data"),
         ("raise RuntimeError('Connection closed by peer [1.2.3.4]')", "collective", "RuntimeError: Connection closed"),
         ("raise RuntimeError('CUDA out of memory')", "memory", "RuntimeError: CUDA out of memory"),
         ("import nothing_of_that_name", "exception", "ModuleNotFoundError: No module named"),
