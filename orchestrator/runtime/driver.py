@@ -73,7 +73,7 @@ def start(spec: JobSpec, detached: bool) -> tuple[Any, str]:
     }
     try:
         actor = ray.remote(Controller).options(**options)
-        controller = actor.remote(spec_document=spec.document(), token=token, detached=detached)
+        controller: Any = actor.remote(spec_document=spec.document(), token=token, detached=detached)
     except BaseException as e:
         kept.unlink(missing_ok=True)
         if not isinstance(e, ValueError):
