@@ -71,13 +71,13 @@ def document(name: str, folder: Path, **sections: dict[str, Any]) -> dict[str, A
     return job(name, folder, run=run, parallel=mesh, checkpoint=checkpoint, **sections)
 
 
-def slow_down(cluster: Cluster, run: str) -> Path:
+def slow_down(cluster: Cluster, run: str, pause_s: float = 0.05) -> Path:
     """Steps that leave time for a fault, the last ones much of it, and saves that are tried again soon.
 
     Until the file is removed.
     """
     file = cluster.faults / f"{run}.py"
-    pause = f"time.sleep(0.05 if session.state.step < {STEPS - STEPS_MEANWHILE} else 2.0)"
+    pause = f"time.sleep({pause_s} if session.state.step < {STEPS - STEPS_MEANWHILE} else 2.0)"
     file.write_text(f"import time, trainer.saves; trainer.saves.RETRY_S = 0.3; {pause}\n")
     return file
 
@@ -257,10 +257,11 @@ def test_an_object_store_that_cannot_be_reached(cluster: Cluster, untouched: str
         # All are kept: what is read when the store is back must not go meanwhile, since newer ones come.
         keep = {"keep": STEPS}
         spec = spec_of(document("far-store", tmp_path, run={"url": "s3://herd/far-store"}, checkpoint=keep))
-        slow = slow_down(cluster, "far-store")
+        slow = slow_down(cluster, "far-store", pause_s=0.5)  # a checkpoint takes longer to come than to be read back
 
         def store_is_away(status: Status) -> None:
             wire.cut()
+            slow_down(cluster, "far-store")
             story.chapters[1:1] = [(trained_on(status), store_is_back)]
 
         def store_is_back(status: Status) -> None:
